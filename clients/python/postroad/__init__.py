@@ -1,0 +1,3 @@
+"""Postroad for Python: the generated API, the SDK, the `postroad` command and the local stack."""
+
+from __future__ import annotations

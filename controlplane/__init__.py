@@ -1,0 +1,3 @@
+"""The control plane: configuration and the record of every message, over gRPC."""
+
+from __future__ import annotations
