@@ -1,0 +1,1 @@
+"""gRPC servers: handlers, interceptors, the table of errors."""

@@ -1,0 +1,1 @@
+"""PostgreSQL: one repository per aggregate, the migration runner, the change feed."""

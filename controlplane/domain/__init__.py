@@ -1,0 +1,1 @@
+"""Values and rules of the control plane, without I/O."""

@@ -1,0 +1,1 @@
+"""What the leader among the replicas runs."""

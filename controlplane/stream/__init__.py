@@ -1,0 +1,1 @@
+"""Configuration to nodes: sessions, cache, hub."""

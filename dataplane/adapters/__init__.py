@@ -1,0 +1,1 @@
+"""What fills the ports of the data plane: spools, limiters, resolver, codecs."""

@@ -1,0 +1,64 @@
+"""What is kept of a message beside its content: the envelope, its recipients and what rules may look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from dataplane.core.ids import MessageId
+from dataplane.core.queue import State
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """An accepted message without content and recipients; immutable from the 250 on.
+
+    `sender` is empty for the null sender; domains are lower case. `size_bytes` counts the content as delivered. Times are
+    milliseconds since 1970 by the node's wall clock. `headers` holds the unfolded values of the few fields that routing
+    rules may look at, by lower-case name.
+    """
+
+    message_id: MessageId
+    account: str
+    account_uid: str
+    credential: str
+    sender: str
+    size_bytes: int
+    accepted_ms: int
+    session: str
+    client_address: str
+    client_helo: str
+    client_tls: str
+    header_message_id: str
+    subject: str
+    smtputf8: bool
+    body_8bit: bool
+    headers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+class RecipientRow(NamedTuple):
+    """One recipient as the spool keeps it.
+
+    `attempt` counts attempts begun and is the fencing token; `due_ms` is when the recipient may be sent, in milliseconds
+    since 1970; a higher `priority` goes first; `queue_key` groups recipients that wait for the same thing: account and
+    provider, or account and recipient domain.
+    """
+
+    index: int
+    address: str
+    state: State
+    attempt: int
+    due_ms: int
+    priority: int
+    queue_key: str
+
+
+def make_queue_key(account: str, next_hop: str) -> str:
+    """Return the key under which recipients of `account` wait for `next_hop` (a provider name or a recipient domain)."""
+    return f"{account}\t{next_hop}"
+
+
+def split_queue_key(queue_key: str) -> tuple[str, str]:
+    """Return account and next hop of a key."""
+    account, _, next_hop = queue_key.partition("\t")
+    return account, next_hop

@@ -1,0 +1,1 @@
+"""Where mail goes out: scheduler, connections, transforms, transports, outcome."""

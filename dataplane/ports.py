@@ -1,0 +1,291 @@
+"""What the data plane needs of the outside: interfaces that adapters fill and contract suites hold.
+
+Every method that returns a Future schedules its work at once: giving up the wait does not undo the work, so that a client
+that leaves never cancels a commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from dataplane.core.config import Denials, NodeSettings, SealedValue, SmtpProvider
+    from dataplane.core.envelope import Envelope, RecipientRow
+    from dataplane.core.ids import MessageId
+    from dataplane.core.ledger import LedgerRecord
+    from dataplane.core.policy import CompiledAccount
+    from dataplane.core.queue import State
+
+
+# --- spool -----------------------------------------------------------------------------------------------------------------
+
+
+class SpoolError(Exception):
+    """The spool could not do it; the submitter is answered 451."""
+
+
+class SpoolFullError(SpoolError):
+    """No room: disk or WAL above its cap. The submitter is answered 452 4.3.1."""
+
+
+class SpoolFailedError(SpoolError):
+    """A commit or checkpoint failed: the spool refuses everything from now on and the process must end (never retried)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolIdentity:
+    """Which spool this is: its UUID, the node's name and the incarnation, which grows by one each time it is opened."""
+
+    spool: str
+    node: str
+    incarnation: int
+
+
+class Due(NamedTuple):
+    """A waiting recipient at the head of a queue key."""
+
+    message_id: MessageId
+    index: int
+    attempt: int
+    due_ms: int
+    priority: int
+
+
+class Cursor(NamedTuple):
+    """Where a read of a queue key goes on: after this row in the order due_ms, priority descending, message id, index."""
+
+    due_ms: int
+    priority: int
+    message_id: MessageId
+    index: int
+
+
+class KeyHead(NamedTuple):
+    """A queue key that has waiting recipients, and when the first of them is due."""
+
+    queue_key: str
+    due_ms: int
+
+
+class StoredMessage(NamedTuple):
+    """A message read back: `recipients` are those not terminal yet; `reported` says whether its envelope was recorded."""
+
+    envelope: Envelope
+    content: bytes
+    recipients: tuple[RecipientRow, ...]
+    reported: bool
+
+
+class RecipientChange(NamedTuple):
+    """What a settlement does to a recipient: `attempt` must be the row's present one (else nothing is changed).
+
+    A terminal `state` removes the row. `new_attempt` is the attempt stored from now on.
+    """
+
+    index: int
+    attempt: int
+    state: State
+    new_attempt: int
+    due_ms: int
+    queue_key: str
+
+
+class Settlement(NamedTuple):
+    """Changes of one message and the ledger record that tells them, in one transaction.
+
+    `record` is the encoded record or None for a change that nobody needs to hear of (a claim). `reported` marks the message's
+    envelope as recorded. When no recipient is left the message and its content go too.
+    """
+
+    message_id: MessageId
+    changes: Sequence[RecipientChange]
+    record: bytes | None
+    reported: bool
+
+
+class SpoolStats(NamedTuple):
+    """Plain counters for status and metrics; bytes and rows now, commits since open."""
+
+    waiting_count: int
+    oldest_accepted_ms: int
+    outbox_first: int
+    outbox_last: int
+    acknowledged: int
+    database_bytes: int
+    wal_bytes: int
+    commits: int
+
+
+class Spool(Protocol):
+    """Durable home of accepted mail and of the records not yet acknowledged. One owner; not thread-safe.
+
+    Writes are grouped: a commit takes all that gathered while the last one ran. A future is done after the commit that holds
+    its write; it fails with SpoolError when that commit did not happen. Records are numbered from 1 without gaps.
+    """
+
+    @property
+    def identity(self) -> SpoolIdentity:
+        """Which spool this is."""
+        ...
+
+    def accept(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
+        """Store a message whole; done means durable. SpoolFullError, SpoolFailedError."""
+        ...
+
+    def settle(self, settlement: Settlement) -> asyncio.Future[int]:
+        """Apply changes and write the record; the result is how many recipients were changed."""
+        ...
+
+    def write_record(self, record: bytes) -> asyncio.Future[int]:
+        """Write a record that belongs to no message (a command's result); the result is its number."""
+        ...
+
+    def acknowledge(self, number: int) -> asyncio.Future[None]:
+        """Records up to `number` are stored elsewhere; keep the tail (10 minutes or 64 MiB), forget what is before it.
+
+        A number below what was acknowledged moves the mark back as far as the tail reaches.
+        """
+        ...
+
+    async def load(self, message_id: MessageId) -> StoredMessage | None:
+        """Read a message back, None when it is gone. SpoolError for a row whose checksum is wrong (it is quarantined)."""
+        ...
+
+    async def keys(self) -> list[KeyHead]:
+        """Every queue key that has queued, deferred or scheduled recipients; reads heads, never rows."""
+        ...
+
+    async def heads(self, queue_key: str, after: Cursor | None, limit: int) -> list[Due]:
+        """The next recipients of a key that may be sent some time, in order; `sending` and `held` are not among them."""
+        ...
+
+    async def unreported(self, limit: int) -> list[MessageId]:
+        """Messages whose envelope is in no record yet, oldest first (after a crash)."""
+        ...
+
+    async def interrupted(self) -> list[MessageId]:
+        """Messages with recipients left `sending` by a former incarnation; their attempts ended with nobody watching."""
+        ...
+
+    async def records(self, after: int, max_records: int, max_bytes: int) -> tuple[int, list[bytes]]:
+        """Records that follow number `after`: number of the first one and the records, at least one if there is any."""
+        ...
+
+    async def stats(self) -> SpoolStats:
+        """Counters now."""
+        ...
+
+    async def close(self) -> None:
+        """Commit what gathered, checkpoint, unlock. Calls after it fail with SpoolError."""
+        ...
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------------
+
+
+class Take(NamedTuple):
+    """A wish of `cost` tokens from a bucket of `capacity` that refills with `rate_per_s` tokens a second."""
+
+    key: str
+    tag: str
+    capacity: int
+    rate_per_s: float
+    cost: int
+
+
+class Grant(NamedTuple):
+    """Answer: allowed or not, seconds to wait when not, the key that refused, and whether the local fallback decided."""
+
+    allowed: bool
+    wait_s: float
+    refused_key: str
+    local: bool
+
+
+class Limiter(Protocol):
+    """Token buckets, all or nothing over many keys. Never raises: a dead server means the local share decides."""
+
+    async def take(self, takes: Sequence[Take]) -> Grant:
+        """Take all or none."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections."""
+        ...
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------------
+
+
+class ConfigView(Protocol):
+    """The configuration in use, from memory only. Two calls may see different configurations: pin what must agree."""
+
+    @property
+    def settings(self) -> NodeSettings:
+        """Settings of the node's pool."""
+        ...
+
+    @property
+    def denials(self) -> Denials:
+        """What must stop now."""
+        ...
+
+    @property
+    def stale(self) -> bool:
+        """Whether the configuration is older than `config_max_age`: submission answers 451, delivery goes on."""
+        ...
+
+    def account(self, name: str) -> CompiledAccount | None:
+        """The account `accounts/{account}`, compiled at first use; None when the node does not serve it."""
+        ...
+
+    def account_of_network(self, address: str) -> str | None:
+        """Name of the account bound to the network that holds this address."""
+        ...
+
+    def provider(self, name: str) -> SmtpProvider | None:
+        """A provider of any account or a shared one; None when it is unknown."""
+        ...
+
+    def unseal(self, value: SealedValue, account: str, resource: str, field: str) -> bytes:
+        """Open a secret of a bundle. KeyError for an unknown key, ValueError when it does not belong there."""
+        ...
+
+
+# --- others ----------------------------------------------------------------------------------------------------------------
+
+
+class Clock(Protocol):
+    """Time, so that tests own it."""
+
+    def wall_ms(self) -> int:
+        """Milliseconds since 1970."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds that only grow."""
+        ...
+
+
+class RecordEncoder(Protocol):
+    """Turns a ledger record into the bytes that travel."""
+
+    def __call__(self, record: LedgerRecord) -> bytes:
+        """Return the encoded record."""
+        ...
+
+
+class Resolver(Protocol):
+    """Names to addresses that may be dialled."""
+
+    async def addresses(self, host: str) -> list[str]:
+        """Addresses of `host`, every one checked against the deployment's rules.
+
+        LookupError for a name without addresses, PermissionError when one of them may not be dialled, OSError when the answer
+        could not be had (temporary).
+        """
+        ...
