@@ -1,7 +1,7 @@
 """Hatchling build hook: ships the SQL migrations inside the wheel as `controlplane/_migrations`.
 
-Input: hatchling's build data. Output: one more forced inclusion in it, for built wheels only. Does nothing for an
-editable install, where `controlplane` reads `/migrations` at the repository's root.
+Input: hatchling's build data. Output: one more forced inclusion in it, for built wheels only. Does nothing
+for an editable install, where `controlplane` reads `/migrations` at the repository's root.
 """
 
 from __future__ import annotations

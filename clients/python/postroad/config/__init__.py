@@ -1,0 +1,1 @@
+"""Generated from proto/postroad/config by `make proto`; do not edit."""

@@ -1,0 +1,1 @@
+"""Generated from proto/postroad/control by `make proto`; do not edit."""

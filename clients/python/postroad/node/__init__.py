@@ -1,0 +1,1 @@
+"""Generated from proto/postroad/node by `make proto`; do not edit."""
