@@ -1,7 +1,7 @@
 """What the data plane needs of the outside: interfaces that adapters fill and contract suites hold.
 
-Every method that returns a Future schedules its work at once: giving up the wait does not undo the work, so that a client
-that leaves never cancels a commit.
+Every method that returns a Future schedules its work at once: giving up the wait does not undo the work, so that a
+client that leaves never cancels a commit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dataplane.core.queue import State
 
 
-# --- spool -----------------------------------------------------------------------------------------------------------------
+# --- spool
 
 
 class SpoolError(Exception):
@@ -33,7 +33,7 @@ class SpoolFullError(SpoolError):
 
 
 class SpoolFailedError(SpoolError):
-    """A commit or checkpoint failed: the spool refuses everything from now on and the process must end (never retried)."""
+    """A commit or checkpoint failed: the spool refuses everything from now on, the process must end; never retried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +49,19 @@ class Due(NamedTuple):
     """A waiting recipient at the head of a queue key."""
 
     message_id: MessageId
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
     attempt: int
     due_ms: int
     priority: int
 
 
 class Cursor(NamedTuple):
-    """Where a read of a queue key goes on: after this row in the order due_ms, priority descending, message id, index."""
+    """Where a read of a queue key goes on: after this row, by due_ms, priority descending, message id, index."""
 
     due_ms: int
     priority: int
     message_id: MessageId
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
 
 
 class KeyHead(NamedTuple):
@@ -72,7 +72,7 @@ class KeyHead(NamedTuple):
 
 
 class StoredMessage(NamedTuple):
-    """A message read back: `recipients` are those not terminal yet; `reported` says whether its envelope was recorded."""
+    """A message read back: `recipients` are those not terminal yet; `reported`: its envelope is in a record."""
 
     envelope: Envelope
     content: bytes
@@ -86,7 +86,7 @@ class RecipientChange(NamedTuple):
     A terminal `state` removes the row. `new_attempt` is the attempt stored from now on.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
     attempt: int
     state: State
     new_attempt: int
@@ -97,8 +97,8 @@ class RecipientChange(NamedTuple):
 class Settlement(NamedTuple):
     """Changes of one message and the ledger record that tells them, in one transaction.
 
-    `record` is the encoded record or None for a change that nobody needs to hear of (a claim). `reported` marks the message's
-    envelope as recorded. When no recipient is left the message and its content go too.
+    `record` is the encoded record or None for a change that nobody needs to hear of (a claim). `reported` marks the
+    message's envelope as recorded. When no recipient is left the message and its content go too.
     """
 
     message_id: MessageId
@@ -123,8 +123,9 @@ class SpoolStats(NamedTuple):
 class Spool(Protocol):
     """Durable home of accepted mail and of the records not yet acknowledged. One owner; not thread-safe.
 
-    Writes are grouped: a commit takes all that gathered while the last one ran. A future is done after the commit that holds
-    its write; it fails with SpoolError when that commit did not happen. Records are numbered from 1 without gaps.
+    Writes are grouped: a commit takes all that gathered while the last one ran. A future is done after the commit that
+    holds its write; it fails with SpoolError when that commit did not happen. Records are numbered from 1 without
+    gaps.
     """
 
     @property
@@ -152,7 +153,7 @@ class Spool(Protocol):
         ...
 
     async def load(self, message_id: MessageId) -> StoredMessage | None:
-        """Read a message back, None when it is gone. SpoolError for a row whose checksum is wrong (it is quarantined)."""
+        """Read a message back, None when it is gone. SpoolError for a row whose checksum is wrong; it is quarantined."""
         ...
 
     async def keys(self) -> list[KeyHead]:
@@ -160,7 +161,7 @@ class Spool(Protocol):
         ...
 
     async def heads(self, queue_key: str, after: Cursor | None, limit: int) -> list[Due]:
-        """The next recipients of a key that may be sent some time, in order; `sending` and `held` are not among them."""
+        """The next recipients of a key that may be sent some time, in order; not those `sending` or `held`."""
         ...
 
     async def unreported(self, limit: int) -> list[MessageId]:
@@ -168,7 +169,7 @@ class Spool(Protocol):
         ...
 
     async def interrupted(self) -> list[MessageId]:
-        """Messages with recipients left `sending` by a former incarnation; their attempts ended with nobody watching."""
+        """Messages with recipients left `sending` by a former incarnation; nobody saw how their attempts ended."""
         ...
 
     async def records(self, after: int, max_records: int, max_bytes: int) -> tuple[int, list[bytes]]:
@@ -184,7 +185,7 @@ class Spool(Protocol):
         ...
 
 
-# --- limits ----------------------------------------------------------------------------------------------------------------
+# --- limits
 
 
 class Take(NamedTuple):
@@ -198,7 +199,7 @@ class Take(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """Answer: allowed or not, seconds to wait when not, the key that refused, and whether the local fallback decided."""
+    """Answer: allowed or not, seconds to wait when not, the key that refused, whether the local fallback decided."""
 
     allowed: bool
     wait_s: float
@@ -218,7 +219,7 @@ class Limiter(Protocol):
         ...
 
 
-# --- configuration ---------------------------------------------------------------------------------------------------------
+# --- configuration
 
 
 class ConfigView(Protocol):
@@ -256,7 +257,7 @@ class ConfigView(Protocol):
         ...
 
 
-# --- others ----------------------------------------------------------------------------------------------------------------
+# --- others
 
 
 class Clock(Protocol):
@@ -285,7 +286,7 @@ class Resolver(Protocol):
     async def addresses(self, host: str) -> list[str]:
         """Addresses of `host`, every one checked against the deployment's rules.
 
-        LookupError for a name without addresses, PermissionError when one of them may not be dialled, OSError when the answer
-        could not be had (temporary).
+        LookupError for a name without addresses, PermissionError when one of them may not be dialled, OSError when the
+        answer could not be had (temporary).
         """
         ...

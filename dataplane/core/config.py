@@ -1,7 +1,8 @@
 """Configuration as plain values, the same for both planes: what an account's bundle says, and what is wrong with it.
 
-Adapters decode bundles into these values. `validate_account` and `validate_provider` return every problem they find, with the
-field it stands in; a node refuses a bundle with problems and keeps the one it has, and the control plane refuses the edit.
+Adapters decode bundles into these values. `validate_account` and `validate_provider` return every problem they find,
+with the field it stands in; a node refuses a bundle with problems and keeps the one it has, and the control plane
+refuses the edit.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A routing rule; all non-empty conditions must hold. Patterns as in DESIGN: `a@b`, `@b`, `*.b`, and `<>` for senders."""
+    """A routing rule; all non-empty conditions must hold. Patterns: `a@b`, `@b`, `*.b`, and `<>` for senders."""
 
     name: str
     priority: int

@@ -13,9 +13,9 @@ from dataplane.core.queue import State
 class Envelope:
     """An accepted message without content and recipients; immutable from the 250 on.
 
-    `sender` is empty for the null sender; domains are lower case. `size_bytes` counts the content as delivered. Times are
-    milliseconds since 1970 by the node's wall clock. `headers` holds the unfolded values of the few fields that routing
-    rules may look at, by lower-case name.
+    `sender` is empty for the null sender; domains are lower case. `size_bytes` counts the content as delivered. Times
+    are milliseconds since 1970 by the node's wall clock. `headers` holds the unfolded values of the few fields that
+    routing rules may look at, by lower-case name.
     """
 
     message_id: MessageId
@@ -39,12 +39,12 @@ class Envelope:
 class RecipientRow(NamedTuple):
     """One recipient as the spool keeps it.
 
-    `attempt` counts attempts begun and is the fencing token; `due_ms` is when the recipient may be sent, in milliseconds
-    since 1970; a higher `priority` goes first; `queue_key` groups recipients that wait for the same thing: account and
-    provider, or account and recipient domain.
+    `attempt` counts attempts begun and is the fencing token; `due_ms` is when the recipient may be sent, in
+    milliseconds since 1970; a higher `priority` goes first; `queue_key` groups recipients that wait for the same
+    thing: account and provider, or account and recipient domain.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
     address: str
     state: State
     attempt: int
@@ -54,7 +54,7 @@ class RecipientRow(NamedTuple):
 
 
 def make_queue_key(account: str, next_hop: str) -> str:
-    """Return the key under which recipients of `account` wait for `next_hop` (a provider name or a recipient domain)."""
+    """Return the key under which recipients of `account` wait for `next_hop`: a provider name or a domain."""
     return f"{account}\t{next_hop}"
 
 

@@ -31,7 +31,7 @@ def format_message_id(message_id: bytes) -> str:
 def parse_message_id(text: str) -> MessageId:
     """Return the id that `text` names; ValueError when it is no UUIDv7 in its usual form."""
     value = uuid.UUID(text)
-    if value.version != 7 or str(value) != text.lower():  # noqa: PLR2004 - the version's number is its name
+    if value.version != 7 or str(value) != text.lower():
         msg = "not a UUIDv7 in its usual form"
         raise ValueError(msg)
     return MessageId(value.bytes)

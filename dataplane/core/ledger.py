@@ -1,7 +1,7 @@
 """What a spool reports about a message: plain values, encoded by an adapter.
 
-A record says everything that happened since the spool's last record of the message. The envelope goes along in the first
-one only.
+A record says everything that happened since the spool's last record of the message. The envelope goes along in the
+first one only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataplane.core.queue import EventType, State
 class RecipientUpdate(NamedTuple):
     """New state of one recipient; `next_attempt_ms` is 0 in terminal states. Times in milliseconds since 1970."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
     state: State
     attempt: int
     next_attempt_ms: int

@@ -1,6 +1,7 @@
 """The states of a recipient, and the one table of moves between them.
 
-A message has no state of its own: it is derived from its recipients. All that changes a state goes through `check_move`.
+A message has no state of its own: it is derived from its recipients. All that changes a state goes through
+`check_move`.
 
     state      who may act           on disk                      what a crash leaves behind
     scheduled  timer, operator       row with due time            the same
@@ -76,7 +77,7 @@ MOVES: dict[State, frozenset[State]] = {
     State.CANCELLED: frozenset(),
 }
 
-MARKS: dict[State, frozenset[Mark]] = {state: frozenset(Mark) if state is State.SENT else frozenset() for state in State}
+MARKS: dict[State, frozenset[Mark]] = {s: frozenset(Mark) if s is State.SENT else frozenset() for s in State}
 
 
 class ForbiddenMoveError(Exception):
