@@ -1,0 +1,10 @@
+REVOKE ALL ON postroad.schema_migrations FROM postroad_api, postroad_fleet;
+DROP TABLE postroad.schema_compat;
+DROP FUNCTION postroad.audit();
+DROP FUNCTION postroad.without_secrets(jsonb);
+DROP TABLE postroad.audit_log;
+DROP FUNCTION postroad.touch();
+DROP FUNCTION postroad.current_principal();
+DROP FUNCTION postroad.is_operator();
+DROP FUNCTION postroad.current_account();
+REVOKE USAGE ON SCHEMA postroad FROM postroad_api, postroad_fleet;
