@@ -108,7 +108,11 @@ class Settlement(NamedTuple):
 
 
 class SpoolStats(NamedTuple):
-    """Plain counters for status and metrics; bytes and rows now, commits since open."""
+    """Plain counters for status and metrics; bytes and rows now, commits since open.
+
+    `waiting_count` is recipients that are not terminal, those being sent included; `quarantined_count` is messages set
+    aside because they could not be read back; `outbox_first` is above `outbox_last` when no record is kept.
+    """
 
     waiting_count: int
     oldest_accepted_ms: int
@@ -118,6 +122,7 @@ class SpoolStats(NamedTuple):
     database_bytes: int
     wal_bytes: int
     commits: int
+    quarantined_count: int = 0
 
 
 class Spool(Protocol):
@@ -133,12 +138,24 @@ class Spool(Protocol):
         """Which spool this is."""
         ...
 
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether a message of this size would be taken now; cheap, for a 452 that comes before the content does."""
+        ...
+
     def accept(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
-        """Store a message whole; done means durable. SpoolFullError, SpoolFailedError."""
+        """Store a message whole; done means durable. SpoolFullError, SpoolFailedError.
+
+        SpoolError, and nothing stored, for an id that is there already and for recipients that are none, terminal or
+        share an index.
+        """
         ...
 
     def settle(self, settlement: Settlement) -> asyncio.Future[int]:
-        """Apply changes and write the record; the result is how many recipients were changed."""
+        """Apply changes and write the record; the result is how many recipients were changed.
+
+        When there are changes and all of them name a stale attempt or a message that is gone, nothing is written:
+        neither record nor mark. Without changes the record is always written.
+        """
         ...
 
     def write_record(self, record: bytes) -> asyncio.Future[int]:
@@ -148,12 +165,13 @@ class Spool(Protocol):
     def acknowledge(self, number: int) -> asyncio.Future[None]:
         """Records up to `number` are stored elsewhere; keep the tail (10 minutes or 64 MiB), forget what is before it.
 
-        A number below what was acknowledged moves the mark back as far as the tail reaches.
+        A number below what was acknowledged moves the mark back as far as the tail reaches. SpoolError for a number
+        above the last one.
         """
         ...
 
     async def load(self, message_id: MessageId) -> StoredMessage | None:
-        """Read a message back, None when it is gone. SpoolError for a row whose checksum is wrong; it is quarantined."""
+        """Read a message back, None when it is gone. SpoolError for a row with a wrong checksum; it is quarantined."""
         ...
 
     async def keys(self) -> list[KeyHead]:
