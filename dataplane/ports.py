@@ -275,6 +275,46 @@ class ConfigView(Protocol):
         ...
 
 
+# --- delivery
+
+
+class Handover(Protocol):
+    """What ingress tells delivery of mail that it accepted. Nothing here blocks, fails or reserves anything.
+
+    For each message: `admit`, then the spool's commit, then exactly one of `deliver` (where `admit` said yes for all of
+    its queue keys and the rows were committed as `sending`, attempt 1) and `queued` (committed as `queued`, attempt 0).
+    Recipients without a route go the same way, under the key of an empty next hop: delivery fails them with 5.4.4.
+    """
+
+    def admit(self, size_bytes: int, queue_key: str) -> bool:
+        """Whether a message of this size may be handed on: window open, destination neither full nor dead."""
+        ...
+
+    def deliver(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> None:
+        """Deliver a message whose rows are committed as `sending`, attempt 1."""
+        ...
+
+    def queued(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> None:
+        """A message was committed as `queued`: it is recorded soon and read back when its turn comes."""
+        ...
+
+    def wake(self, queue_key: str) -> None:
+        """Look at this key anew; rows were added or became due."""
+        ...
+
+
+class EventLog(Protocol):
+    """Log lines: a stable event name and fields; never content, never a credential."""
+
+    def info(self, event: str, **fields: object) -> None:
+        """Write one line."""
+        ...
+
+    def warning(self, event: str, **fields: object) -> None:
+        """Write one line that somebody should read."""
+        ...
+
+
 # --- others
 
 

@@ -1,0 +1,101 @@
+"""What is asked of a next hop and how it ends: transactions, verdicts, and a message's bytes on the wire.
+
+Pure values and functions. Content is what was accepted: it is framed, never altered. A message that this server cannot
+take as it is gets a refusal by us instead of a transaction:
+
+    5.1.3   control characters in an address (they were refused at acceptance already)
+    5.6.0   bare CR or LF in the content (likewise)
+    5.6.3   8-bit content without 8BITMIME: RFC 6152, section 3, leaves conversion or refusal, and nothing is converted
+    5.6.7   needs SMTPUTF8, and the server does not offer it (RFC 6531, section 3.2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class VerdictKind(IntEnum):
+    """How it ended for a recipient. REFUSED is by us; INTERRUPTED was cut before the dot, UNCERTAIN after it."""
+
+    SENT = 1
+    TEMPORARY = 2
+    PERMANENT = 3
+    REFUSED = 4
+    INTERRUPTED = 5
+    UNCERTAIN = 6
+
+
+class Verdict(NamedTuple):
+    """One recipient's end. `code` is 0 without a reply; `enhanced` may be empty; `text` is safe to store."""
+
+    kind: VerdictKind
+    code: int
+    enhanced: str
+    text: str
+
+
+class Transaction(NamedTuple):
+    """A message for recipients of one next hop. `content` has CRLF line ends; `sender` may be empty."""
+
+    sender: str
+    recipients: tuple[str, ...]
+    content: bytes
+    smtputf8: bool = False
+    body_8bit: bool = False
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Login:
+    """User and password of a provider; its repr shows neither."""
+
+    username: str
+    password: str
+
+
+def mail_parameters(transaction: Transaction, capabilities: Mapping[str, str]) -> tuple[Verdict | None, str]:
+    """Return why a server with these capabilities cannot take the message, or None, and the parameters of MAIL."""
+    sender, recipients, content, smtputf8, body_8bit = transaction
+    addresses = sender + "".join(recipients)
+    if not addresses.isprintable() and any(character < " " or character == "\x7f" for character in addresses):
+        return _refusal("5.1.3", "control characters in an address"), ""
+    if not _is_canonical(content):
+        return _refusal("5.6.0", "content with bare CR or LF"), ""
+    parameters = f" SIZE={len(content)}" if "SIZE" in capabilities else ""
+    if body_8bit:
+        if "8BITMIME" not in capabilities:
+            return _refusal("5.6.3", "8-bit content, and the next hop does not offer 8BITMIME"), ""
+        parameters += " BODY=8BITMIME"
+    if smtputf8 or not addresses.isascii():
+        if "SMTPUTF8" in capabilities:
+            parameters += " SMTPUTF8"
+        elif not addresses.isascii() or not _header_block(content).isascii():
+            return _refusal("5.6.7", "the message needs SMTPUTF8, and the next hop does not offer it"), ""
+    return None, parameters
+
+
+def frame_content(content: bytes) -> list[bytes]:
+    """Return what follows 354: the content with dots stuffed where a line begins with one, and the final dot."""
+    if b"\r\n." in content:
+        content = content.replace(b"\r\n.", b"\r\n..")
+    if content[:1] == b".":
+        content = b"." + content
+    if not content:
+        return [b".\r\n"]
+    return [content, b".\r\n" if content[-2:] == b"\r\n" else b"\r\n.\r\n"]
+
+
+def _is_canonical(content: bytes) -> bool:
+    lines = content.count(b"\r\n")
+    return content.count(b"\n") == lines and content.count(b"\r") == lines
+
+
+def _refusal(enhanced: str, text: str) -> Verdict:
+    return Verdict(VerdictKind.REFUSED, 0, enhanced, text)
+
+
+def _header_block(content: bytes) -> bytes:
+    end = content.find(b"\r\n\r\n")
+    return content if end < 0 else content[:end]
