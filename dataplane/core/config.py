@@ -131,12 +131,16 @@ class NodeSettings:
 
 @dataclass(frozen=True, slots=True)
 class Denials:
-    """What must stop now: names, each with the time (ms since 1970) at which the denial falls away, 0 for never."""
+    """What must stop now: names, each with the time (ms since 1970) at which the denial falls away, 0 for never.
+
+    `credentials_since` says since when a credential is denied: mail that it submitted before that time goes on.
+    """
 
     version: int = 0
     accounts: dict[str, int] = field(default_factory=dict)
     credentials: dict[str, int] = field(default_factory=dict)
     providers: dict[str, int] = field(default_factory=dict)
+    credentials_since: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,3 +149,12 @@ class Problem:
 
     field: str
     description: str
+
+
+def seal_context(account: str, resource: str, field_name: str) -> bytes:
+    """Return the additional data under which a secret is sealed: it opens only where it belongs.
+
+    `account` is empty for shared resources; `field_name` is the field of the resource. The rule is that of
+    postroad.config.v1.SealedValue, and stored bytes depend on it.
+    """
+    return "\0".join(("postroad/v1", account, resource, field_name)).encode("utf-8")
