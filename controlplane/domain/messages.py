@@ -1,0 +1,163 @@
+"""Messages as the ledger knows them, and what is asked about them: plain values.
+
+Contract. `message_state` derives a message's state from its recipients: the least finished one, in the order that the
+API states. `first_id_at` gives the least UUIDv7 of a moment (RFC 9562, section 5.7), so that a range of times is a
+range of ids. A `Position` orders all that the ledger learnt; its text form is what a watcher resumes from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import NamedTuple
+
+from controlplane.domain.errors import invalid
+from dataplane.core.queue import EventType, State
+
+_LEAST_FINISHED_FIRST = (
+    State.SENDING,
+    State.QUEUED,
+    State.DEFERRED,
+    State.SCHEDULED,
+    State.HELD,
+    State.FAILED,
+    State.BOUNCED,
+    State.EXPIRED,
+    State.CANCELLED,
+    State.SENT,
+)
+_POSITION = re.compile(r"([0-9]{1,19})-([0-9]{1,18})")
+_LAST_MS = (1 << 48) - 1
+
+
+class Position(NamedTuple):
+    """Transaction and number of an event."""
+
+    transaction: int
+    number: int
+
+    def __str__(self) -> str:
+        """As the API shows it."""
+        return f"{self.transaction}-{self.number}"
+
+
+def parse_position(text: str) -> Position:
+    """Return the position in `text`; InvalidArgumentError when it is none of ours."""
+    match = _POSITION.fullmatch(text)
+    if match is None or int(match[1]) >= 1 << 63:
+        raise invalid("position", "is none of ours")
+    return Position(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipient:
+    """One recipient; `next_attempt_time` is None in terminal states."""
+
+    index: int
+    address: str
+    state: State
+    attempts: int
+    next_attempt_time: datetime | None
+    update_time: datetime
+    reply_code: int
+    enhanced_code: str
+    reply_text: str
+    provider: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened; `recipient_index` is None for the whole message. Times in ms."""
+
+    message_id: str
+    account: str
+    position: Position
+    recipient_index: int | None
+    recipient: str
+    type: EventType
+    event_time: datetime
+    node: str
+    spool: str
+    attempt: int = 0
+    bundle_revision: int = 0
+    rule: str = ""
+    provider: str = ""
+    remote_host: str = ""
+    tls: str = ""
+    reply_code: int = 0
+    enhanced_code: str = ""
+    reply_text: str = ""
+    queued_ms: int = 0
+    waiting_ms: int = 0
+    connecting_ms: int = 0
+    transferring_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """An accepted message; `events` are filled in for one message only, oldest first."""
+
+    message_id: str
+    account: str
+    accept_time: datetime
+    sender: str
+    header_message_id: str
+    subject: str
+    size_bytes: int
+    credential: str
+    client_address: str
+    client_helo: str
+    client_tls: str
+    session: str
+    node: str
+    spool: str
+    recipients: tuple[Recipient, ...] = ()
+    events: tuple[Event, ...] = ()
+
+    @property
+    def state(self) -> State:
+        """Derived from the recipients."""
+        return message_state(recipient.state for recipient in self.recipients)
+
+
+@dataclass(frozen=True, slots=True)
+class MessageQuery:
+    """Which messages of an account: newest first, below `before_id`."""
+
+    account: str
+    limit: int
+    before_id: str | None = None
+    state: State | None = None
+    recipient: str = ""
+    from_id: str | None = None
+    to_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An edge verb on its way to a spool, and what came of it; done when `done_time` is set."""
+
+    command: str
+    account: str
+    verb: int
+    message_id: str
+    create_time: datetime
+    done_time: datetime | None = None
+    changed_count: int = 0
+    too_late_count: int = 0
+    error: str = ""
+
+
+def message_state(states: Iterable[State]) -> State:
+    """Return the state that stands for all; QUEUED where the ledger knows no recipient yet."""
+    present = set(states)
+    return next((state for state in _LEAST_FINISHED_FIRST if state in present), State.QUEUED)
+
+
+def first_id_at(time: datetime) -> str:
+    """Return the least id of the millisecond in which `time` lies."""
+    milliseconds = min(max(int(time.timestamp() * 1000), 0), _LAST_MS)
+    text = f"{milliseconds:012x}" + "0" * 20
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
