@@ -1,0 +1,394 @@
+"""What the fleet's side of the control plane is built on: values of the stream and the ledger, and the ports
+to storage.
+
+Contract. Values are immutable. Every method of a port is one transaction, raises `StorageUnavailableError`
+while PostgreSQL is away, and leaves nothing half done when it is cancelled. Times are aware datetimes in
+UTC or, where a name ends in `_ms`, milliseconds since 1970. Ids of nodes and pools are the last part of the
+resource name, spools and commands are UUIDs as text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
+
+
+class StorageUnavailableError(Exception):
+    """PostgreSQL cannot be asked now: nobody's fault who calls, and worth trying again."""
+
+
+# --- configuration -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """One immutable revision of a bundle, as stored; see postroad.config.v1.Bundle."""
+
+    name: str
+    kind: int
+    revision: int
+    hash: bytes
+    content: bytes
+
+
+class BundleVersion(NamedTuple):
+    """What tells a bundle from its other revisions."""
+
+    revision: int
+    hash: bytes
+
+
+class BundleListing(NamedTuple):
+    """For each pool its changed bundles, None for a deleted one, and the mark to ask from next time."""
+
+    mark: int
+    pools: Mapping[str, Mapping[str, BundleVersion | None]]
+
+
+class PoolKey(NamedTuple):
+    """A key of the secrets in a pool's bundles; never shown."""
+
+    key_id: str
+    key: bytes
+
+    def __repr__(self) -> str:
+        return f"PoolKey({self.key_id})"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """All bundles of a node pool at one moment; `pool` is its id, `digest` that of `digest_of`."""
+
+    pool: str
+    bundles: Mapping[str, Bundle]
+    pool_keys: tuple[PoolKey, ...]
+    digest: bytes
+
+
+def digest_of(hashes: Mapping[str, bytes]) -> bytes:
+    """SHA-256 over name, NUL and hash of every bundle, in order of name: what a node holds, in 32 bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(hashes):
+        digest.update(name.encode() + b"\0" + hashes[name])
+    return digest.digest()
+
+
+class DenialSubject(IntEnum):
+    """What a denial stops."""
+
+    ACCOUNT = 1
+    CREDENTIAL = 2
+    PROVIDER = 3
+
+
+class Denial(NamedTuple):
+    """One thing to stop; `expire_time` None for never."""
+
+    subject: DenialSubject
+    name: str
+    since_time: datetime
+    expire_time: datetime | None
+
+
+class DenialSet(NamedTuple):
+    """All denials of the fleet; the version only grows."""
+
+    version: int
+    denials: tuple[Denial, ...]
+
+
+class SpoolCommand(NamedTuple):
+    """Something for a spool to do; `verb` as in postroad.node.v1, message ids are 16 bytes each."""
+
+    command: str
+    spool: str
+    verb: int
+    account: str
+    message_ids: tuple[bytes, ...]
+
+
+# --- nodes ---------------------------------------------------------------------------------------------------------
+
+
+class SpoolStatus(NamedTuple):
+    """A spool as its node sees it."""
+
+    spool: str
+    incarnation: int
+    acknowledged: int
+    last_record: int
+    waiting_count: int
+    open: bool
+
+
+class ConfigStatus(IntEnum):
+    """Whether a node uses the newest configuration; the numbers are those of postroad.control.v1."""
+
+    SYNCED = 1
+    NOT_SENT = 2
+    STALE = 3
+    ERROR = 4
+
+
+class ConfigReport(NamedTuple):
+    """What is recorded of a node's configuration; `refused` are names and hashes of what it refused."""
+
+    status: ConfigStatus
+    error: str
+    denials_version: int
+    refused: tuple[tuple[str, bytes], ...] = ()
+
+
+class NodeState(IntEnum):
+    """Where a node is in its life; the numbers are those of postroad.control.v1."""
+
+    PENDING = 1
+    ENROLLED = 2
+    REVOKED = 3
+
+
+class NodeRecord(NamedTuple):
+    """What the node port must know of a node. `stream` is the newest stream's id, empty for none."""
+
+    node_id: str
+    pool: str
+    state: NodeState
+    certificate_serial: str
+    stream: str
+
+
+class NodeHello(NamedTuple):
+    """What a node says of its software when it connects."""
+
+    boot_id: str
+    software_version: str
+
+
+class NodeHealth(NamedTuple):
+    """What a node says of itself with each heartbeat."""
+
+    digest: bytes
+    draining: bool
+    queue_depth: int
+    oldest_age_s: float
+    clock_skew_s: float
+
+
+class CertificateRecord(NamedTuple):
+    """What is stored of a node's certificate."""
+
+    serial: str
+    fingerprint: bytes
+    not_before: datetime
+    not_after: datetime
+
+
+class EnrolledNode(NamedTuple):
+    """Whose token it was."""
+
+    node_id: str
+    pool: str
+
+
+class FleetRepository(Protocol):
+    """Nodes, pools and what they must know."""
+
+    async def find_enrollment(self, token_sha256: bytes, now: datetime) -> EnrolledNode | None:
+        """The node of a token that is good now."""
+        ...
+
+    async def complete_enrollment(
+        self, token_sha256: bytes, certificate: CertificateRecord, software_version: str, now: datetime
+    ) -> bool:
+        """Use the token up and record the certificate; False when the token is good no more."""
+        ...
+
+    async def get_node(self, node_id: str) -> NodeRecord | None:
+        """One node."""
+        ...
+
+    async def get_nodes(self, node_ids: Sequence[str]) -> list[NodeRecord]:
+        """Those of the nodes that exist."""
+        ...
+
+    async def open_stream(self, node_id: str, stream: str, hello: NodeHello, now: datetime) -> Mapping[str, bytes]:
+        """Record the node's newest stream; an older one is no longer the node's.
+
+        Returns names and hashes of what the node refused when it last ran this software, empty after another one.
+        """
+        ...
+
+    async def close_stream(self, node_id: str, stream: str, now: datetime) -> None:
+        """Record that the node is not connected, unless a newer stream took over."""
+        ...
+
+    async def report_config(self, node_id: str, stream: str, report: ConfigReport, now: datetime) -> None:
+        """Record how the node's configuration is, unless a newer stream took over."""
+        ...
+
+    async def report_health(self, node_id: str, stream: str, health: NodeHealth, now: datetime) -> None:
+        """Record a heartbeat, unless a newer stream took over."""
+        ...
+
+    async def report_spools(self, node_id: str, spools: Sequence[SpoolStatus], now: datetime) -> list[str]:
+        """Register and update the node's spools; returns those that it must not send from.
+
+        Raises SpoolOwnershipError for another node's spool.
+        """
+        ...
+
+    async def list_spools(self, node_ids: Sequence[str]) -> list[SpoolOwner]:
+        """The spools of these nodes."""
+        ...
+
+    async def bundles_since(self, mark: int) -> BundleListing:
+        """Bundles that changed at or after `mark`, 0 for all of them."""
+        ...
+
+    async def load_bundles(self, pool: str, names: Sequence[str]) -> list[Bundle]:
+        """Some of a pool's bundles as they are now; deleted ones are missing."""
+        ...
+
+    async def load_pool_keys(self, pool: str) -> tuple[PoolKey, ...]:
+        """The keys of a pool's secrets, unsealed, in order of id."""
+        ...
+
+    async def denials_version(self) -> int:
+        """Version of the denials in force."""
+        ...
+
+    async def load_denials(self, now: datetime) -> DenialSet:
+        """The denials in force."""
+        ...
+
+    async def open_commands(self, spools: Sequence[str]) -> list[SpoolCommand]:
+        """Commands of these spools whose result is not known yet, oldest first; at most 1,000."""
+        ...
+
+
+class SpoolOwner(NamedTuple):
+    """Whose a spool is and whether its records are taken."""
+
+    spool: str
+    node_id: str
+    accepted: bool
+
+
+class SpoolOwnershipError(Exception):
+    """A node speaks for a spool that is another's."""
+
+
+# --- ledger --------------------------------------------------------------------------------------------------------
+
+
+class RefusalReason(IntEnum):
+    """Why records are not taken; the numbers are those of postroad.node.v1.LedgerRefusal."""
+
+    WENT_BACKWARDS = 1
+    SUPERSEDED = 2
+    GAP = 3
+
+
+class Cursor(NamedTuple):
+    """Records of the spool up to `cursor` are stored."""
+
+    spool: str
+    cursor: int
+
+
+class Refusal(NamedTuple):
+    """Records of the spool are not taken."""
+
+    spool: str
+    reason: RefusalReason
+    detail: str
+
+
+class SpoolOpening(NamedTuple):
+    """A spool begins to report; see postroad.node.v1.LedgerOpen."""
+
+    spool: str
+    incarnation: int
+    acknowledged: int
+    oldest_record: int
+    last_record: int
+
+
+class RawBatch(NamedTuple):
+    """Records of one spool in order, still encoded."""
+
+    spool: str
+    incarnation: int
+    first_record: int
+    records: Sequence[bytes]
+
+
+class Stored(NamedTuple):
+    """What a transaction of records did."""
+
+    answer: Cursor | Refusal
+    stored_count: int
+    rejected_count: int
+
+
+class LedgerStore(Protocol):
+    """The record of every message."""
+
+    async def open_spool(self, node_id: str, opening: SpoolOpening, now: datetime) -> Cursor | Refusal:
+        """Register the spool or check that it continues; SpoolOwnershipError for another node's."""
+        ...
+
+    async def store(self, node_id: str, batch: RawBatch, now: datetime) -> Stored:
+        """Store a batch and move the cursor, in one transaction."""
+        ...
+
+
+# --- jobs ----------------------------------------------------------------------------------------------------------
+
+
+class Leadership(Protocol):
+    """A lock that one process of the fleet holds, on a connection of its own."""
+
+    async def acquire(self) -> bool:
+        """Try to become the leader; never waits for the other one."""
+        ...
+
+    async def is_held(self) -> bool:
+        """Whether the lock is held still; False as soon as its connection is doubtful."""
+        ...
+
+    async def release(self) -> None:
+        """Let go, whatever state the connection is in."""
+        ...
+
+
+class JobStore(Protocol):
+    """What the leader's jobs do."""
+
+    async def ensure_partitions(self, first: date, days: int) -> None:
+        """Make the mail tables' partitions for `days` days from `first` on, where they are missing."""
+        ...
+
+    async def drop_partitions(self, before: date) -> int:
+        """Drop the partitions of days before `before`; returns how many."""
+        ...
+
+    async def delete_idempotency_keys(self, before: datetime) -> int:
+        """Forget answers to requests made before then."""
+        ...
+
+    async def delete_enrollment_tokens(self, before: datetime) -> int:
+        """Forget tokens that ended before then."""
+        ...
+
+
+class QueryObserver(Protocol):
+    """Who wants to know how long database work took."""
+
+    def __call__(self, query: str, seconds: float, *, failed: bool) -> Any:
+        """Work named `query` ended."""
+        ...

@@ -1,0 +1,112 @@
+"""Who is connected to this process, and the way news reaches them: one latest-wins slot per node, no queue.
+
+Contract. `publish_*` puts the newest state into every session that it concerns and wakes its driver;
+nothing waits and nothing is sent here. A newer stream of a node closes the older one. What was published
+last is remembered and handed to streams that open later.
+
+    attach → slot is the node's; an older slot gets Close      detach → gone, unless a newer one took its place
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from controlplane.ports_fleet import DenialSet, PoolConfig, SpoolCommand
+from controlplane.stream.cache import ConfigCache
+from controlplane.stream.session import Action, CloseCode, Directive, Session
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A node's open stream. `wake` tells the driver to pull the session's outputs."""
+
+    node_id: str
+    pool: str
+    stream: str
+    session: Session
+    wake: Callable[[], None]
+
+
+class TooManyStreamsError(Exception):
+    """This process holds as many streams as it may."""
+
+
+class Hub:
+    """All open streams of this process."""
+
+    def __init__(self, max_streams: int) -> None:
+        self.cache = ConfigCache()
+        self._max_streams = max_streams
+        self._slots: dict[str, Slot] = {}
+        self._denials: DenialSet | None = None
+        self._draining = False
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The streams that are open now."""
+        return list(self._slots.values())
+
+    def attach(self, slot: Slot) -> None:
+        """A node's stream opens; TooManyStreamsError at the limit."""
+        older = self._slots.get(slot.node_id)
+        if older is None and len(self._slots) >= self._max_streams:
+            raise TooManyStreamsError
+        if older is not None:
+            close(older, CloseCode.ABORTED, "a newer stream of this node took over")
+        self._slots[slot.node_id] = slot
+        slot.session.config_changed(self.cache.get(slot.pool))
+        if self._denials is not None:
+            slot.session.denials_changed(self._denials)
+        if self._draining:
+            self._ask_to_reconnect(slot)
+
+    def detach(self, slot: Slot) -> None:
+        """A stream ended."""
+        if self._slots.get(slot.node_id) is slot:
+            del self._slots[slot.node_id]
+
+    def publish_config(self, configs: Iterable[PoolConfig]) -> None:
+        """Pools have a new configuration."""
+        by_pool = {config.pool: config for config in configs}
+        for slot in self.slots:
+            if slot.pool in by_pool:
+                slot.session.config_changed(by_pool[slot.pool])
+                slot.wake()
+
+    def publish_denials(self, denials: DenialSet) -> None:
+        """The denials are these now."""
+        self._denials = denials
+        for slot in self.slots:
+            slot.session.denials_changed(denials)
+            slot.wake()
+
+    def publish_commands(self, by_node: Mapping[str, Sequence[SpoolCommand]]) -> None:
+        """For each connected node every command without result; a node that is missing has none."""
+        for slot in self.slots:
+            slot.session.commands_changed(by_node.get(slot.node_id, ()))
+            slot.wake()
+
+    def tick(self, slot: Slot) -> None:
+        """A stream's minute is over."""
+        slot.session.tick()
+        slot.wake()
+
+    def drain(self) -> None:
+        """Ask every node, and those that still come, to connect elsewhere; their streams end."""
+        self._draining = True
+        for slot in self.slots:
+            self._ask_to_reconnect(slot)
+
+    def _ask_to_reconnect(self, slot: Slot) -> None:
+        slot.session.direct(Directive(Action.RECONNECT))
+        close(slot, CloseCode.OK, "draining")
+
+
+def close(slot: Slot, code: CloseCode, text: str) -> None:
+    """End one stream."""
+    slot.session.close(code, text)
+    slot.wake()
