@@ -1,0 +1,100 @@
+"""How the SDK connects: TLS always, the API key as bearer token, deadlines, and retries where they are safe.
+
+A call is retried on UNAVAILABLE (up to 4 attempts, back-off 0.2 to 3 s with jitter, done by gRPC) when repeating it
+cannot do harm: reads, and changes that carry a `request_id`, which the server answers once and remembers. The SDK fills
+in a `request_id` where the caller left it empty. Not retried are calls whose answer holds a secret: the server shows
+one only once, so that a repeated call would come back without it.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.longrunning import operations_pb2
+from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
+
+from postroad.control.v1 import (
+    account_service_pb2,
+    credential_service_pb2,
+    message_service_pb2,
+    node_service_pb2,
+    provider_service_pb2,
+    routing_rule_service_pb2,
+)
+
+DEFAULT_TIMEOUT_S = 30.0
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+_SECRET_FIELDS = frozenset({"secret", "enrollment_token"})
+_READS = ("Get", "List", "Wait")
+_FILES: tuple[FileDescriptor, ...] = (
+    account_service_pb2.DESCRIPTOR,
+    credential_service_pb2.DESCRIPTOR,
+    message_service_pb2.DESCRIPTOR,
+    node_service_pb2.DESCRIPTOR,
+    provider_service_pb2.DESCRIPTOR,
+    routing_rule_service_pb2.DESCRIPTOR,
+    operations_pb2.DESCRIPTOR,
+)
+_RETRY_POLICY = {
+    "maxAttempts": 4,
+    "initialBackoff": "0.2s",
+    "maxBackoff": "3s",
+    "backoffMultiplier": 2.5,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+
+
+def credentials(api_key: str, ca_file: Path | None) -> grpc.ChannelCredentials:
+    """TLS by the CA in `ca_file`, or the system's, and the key on every call. OSError when the file cannot be read."""
+    roots = ca_file.read_bytes() if ca_file is not None else None
+    return grpc.composite_channel_credentials(
+        grpc.ssl_channel_credentials(roots), grpc.access_token_call_credentials(api_key)
+    )
+
+
+def options() -> list[tuple[str, Any]]:
+    """Channel options for sync and async channels alike."""
+    return [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.enable_retries", 1),
+        ("grpc.service_config", _service_config()),
+    ]
+
+
+def is_repeatable(method: MethodDescriptor) -> bool:
+    """Whether the same call may be sent twice without harm. See the module."""
+    if method.server_streaming:
+        return False
+    if method.name.startswith(_READS):
+        return True
+    shows_secret = any(field.name in _SECRET_FIELDS for field in method.output_type.fields)
+    return "request_id" in method.input_type.fields_by_name and not shows_secret
+
+
+def fill_request_id(request: Any) -> None:
+    """Give the request an id where it has the field and the caller did not."""
+    if "request_id" in request.DESCRIPTOR.fields_by_name and not request.request_id:
+        request.request_id = str(uuid.uuid4())
+
+
+def methods() -> Iterator[MethodDescriptor]:
+    """Every method of the public API."""
+    for file in _FILES:
+        for service in file.services_by_name.values():
+            yield from service.methods
+
+
+def _service_config() -> str:
+    repeatable = [
+        {"service": method.containing_service.full_name, "method": method.name}
+        for method in methods()
+        if is_repeatable(method)
+    ]
+    return json.dumps({"methodConfig": [{"name": repeatable, "retryPolicy": _RETRY_POLICY}]})
