@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from dataplane.core.authors import UnreadableAuthorsError, author_domains
+from dataplane.core.config import RULE_HEADER_NAMES, RULE_HEADER_PREFIX
 
 MAX_HEADER_FIELDS = 1_000
 MAX_HEADER_BYTES = 262_144
@@ -34,22 +35,6 @@ MAX_SUBJECT_CHARS = 200
 MAX_MESSAGE_ID_OCTETS = 998
 MAX_RULE_VALUE_CHARS = 1_000
 MAX_RULE_VALUES = 50
-
-RULE_HEADER_NAMES = frozenset(
-    {
-        "subject",
-        "list-id",
-        "precedence",
-        "auto-submitted",
-        "x-priority",
-        "x-mailer",
-        "x-campaign",
-        "x-tag",
-    }
-)
-"""Fields that routing rules may look at, beside all that begin with RULE_HEADER_PREFIX; in lower case."""
-
-RULE_HEADER_PREFIX = "x-postroad-"
 
 _NAME_OCTETS = bytes(octet for octet in range(33, 127) if octet != ord(":"))
 _WHITE = frozenset({b" ", b"\t"})

@@ -26,9 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from dataplane.core.config import Rule, Target
-
-NULL_SENDER_PATTERN = "<>"
+from dataplane.core.config import NULL_SENDER_PATTERN, Rule, Target
 
 # Above it a rule with patterns of both kinds would fill the table: it stands under its recipients then.
 _MAX_PAIRS = 64
