@@ -1,0 +1,1 @@
+"""Measurements of Postroad and its peers; nothing here is shipped."""
