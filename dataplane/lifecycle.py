@@ -1,0 +1,75 @@
+"""How a process of the node hears that it must end, and what it says while something is still held.
+
+`StopSignals`: the first SIGTERM or SIGINT asks for a drain, the second one for haste; both are events to wait
+for. `report_held` says every 15 s what still holds a drain up, by label. `die_with_parent` and
+`watch_lifeline` end a child whose supervisor is gone, however it went: the kernel's signal where there is
+one, and in any case the end of a pipe that only the supervisor holds the other end of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+HELD_REPORT_INTERVAL_S = 15.0
+_PR_SET_PDEATHSIG = 1
+_ORPHANED = 70
+
+
+class EventLog(Protocol):
+    """What this module needs of a logger."""
+
+    def info(self, event: str, /, **fields: Any) -> Any:
+        """Write one line."""
+        ...
+
+
+class StopSignals:
+    """SIGTERM and SIGINT as events of the running loop."""
+
+    def __init__(self) -> None:
+        self.drain = asyncio.Event()
+        self.hurry = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._received)
+
+    def _received(self) -> None:
+        (self.hurry if self.drain.is_set() else self.drain).set()
+
+
+async def report_held(
+    held: Callable[[], Mapping[str, int]], log: EventLog, interval_s: float = HELD_REPORT_INTERVAL_S
+) -> None:
+    """Log what `held` counts every `interval_s`, until cancelled; labels with nothing held are left out."""
+    while True:
+        await asyncio.sleep(interval_s)
+        log.info("drain.waiting", **{label: count for label, count in held().items() if count})
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Let the kernel kill this process when its parent ends; end at once if that has happened already.
+
+    SIGKILL, because a drain would keep the ports and the spool from the node that starts in our place, and
+    because the spool makes it safe. Elsewhere than on Linux the lifeline alone does it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(_ORPHANED)
+
+
+def watch_lifeline(lifeline_fd: int) -> None:
+    """End this process when the other end of the pipe is closed; for the running loop."""
+    os.set_blocking(lifeline_fd, False)
+
+    def readable() -> None:
+        if not os.read(lifeline_fd, 1):
+            os._exit(_ORPHANED)
+
+    asyncio.get_running_loop().add_reader(lifeline_fd, readable)
