@@ -118,6 +118,7 @@ class Client:
         "failure",
         "outcome",
         "phase",
+        "reply_count",
         "reusable",
     )
 
@@ -135,6 +136,7 @@ class Client:
         self.outcome: tuple[Verdict, ...] | None = None
         self.answered = False  # whether the present transaction got any reply
         self.reusable = False
+        self.reply_count = 0  # whole replies so far: what moves a timer
         self._hostname = hostname
         self._tls_policy = tls_policy
         self._tls_active = tls_active
@@ -195,6 +197,7 @@ class Client:
                 return self._out_of_step(f"malformed reply: {error}")
             if reply is None:
                 break
+            self.reply_count += 1
             signal = self._handlers[self.phase](reply)
         return signal
 
