@@ -1,0 +1,163 @@
+"""Transactions of the public API on PostgreSQL: scope, repositories, errors.
+
+Contract. `PostgresDatabase(pool, …)` implements `controlplane.ports.Database` on a pool of role `postroad_api`. The
+scope is told to row-level security by set_config(…, true), so that it ends with the transaction. Errors of the driver
+become errors of the domain: constraints by `constraints.py`, lost races AbortedError, a database that cannot be reached
+or answers too slowly UnavailableError. Nothing here ever ends the process.
+
+    cancelled, or the body raised     ROLLBACK; the connection goes back clean
+    timeout, lost connection          the connection is doubtful: it is terminated, never reused
+    COMMIT's answer lost              UnavailableError; a caller with a request_id finds out by asking again
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+
+from controlplane.adapters.postgres.accounts import AccountsRepository
+from controlplane.adapters.postgres.bundles import BundlesRepository
+from controlplane.adapters.postgres.constraints import domain_error
+from controlplane.adapters.postgres.credentials import ApiKeysRepository, SmtpCredentialsRepository
+from controlplane.adapters.postgres.idempotency import IdempotencyRepository
+from controlplane.adapters.postgres.messages import MessagesRepository
+from controlplane.adapters.postgres.nodes import NodesRepository
+from controlplane.adapters.postgres.providers import ProvidersRepository
+from controlplane.adapters.postgres.routing_rules import RoutingRulesRepository
+from controlplane.adapters.postgres.session import Connection, Session
+from controlplane.domain.errors import AbortedError, ControlPlaneError, Reason, UnavailableError
+from controlplane.ports import (
+    Accounts,
+    ApiKeys,
+    Bundles,
+    Idempotency,
+    Messages,
+    Nodes,
+    Providers,
+    RoutingRules,
+    Scope,
+    SmtpCredentials,
+    Work,
+)
+
+Observer = Callable[[str, float, bool], None]
+"""Told of each query: its name, its seconds, whether it failed."""
+
+_RETRY_AFTER_S = 2.0
+_LOST_RACES = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError)
+_AWAY = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+)
+
+
+class PostgresWork:
+    """`controlplane.ports.Work` on one connection."""
+
+    def __init__(self, session: Session, principal: str) -> None:
+        self._session = session
+        self.accounts: Accounts = AccountsRepository(session)
+        self.api_keys: ApiKeys = ApiKeysRepository(session)
+        self.smtp_credentials: SmtpCredentials = SmtpCredentialsRepository(session)
+        self.providers: Providers = ProvidersRepository(session)
+        self.routing_rules: RoutingRules = RoutingRulesRepository(session)
+        self.nodes: Nodes = NodesRepository(session)
+        self.bundles: Bundles = BundlesRepository(session, principal)
+        self.idempotency: Idempotency = IdempotencyRepository(session, principal)
+        self.messages: Messages = MessagesRepository(session)
+
+    async def now(self) -> datetime:
+        """The transaction's time."""
+        time: datetime = await self._session.value("now", "SELECT transaction_timestamp()")
+        return time
+
+
+class PostgresDatabase:
+    """`controlplane.ports.Database`; see the module."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool[Any],
+        *,
+        acquire_timeout_s: float = 5.0,
+        transaction_timeout_s: float = 25.0,
+        observe: Observer = lambda _name, _seconds, _failed: None,
+    ) -> None:
+        self._pool = pool
+        self._acquire_timeout_s = acquire_timeout_s
+        self._transaction_timeout_s = transaction_timeout_s
+        self._observe = observe
+
+    @asynccontextmanager
+    async def transaction(self, scope: Scope) -> AsyncIterator[Work]:
+        """As `controlplane.ports.Database.transaction`."""
+        settings = {
+            "postroad.account": scope.account,
+            "postroad.principal": scope.principal,
+            "postroad.request_id": scope.request_id,
+        }
+        async with self._transaction(settings) as session:
+            yield PostgresWork(session, scope.principal)
+
+    @asynccontextmanager
+    async def authentication(self, lookup: str) -> AsyncIterator[Work]:
+        """As `controlplane.ports.Database.authentication`."""
+        async with self._transaction({"postroad.account": "", "postroad.api_key_lookup": lookup}) as session:
+            yield PostgresWork(session, "")
+
+    @asynccontextmanager
+    async def _transaction(self, settings: dict[str, str]) -> AsyncIterator[Session]:
+        session: Session | None = None
+        try:
+            async with self._connection() as connection, asyncio.timeout(self._transaction_timeout_s):
+                session = Session(connection, self._observe)
+                async with connection.transaction():
+                    await connection.execute(
+                        "SELECT set_config(name, value, true) FROM unnest($1::text[], $2::text[]) AS s (name, value)",
+                        list(settings),
+                        list(settings.values()),
+                    )
+                    yield session
+        except ControlPlaneError:
+            raise
+        except _LOST_RACES as error:
+            raise AbortedError(Reason.CONCURRENT_EDIT) from error
+        except asyncpg.IntegrityConstraintViolationError as error:
+            name = session.subject if session is not None else ""
+            known = domain_error(error.constraint_name or "", name)
+            if known is None:
+                raise
+            raise known from error
+        except _AWAY as error:
+            raise UnavailableError(
+                Reason.DATABASE_UNAVAILABLE, "the database cannot be reached", retry_after_s=_RETRY_AFTER_S
+            ) from error
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        connection = await self._pool.acquire(timeout=self._acquire_timeout_s)
+        try:
+            yield connection
+        except (TimeoutError, OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError):
+            connection.terminate()
+            raise
+        finally:
+            # A release may wait for a server that no longer answers; it must not take the caller along.
+            await asyncio.shield(self._release(connection))
+
+    async def _release(self, connection: Connection) -> None:
+        try:
+            await self._pool.release(connection, timeout=self._acquire_timeout_s)
+        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            connection.terminate()

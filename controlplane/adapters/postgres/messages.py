@@ -1,0 +1,212 @@
+"""The ledger as callers read it, and the commands they give.
+
+Contract. Implements `controlplane.ports.Messages`. Every query names the account beside row-level security. Lists walk
+ids downwards and touch only the partitions of the range asked for. Events are read in the order (transaction, number),
+and only below the oldest transaction that is still open, so that nothing can appear before a position given out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import asyncpg
+
+from controlplane.adapters.postgres.nodes import COMMANDS_CHANNEL
+from controlplane.adapters.postgres.session import Session
+from controlplane.domain import names
+from controlplane.domain.errors import NotFoundError
+from controlplane.domain.messages import Command, Event, Message, MessageQuery, Position, Recipient
+from dataplane.core.queue import EventType, State
+
+_LEAST_ID = "00000000-0000-0000-0000-000000000000"
+_GREATEST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
+
+_RECIPIENTS = """
+SELECT * FROM postroad.recipients WHERE account = $1 AND message_id = ANY($2::uuid[])
+ORDER BY message_id, recipient_index
+"""
+_EVENTS = """
+SELECT e.message_id, e.account, e.change_xid::text AS transaction, e.position, e.recipient_index, r.address, e.type,
+    e.event_time, e.node, e.spool, e.attempt, e.bundle_revision, e.rule, e.provider, e.remote_host, e.tls,
+    e.reply_code, e.enhanced_code, e.reply_text, e.queued_ms, e.waiting_ms, e.connecting_ms, e.transferring_ms
+FROM postroad.delivery_events e
+LEFT JOIN postroad.recipients r ON r.message_id = e.message_id AND r.recipient_index = e.recipient_index
+"""
+_ACCEPTED = """
+SELECT m.message_id, m.account, m.change_xid::text AS transaction, m.position, NULL::integer AS recipient_index,
+    NULL AS address, 1::smallint AS type, m.accept_time AS event_time, m.node, m.spool, 0 AS attempt,
+    0::bigint AS bundle_revision, '' AS rule, '' AS provider, '' AS remote_host, '' AS tls, 0::smallint AS reply_code,
+    '' AS enhanced_code, '' AS reply_text, 0::bigint AS queued_ms, 0::bigint AS waiting_ms, 0::bigint AS connecting_ms,
+    0::bigint AS transferring_ms
+FROM postroad.messages m
+"""
+
+
+class MessagesRepository:
+    """`controlplane.ports.Messages`."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    async def get(self, account: str, message_id: str, since_id: str) -> Message:
+        """As the port says."""
+        row = await self._session.row(
+            "message_get",
+            "SELECT * FROM postroad.messages WHERE account = $1 AND message_id = $2 AND message_id >= $3",
+            *(account, message_id, since_id),
+        )
+        if row is None:
+            raise NotFoundError(names.format_name(names.MESSAGE, account, message_id))
+        recipients = await self._session.rows("message_recipients", _RECIPIENTS, account, [message_id])
+        events = await self._session.rows(
+            "message_events",
+            f"{_ACCEPTED} WHERE m.account = $1 AND m.message_id = $2 "
+            f"UNION ALL {_EVENTS} WHERE e.account = $1 AND e.message_id = $2 ORDER BY event_time, position",
+            *(account, message_id),
+        )
+        return _message(row, [_recipient(one) for one in recipients], [_event(one) for one in events])
+
+    async def list_page(self, query: MessageQuery) -> list[Message]:
+        """As the port says."""
+        conditions = ""
+        extra: list[object] = []
+        if query.recipient:
+            extra.append(query.recipient)
+            conditions += f" AND r.address = ${4 + len(extra)}"
+        if query.state is not None:
+            extra.append(query.state)
+            conditions += f" AND r.state = ${4 + len(extra)}"
+        if conditions:
+            conditions = (
+                " AND EXISTS (SELECT FROM postroad.recipients r"
+                f" WHERE r.message_id = m.message_id AND r.account = $1{conditions})"
+            )
+        before = min(query.before_id or _GREATEST_ID, query.to_id or _GREATEST_ID)
+        rows = await self._session.rows(
+            "message_list",
+            "SELECT * FROM postroad.messages m WHERE account = $1 AND message_id >= $2 AND message_id < $3"
+            f"{conditions} ORDER BY message_id DESC LIMIT $4",
+            *(query.account, query.from_id or _LEAST_ID, before, query.limit, *extra),
+        )
+        ids = [row["message_id"] for row in rows]
+        recipients: dict[Any, list[Recipient]] = {one: [] for one in ids}
+        for row in await self._session.rows("message_recipients", _RECIPIENTS, query.account, ids):
+            recipients[row["message_id"]].append(_recipient(row))
+        return [_message(row, recipients[row["message_id"]], []) for row in rows]
+
+    async def now(self) -> Position:
+        """As the port says."""
+        transaction = await self._session.value("ledger_now", "SELECT pg_snapshot_xmin(pg_current_snapshot())::text")
+        # Everything below xmin has ended: what is still to come has this number or a greater one.
+        return Position(int(transaction), 0)
+
+    async def events(self, account: str, after: Position, limit: int, message_id: str | None) -> list[Event]:
+        """As the port says."""
+        bounds = """
+            {alias}.account = $1 AND {alias}.change_xid < pg_snapshot_xmin(pg_current_snapshot())
+            AND ({alias}.change_xid, {alias}.position) > ($2::text::xid8, $3)
+            AND ($5::uuid IS NULL OR {alias}.message_id = $5)
+            ORDER BY {alias}.change_xid, {alias}.position LIMIT $4
+        """
+        rows = await self._session.rows(
+            "event_list",
+            f"(({_ACCEPTED} WHERE {bounds.format(alias='m')}) UNION ALL ({_EVENTS} WHERE {bounds.format(alias='e')})) "
+            "ORDER BY length(transaction), transaction, position LIMIT $4",
+            *(account, str(after.transaction), after.number, limit, message_id),
+        )
+        return [_event(row) for row in rows]
+
+    async def add_command(self, account: str, message: Message, verb: int) -> Command:
+        """As the port says."""
+        row = await self._session.row(
+            "command_insert",
+            """
+            INSERT INTO postroad.commands (account, verb, spool, message_ids) VALUES ($1, $2, $3, ARRAY[$4::uuid])
+            RETURNING *
+            """,
+            *(account, verb, message.spool, message.message_id),
+        )
+        assert row is not None  # noqa: S101 - INSERT … RETURNING of one row
+        await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, message.node)
+        return _command(row)
+
+    async def get_command(self, account: str, command: str) -> Command:
+        """As the port says."""
+        row = await self._session.row(
+            "command_get", "SELECT * FROM postroad.commands WHERE account = $1 AND command = $2", account, command
+        )
+        if row is None:
+            raise NotFoundError(names.format_name(names.OPERATION, account, command))
+        return _command(row)
+
+    async def list_commands(self, account: str, after: str, limit: int) -> list[Command]:
+        """As the port says."""
+        rows = await self._session.rows(
+            "command_list",
+            "SELECT * FROM postroad.commands WHERE account = $1 AND command > $2 ORDER BY command LIMIT $3",
+            *(account, after or _LEAST_ID, limit),
+        )
+        return [_command(row) for row in rows]
+
+
+def _message(row: asyncpg.Record, recipients: list[Recipient], events: list[Event]) -> Message:
+    return Message(
+        message_id=str(row["message_id"]),
+        account=row["account"],
+        accept_time=row["accept_time"],
+        sender=row["sender"],
+        header_message_id=row["header_message_id"],
+        subject=row["subject"],
+        size_bytes=row["size_bytes"],
+        credential=row["credential"],
+        client_address=row["client_address"],
+        client_helo=row["client_helo"],
+        client_tls=row["client_tls"],
+        session=row["session"],
+        node=row["node"],
+        spool=str(row["spool"]),
+        recipients=tuple(recipients),
+        events=tuple(events),
+    )
+
+
+def _recipient(row: asyncpg.Record) -> Recipient:
+    return Recipient(
+        index=row["recipient_index"],
+        address=row["address"],
+        state=State(row["state"]),
+        attempts=row["attempts"],
+        next_attempt_time=row["next_attempt_time"],
+        update_time=row["update_time"],
+        reply_code=row["reply_code"],
+        enhanced_code=row["enhanced_code"],
+        reply_text=row["reply_text"],
+        provider=row["provider"],
+    )
+
+
+def _event(row: asyncpg.Record) -> Event:
+    values = dict(row)
+    position = Position(int(values.pop("transaction")), values.pop("position"))
+    return Event(
+        message_id=str(values.pop("message_id")),
+        spool=str(values.pop("spool")),
+        recipient=values.pop("address") or "",
+        type=EventType(values.pop("type")),
+        position=position,
+        **values,
+    )
+
+
+def _command(row: asyncpg.Record) -> Command:
+    return Command(
+        command=str(row["command"]),
+        account=row["account"],
+        verb=row["verb"],
+        message_id=str(row["message_ids"][0]),
+        create_time=row["create_time"],
+        done_time=row["done_time"],
+        changed_count=row["changed_count"],
+        too_late_count=row["too_late_count"],
+        error=row["error"],
+    )
