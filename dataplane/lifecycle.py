@@ -14,19 +14,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+
+from dataplane.ports import EventLog
 
 HELD_REPORT_INTERVAL_S = 15.0
 _PR_SET_PDEATHSIG = 1
 _ORPHANED = 70
-
-
-class EventLog(Protocol):
-    """What this module needs of a logger."""
-
-    def info(self, event: str, /, **fields: Any) -> Any:
-        """Write one line."""
-        ...
 
 
 class StopSignals:

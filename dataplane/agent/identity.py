@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from dataplane.files import write_durably
 from postroad.node.v1.enrollment_service_pb2 import EnrollRequest, EnrollResponse
 from postroad.node.v1.enrollment_service_pb2_grpc import EnrollmentServiceStub
 
@@ -92,8 +92,8 @@ def enroll(data_dir: Path, server: str, ca_file: Path | None, token: str, softwa
     certificate = x509.load_pem_x509_certificate(response.certificate_pem)
     if certificate.public_key() != key.public_key():
         raise IdentityError(f"{server} answered with a certificate for another key")
-    write_durably(folder / "ca.pem", response.ca_pem)
-    write_durably(folder / "certificate.pem", response.certificate_pem)
+    write_durably(folder / "ca.pem", [response.ca_pem])
+    write_durably(folder / "certificate.pem", [response.certificate_pem])
     return load_identity(data_dir)
 
 
@@ -122,26 +122,5 @@ def _load_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
         return key
     key = ec.generate_private_key(ec.SECP256R1())
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    write_durably(path, pem)
+    write_durably(path, [pem])
     return key
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file so that after a crash it is the old one or the new one, whole; readable by its owner only."""
-    temporary = path.with_name(f".{path.name}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

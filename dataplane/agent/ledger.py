@@ -23,9 +23,8 @@ from dataplane.agent.ledger_machine import (
     Stored,
 )
 from dataplane.backoff import Backoff
-from dataplane.lifecycle import EventLog
 from dataplane.link import LedgerRecords, SpoolState
-from dataplane.ports import Clock
+from dataplane.ports import Clock, EventLog
 from postroad.node.v1.ledger_service_pb2 import ReportLedgerRequest
 from postroad.node.v1.ledger_service_pb2_grpc import LedgerServiceStub
 

@@ -33,8 +33,7 @@ from dataplane.agent.stream_machine import (
     Verdict,
 )
 from dataplane.backoff import Backoff
-from dataplane.lifecycle import EventLog
-from dataplane.ports import Clock
+from dataplane.ports import Clock, EventLog
 from postroad.config.v1.denials_pb2 import DenialSet
 from postroad.node.v1.config_stream_service_pb2 import Command, SpoolStatus, StatusReport, StreamConfigRequest
 from postroad.node.v1.config_stream_service_pb2_grpc import ConfigStreamServiceStub

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Protocol
 
 from dataplane.agent.applied import WorkerTable
-from dataplane.lifecycle import EventLog
 from dataplane.link import (
     ConfigApplied,
     DenialsApplied,
@@ -30,6 +29,7 @@ from dataplane.link import (
     WorkerHello,
     WorkerStatus,
 )
+from dataplane.ports import EventLog
 
 STATUS_TIMEOUT_S = 2.0
 

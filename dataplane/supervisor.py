@@ -1,0 +1,384 @@
+"""The first process of a node: opens the listening sockets, starts the others, keeps them running, ends them in order.
+
+It knows neither gRPC nor mail, so that nothing in those can take it down. Inputs are the settings; outputs are the
+processes, `run/ready.json` (rewritten whenever a process comes or goes) and one line `node.ready` on standard output
+once every process serves. It ends with
+
+    0   drained
+    1   a child could not be drained in time and was killed
+    69  the data directory is another node's, or a port is taken: nothing was started
+    78  the node is not enrolled
+
+What each child is given: its listening sockets, a lifeline (a pipe that ends when we end) and a pipe to say that it is
+ready. A child that ends is started again after a wait that doubles from 0.1 s to 10 s; a worker that ended three times
+within 30 s of its start has its spool quarantined and is left out, unless it is the only one. SIGTERM asks the workers
+to drain, then the agent to end, so that the ledger gets out; a second SIGTERM makes them hurry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
+
+from dataplane.ports import EventLog
+from dataplane.restarts import Restarts
+from dataplane.settings import ListenerSettings, Settings
+from dataplane.spool_folders import assign_spools, lift_quarantines, quarantine_spool
+
+EXIT_UNDRAINED = 1
+EXIT_UNAVAILABLE = 69
+EXIT_NOT_ENROLLED = 78
+
+READY_FILE = Path("run") / "ready.json"
+PORT_WAIT_S = 3.0
+HELD_REPORT_INTERVAL_S = 15.0
+AGENT_STOP_S = 10.0
+# Workers end by themselves at the drain's deadline; this is for one that does not.
+KILL_GRACE_S = 5.0
+_BACKLOG = 1024
+
+
+class SupervisorError(Exception):
+    """The node cannot start; the text says what to do."""
+
+
+@dataclass(slots=True)
+class Child:
+    """A process to keep running: `name` is `agent` or `worker-N`; sockets and spools are a worker's."""
+
+    name: str
+    arguments: list[str]
+    sockets: list[socket.socket] = field(default_factory=list)
+    spools: list[str] = field(default_factory=list)
+    restarts: Restarts = field(default_factory=Restarts)
+    process: subprocess.Popen[bytes] | None = None
+    ready_pipe: BinaryIO | None = None
+    ready: dict[str, object] | None = None
+    heard: bytes = b""
+    started_at: float = 0.0
+    start_due: float | None = 0.0
+    given_up: bool = False
+
+
+def bind_listeners(listeners: Sequence[ListenerSettings], worker_count: int) -> list[list[socket.socket]]:
+    """For each worker a socket for each listener, listening on the same ports. SupervisorError for a port that is
+    taken.
+
+    With SO_REUSEPORT a second node of the same user would share a port in silence, so each port is first bound without.
+    A port may be held for a moment by a node that was just killed: worth a wait of a few seconds.
+    """
+    by_worker: list[list[socket.socket]] = [[] for _ in range(worker_count)]
+    for listener in listeners:
+        try:
+            for sockets, bound in zip(by_worker, _bind_shared(listener, worker_count), strict=True):
+                sockets.append(bound)
+        except OSError as error:
+            for bound in (bound for sockets in by_worker for bound in sockets):
+                bound.close()
+            raise SupervisorError(
+                f"cannot listen on {listener.address} port {listener.port}: {error.strerror}: stop what uses it, or "
+                "change `listeners`"
+            ) from error
+    return by_worker
+
+
+def _bind_shared(listener: ListenerSettings, count: int) -> list[socket.socket]:
+    if listener.port:
+        _probe(listener.address, listener.port)
+    bound: list[socket.socket] = []
+    port = listener.port
+    try:
+        for _ in range(count):
+            bound.append(_socket_for(listener.address))
+            bound[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            bound[-1].bind((listener.address, port))
+            bound[-1].listen(_BACKLOG)
+            port = bound[-1].getsockname()[1]
+    except OSError:
+        for one in bound:
+            one.close()
+        raise
+    return bound
+
+
+def _socket_for(address: str) -> socket.socket:
+    made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    # Connections of the node before us that are still closing must not keep us out.
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if ":" in address:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    return made
+
+
+def _probe(address: str, port: int) -> None:
+    give_up_at = time.monotonic() + PORT_WAIT_S
+    while True:
+        with _socket_for(address) as probe:
+            try:
+                probe.bind((address, port))
+                probe.listen(1)
+            except OSError:
+                if time.monotonic() >= give_up_at:
+                    raise
+            else:
+                return
+        time.sleep(0.1)
+
+
+def lock_data_dir(data_dir: Path) -> int:
+    """Lock the data directory for this process; returns the descriptor that holds it. SupervisorError when taken."""
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(data_dir / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise SupervisorError(
+            f"{data_dir} is in use by another node: give each its own data_dir, or stop the other one"
+        ) from error
+    return descriptor
+
+
+class Supervisor:
+    """See the module. The current directory must be the data directory, and locked."""
+
+    def __init__(self, settings: Settings, config_file: Path | None, log: EventLog) -> None:
+        self._settings = settings
+        self._config_file = config_file
+        self._log = log
+        self._selector = selectors.DefaultSelector()
+        self._lifeline_read, self._lifeline_write = os.pipe()
+        self._stop_requests = 0
+        self._announced = False
+        self._agent = Child("agent", ["agent", "--workers", "0"])
+        self._workers: list[Child] = []
+        self._ports: list[int] = []
+
+    def run(self) -> int:
+        """Start everything, keep it running until SIGTERM, end it; returns the exit code. SupervisorError before a
+        start.
+        """
+        spools = assign_spools(Path("spool"), self._settings.workers)
+        if len(spools) < self._settings.workers:
+            self._log.info("workers.limited", workers=len(spools), reason="a worker needs a spool of its own")
+        for folder in lift_quarantines(Path("spool")):
+            self._log.info("spool.quarantine_lifted", spool=folder)
+        sockets = bind_listeners(self._settings.listeners, len(spools))
+        self._ports = [bound.getsockname()[1] for bound in sockets[0]]
+        self._workers = [
+            Child(f"worker-{index}", ["worker", "--index", str(index), "--spools", ",".join(names)], bound, names)
+            for index, (names, bound) in enumerate(zip(spools, sockets, strict=True))
+        ]
+        self._agent.arguments = ["agent", "--workers", str(len(spools))]
+        with self._signals():
+            self._serve()
+            return self._stop()
+
+    # --- serving ---------------------------------------------------------------------------------------------
+
+    @property
+    def _children(self) -> list[Child]:
+        return [self._agent, *self._workers]
+
+    def _serve(self) -> None:
+        while not self._stop_requests:
+            now = time.monotonic()
+            for child in self._children:
+                if child.process is None and child.start_due is not None and child.start_due <= now:
+                    self._start(child)
+            self._wait(self._until_next_start(now))
+            self._reap(restart=True)
+
+    def _until_next_start(self, now: float) -> float | None:
+        due = [child.start_due for child in self._children if child.process is None and child.start_due is not None]
+        return max(0.0, min(due) - now) if due else None
+
+    def _start(self, child: Child) -> None:
+        ready_read, ready_write = os.pipe()
+        inherited = [self._lifeline_read, ready_write, *(bound.fileno() for bound in child.sockets)]
+        command = [sys.executable, "-m", "dataplane", *child.arguments]
+        if self._config_file is not None:
+            command += ["--config", str(self._config_file)]
+        command += ["--lifeline-fd", str(self._lifeline_read), "--ready-fd", str(ready_write)]
+        command += ["--parent-pid", str(os.getpid())]
+        if child.sockets:
+            command += ["--listener-fds", ",".join(str(bound.fileno()) for bound in child.sockets)]
+        # A process group of its own: Ctrl-C in a terminal is ours to turn into an orderly drain.
+        child.process = subprocess.Popen(command, pass_fds=inherited, process_group=0, stdin=subprocess.DEVNULL)
+        os.close(ready_write)
+        child.ready_pipe = os.fdopen(ready_read, "rb", buffering=0)
+        child.ready, child.heard = None, b""
+        child.started_at = time.monotonic()
+        self._selector.register(child.ready_pipe, selectors.EVENT_READ, child)
+        self._log.info("process.started", name=child.name, pid=child.process.pid)
+
+    def _wait(self, timeout_s: float | None) -> None:
+        """Sleep until a signal, something said by a child, or the timeout."""
+        for key, _ in self._selector.select(timeout_s):
+            if isinstance(key.data, Child):
+                self._hear(key.data)
+            else:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(key.fd, 4096)
+
+    def _hear(self, child: Child) -> None:
+        pipe = child.ready_pipe
+        if pipe is None:
+            return
+        said = pipe.read(65536) or b""
+        child.heard += said
+        if said and not child.heard.endswith(b"\n"):
+            return
+        self._selector.unregister(pipe)
+        pipe.close()
+        child.ready_pipe = None
+        if said:
+            child.ready = json.loads(child.heard)
+            self._log.info("process.ready", name=child.name)
+            self._write_ready()
+
+    def _reap(self, *, restart: bool) -> None:
+        for child in self._children:
+            if child.process is None or (code := child.process.poll()) is None:
+                continue
+            ran_for_s = time.monotonic() - child.started_at
+            self._log.info("process.ended", name=child.name, code=code, ran_for_s=round(ran_for_s, 3))
+            child.process, child.ready = None, None
+            if child.ready_pipe is not None:
+                self._selector.unregister(child.ready_pipe)
+                child.ready_pipe.close()
+                child.ready_pipe = None
+            if restart:
+                self._plan_restart(child, ran_for_s)
+                self._write_ready()
+
+    def _plan_restart(self, child: Child, ran_for_s: float) -> None:
+        wait_s = child.restarts.ended(ran_for_s)
+        others = [worker for worker in self._workers if worker is not child and not worker.given_up]
+        if child.spools and child.restarts.is_failing and others:
+            for spool in child.spools:
+                quarantine_spool(Path("spool") / spool, f"{child.name} ended three times within seconds")
+                self._log.info("spool.quarantined", spool=spool, name=child.name)
+            # Its share of new connections must not wait for somebody who does not come.
+            for bound in child.sockets:
+                bound.close()
+            child.sockets, child.given_up, child.start_due = [], True, None
+            return
+        if child.restarts.is_failing:
+            self._log.info("process.failing", name=child.name, retry_in_s=wait_s)
+        child.start_due = time.monotonic() + wait_s
+
+    def _write_ready(self) -> None:
+        serving = [child for child in self._children if not child.given_up]
+        ready = all(child.ready is not None for child in serving)
+        state: dict[str, object] = {
+            "event": "node.ready",
+            "ready": ready,
+            "pid": os.getpid(),
+            "listeners": [
+                {"mode": listener.mode, "address": listener.address, "port": port}
+                for listener, port in zip(self._settings.listeners, self._ports, strict=True)
+            ],
+            "processes": {child.name: child.process.pid for child in serving if child.process is not None},
+            "quarantined": [spool for child in self._workers if child.given_up for spool in child.spools],
+            **(self._agent.ready or {}),
+        }
+        temporary = READY_FILE.with_suffix(".new")
+        temporary.write_text(json.dumps(state) + "\n", encoding="utf-8")
+        temporary.replace(READY_FILE)
+        if ready and not self._announced:
+            self._announced = True
+            sys.stdout.write(json.dumps(state) + "\n")
+            sys.stdout.flush()
+
+    # --- stopping --------------------------------------------------------------------------------------------
+
+    def _stop(self) -> int:
+        self._log.info("node.draining", timeout_s=self._settings.drain_timeout_s)
+        READY_FILE.unlink(missing_ok=True)
+        for worker in self._workers:
+            for bound in worker.sockets:
+                bound.close()
+        drained = self._end(self._workers, self._settings.drain_timeout_s + KILL_GRACE_S)
+        drained &= self._end([self._agent], AGENT_STOP_S)
+        self._log.info("node.stopped", drained=drained)
+        return 0 if drained else EXIT_UNDRAINED
+
+    def _end(self, children: Sequence[Child], timeout_s: float) -> bool:
+        """SIGTERM, wait, SIGKILL what is left; whether nothing had to be killed."""
+        deadline = time.monotonic() + timeout_s
+        report_at = time.monotonic() + HELD_REPORT_INTERVAL_S
+        self._signal(children, signal.SIGTERM)
+        hurried = self._stop_requests > 1
+        if hurried:
+            self._signal(children, signal.SIGTERM)
+        while left := [child for child in children if child.process is not None]:
+            now = time.monotonic()
+            if now >= deadline:
+                for child in left:
+                    self._log.info("process.killed", name=child.name)
+                self._signal(left, signal.SIGKILL)
+                self._await_dead(left)
+                return False
+            if now >= report_at:
+                report_at = now + HELD_REPORT_INTERVAL_S
+                self._log.info("node.waiting", processes=[child.name for child in left])
+            self._wait(min(deadline, report_at) - now)
+            if self._stop_requests > 1 and not hurried:
+                hurried = True
+                self._signal(left, signal.SIGTERM)
+            self._reap(restart=False)
+        return True
+
+    def _await_dead(self, children: Sequence[Child]) -> None:
+        for child in children:
+            if child.process is not None:
+                child.process.wait()
+        self._reap(restart=False)
+
+    def _signal(self, children: Sequence[Child], number: signal.Signals) -> None:
+        for child in children:
+            if child.process is not None:
+                child.process.send_signal(number)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn signals into something that `select` wakes up for."""
+        wake_read, wake_write = os.pipe()
+        for descriptor in (wake_read, wake_write):
+            os.set_blocking(descriptor, False)
+        self._selector.register(wake_read, selectors.EVENT_READ)
+        former_wakeup = signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        former = {number: signal.signal(number, self._stop_requested) for number in (signal.SIGTERM, signal.SIGINT)}
+        former[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, _child_ended)
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(former_wakeup)
+            self._selector.close()
+            for descriptor in (wake_read, wake_write, self._lifeline_read, self._lifeline_write):
+                os.close(descriptor)
+
+    def _stop_requested(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self._stop_requests += 1
+
+
+def _child_ended(number: int, frame: FrameType | None) -> None:
+    """A handler only so that the wake-up pipe is written to: children are reaped after each wait."""
+    del number, frame
