@@ -66,7 +66,7 @@ def _add_update(message: pb.LedgerRecord, update: RecipientUpdate) -> None:
     index, state, attempt, next_attempt_ms, update_ms = update
     message.recipients.add(
         index=index,
-        state=state,  # type: ignore[arg-type] # the numbers of both enums are the same, and a test says so
+        state=state,  # The numbers of both enums are the same, and a test says so.
         attempts=attempt,
         next_attempt_ms=next_attempt_ms,
         update_ms=update_ms,
@@ -76,7 +76,7 @@ def _add_update(message: pb.LedgerRecord, update: RecipientUpdate) -> None:
 def _add_event(message: pb.LedgerRecord, event: AttemptEvent) -> None:
     message.events.add(
         indexes=event.indexes,
-        type=event.type,  # type: ignore[arg-type] # as in _add_update
+        type=event.type,  # As in _add_update.
         time_ms=event.time_ms,
         attempt=event.attempt,
         bundle_revision=event.bundle_revision,

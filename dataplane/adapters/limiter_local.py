@@ -1,0 +1,98 @@
+"""Token buckets in memory: what one worker decides alone while the shared ones cannot be asked.
+
+Contract. A `Limiter` of `dataplane.ports`, and `take_now` for those who cannot wait. Each bucket has its share of
+the limit: capacity and rate divided by `share()` (nodes times workers), but room for one token at least, so that
+small limits still let one through at a time. A cost above the capacity empties the bucket. A clock that goes back
+counts as no time. Nothing raises.
+
+Memory is bounded: with `max_keys` buckets the one that was touched longest ago is forgotten, which lets at most one
+share of its capacity pass once more.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from dataplane.ports import Grant, Take
+
+MICRO = 1_000_000
+MAX_TOKENS = 4_000_000_000
+"""Above it a bucket's level in micro-tokens would be no exact number in Lua, which has doubles only."""
+
+DAY_S = 86_400.0
+_GRANTED = Grant(allowed=True, wait_s=0.0, refused_key="", local=True)
+
+
+class MicroTake(NamedTuple):
+    """A Take in whole micro-tokens, the unit of both kinds of buckets."""
+
+    capacity: int
+    rate_per_s: int
+    cost: int
+
+
+def micro_take(take: Take, share: int = 1) -> MicroTake:
+    """Return the wish in micro-tokens, against one of `share` parts of the bucket."""
+    whole = min(max(take.capacity, 0), MAX_TOKENS) * MICRO
+    capacity = max(whole // share, min(whole, MICRO))
+    rate = round(min(max(take.rate_per_s, 0.0), MAX_TOKENS) * MICRO / share)
+    return MicroTake(capacity, rate, min(max(take.cost, 0) * MICRO, capacity))
+
+
+class LocalLimiter:
+    """See the module. `clock` is monotonic, in seconds."""
+
+    def __init__(
+        self, clock: Callable[[], float], share: Callable[[], int] = lambda: 1, *, max_keys: int = 100_000
+    ) -> None:
+        self._clock = clock
+        self._share = share
+        self._max_keys = max_keys
+        # Level in micro-tokens and the microsecond when it was so; touched longest ago first.
+        self._buckets: OrderedDict[str, tuple[int, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    async def take(self, takes: Sequence[Take]) -> Grant:
+        """Take all or none."""
+        return self.take_now(takes)
+
+    def take_now(self, takes: Sequence[Take]) -> Grant:
+        """Take all or none."""
+        now_us = int(self._clock() * MICRO)
+        share = max(1, self._share())
+        levels: dict[str, int] = {}
+        wait_s, refused_key = 0.0, ""
+        for take in takes:
+            wish = micro_take(take, share)
+            key = take.tag + take.key
+            if key not in levels:
+                levels[key] = self._level(key, wish, now_us)
+            levels[key] -= wish.cost
+            if levels[key] < 0:
+                needs_s = min(DAY_S, -levels[key] / wish.rate_per_s) if wish.rate_per_s else DAY_S
+                if needs_s > wait_s:
+                    wait_s, refused_key = needs_s, take.key
+        if refused_key:
+            return Grant(allowed=False, wait_s=wait_s, refused_key=refused_key, local=True)
+        for key, level in levels.items():
+            self._buckets[key] = (level, now_us)
+            self._buckets.move_to_end(key)
+        while len(self._buckets) > self._max_keys:
+            self._buckets.popitem(last=False)
+        return _GRANTED
+
+    def _level(self, key: str, wish: MicroTake, now_us: int) -> int:
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            return wish.capacity
+        level, since_us = bucket
+        elapsed_us = max(0, now_us - since_us)
+        return min(wish.capacity, level + elapsed_us * wish.rate_per_s // MICRO)
+
+    async def close(self) -> None:
+        """Forget every bucket."""
+        self._buckets.clear()
