@@ -333,6 +333,10 @@ class Database(Protocol):
         """Begin a transaction that sees nothing but the API key with this readable part."""
 
 
+class UnsealError(Exception):
+    """Sealed bytes belong to another place, or the key that sealed them is gone."""
+
+
 class Sealer(Protocol):
     """Seals what must not be readable in the database or in a bundle."""
 
@@ -376,6 +380,13 @@ class ProviderProbe(Protocol):
 
     async def probe(self, provider: Provider, password: str) -> ProbeResult:
         """Connect, TLS by policy, AUTH, QUIT; never raises for what the remote does. Cancelling closes."""
+
+
+class LedgerSignal(Protocol):
+    """Says that the ledger may have grown: a hint, so whoever waits looks again now and then anyway."""
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return at the next hint, or when the time is over; cancelling leaves nothing behind."""
 
 
 class Random(Protocol):

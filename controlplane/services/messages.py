@@ -1,0 +1,196 @@
+"""MessageService and Operations: the record of mail, and withdrawing what still waits.
+
+Contract. Reading shows what nodes reported; a message that was accepted a moment ago may be unknown. A watch reads the
+ledger forward from a position, woken by hints and by a poll, and holds one page at a time: a reader that does not take
+its page within a minute is ended. Watches are bounded in number and in length; a reader resumes from its last position.
+A command is stored and brought to the owning spool by the fleet's side; its Operation is done when the result is in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from controlplane.domain.access import Caller
+from controlplane.domain.errors import Reason, ResourceExhaustedError, UnavailableError, invalid
+from controlplane.domain.messages import (
+    Command,
+    Event,
+    Message,
+    MessageQuery,
+    Position,
+    first_id_at,
+    parse_position,
+)
+from controlplane.domain.paging import PageTokens, coerce_page_size
+from controlplane.ports import Database, LedgerSignal, Work, scope_of
+from controlplane.services.mutations import Mutation, Replay, mutate
+
+VERB_CANCEL = 1
+MAX_WATCHERS = 200
+_PAGE_EVENTS = 200
+_POLL_S = 2.0
+_READER_S = 60.0
+_WATCH_S = 1_800.0
+_MAX_WAIT_S = 60.0
+_OPERATION_POLL_S = 0.5
+
+
+class MessagesService:
+    """See the module."""
+
+    def __init__(
+        self,
+        database: Database,
+        tokens: PageTokens,
+        signal: LedgerSignal,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        max_watchers: int = MAX_WATCHERS,
+    ) -> None:
+        self._database = database
+        self._tokens = tokens
+        self._signal = signal
+        self._monotonic = monotonic
+        self._max_watchers = max_watchers
+        self._watchers = 0
+        self._draining = False
+
+    def drain(self) -> None:
+        """End every watch at its next turn, and refuse new ones."""
+        self._draining = True
+
+    async def get(self, caller: Caller, account: str, message_id: str) -> Message:
+        """Return a message with recipients and timeline."""
+        caller.require_account(account)
+        async with self._database.transaction(scope_of(caller)) as work:
+            return await work.messages.get(account, message_id, await _since(work, account))
+
+    async def list_page(self, caller: Caller, query: MessageQuery, page_token: str) -> tuple[list[Message], str]:
+        """Return a page, newest first, and the token of the next; `query.limit` is the page size asked for."""
+        caller.require_account(query.account)
+        size = coerce_page_size(query.limit)
+        arguments = _arguments(query)
+        position = self._tokens.open(page_token, arguments)
+        async with self._database.transaction(scope_of(caller)) as work:
+            since = max(await _since(work, query.account), query.from_id or "")
+            wanted = MessageQuery(
+                account=query.account,
+                limit=size + 1,
+                before_id=position[0] if position else None,
+                state=query.state,
+                recipient=query.recipient,
+                from_id=since,
+                to_id=query.to_id,
+            )
+            found = await work.messages.list_page(wanted)
+        more = self._tokens.seal([found[size - 1].message_id], arguments) if len(found) > size else ""
+        return found[:size], more
+
+    async def watch(
+        self, caller: Caller, account: str, message_id: str | None, position_text: str
+    ) -> AsyncIterator[Sequence[Event]]:
+        """Yield pages of events as the ledger learns them; closing the iterator ends the watch."""
+        caller.require_account(account)
+        after = parse_position(position_text) if position_text else None
+        if self._watchers >= self._max_watchers:
+            raise ResourceExhaustedError(Reason.TOO_MANY_WATCHERS, "too many watchers on this replica", retry_after_s=5)
+        self._watchers += 1
+        try:
+            async for page in self._watch(caller, account, message_id, after):
+                yield page
+        finally:
+            self._watchers -= 1
+
+    async def _watch(
+        self, caller: Caller, account: str, message_id: str | None, after: Position | None
+    ) -> AsyncIterator[Sequence[Event]]:
+        ends = self._monotonic() + _WATCH_S
+        while True:
+            async with self._database.transaction(scope_of(caller)) as work:
+                since = await _since(work, account)
+                if after is None:
+                    after = await work.messages.now() if message_id is None else Position(0, 0)
+                page = await work.messages.events(account, after, _PAGE_EVENTS, message_id)
+            if page:
+                after = page[-1].position
+                shown = [event for event in page if event.message_id >= since]
+                if shown:
+                    begun = self._monotonic()
+                    yield shown
+                    if self._monotonic() - begun > _READER_S:
+                        raise ResourceExhaustedError(Reason.READER_TOO_SLOW, retry_after_s=1)
+            if self._draining or self._monotonic() > ends:
+                raise UnavailableError(Reason.DRAINING, "resume from the last position", retry_after_s=1)
+            if len(page) < _PAGE_EVENTS:
+                await self._signal.wait(_POLL_S)
+
+    async def cancel(
+        self, caller: Caller, mutation: Mutation[Command], account: str, message_id: str
+    ) -> Command | Replay:
+        """Ask the owning spool to withdraw the recipients that still wait."""
+        caller.require_account(account)
+
+        async def action(work: Work) -> Command:
+            message = await work.messages.get(account, message_id, await _since(work, account))
+            return await work.messages.add_command(account, message, VERB_CANCEL)
+
+        return await mutate(self._database, caller, mutation, action)
+
+
+class OperationsService:
+    """See the module."""
+
+    def __init__(
+        self,
+        database: Database,
+        tokens: PageTokens,
+        signal: LedgerSignal,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._database = database
+        self._tokens = tokens
+        self._signal = signal
+        self._monotonic = monotonic
+
+    async def get(self, caller: Caller, account: str, command: str) -> Command:
+        """Return one operation."""
+        caller.require_account(account)
+        async with self._database.transaction(scope_of(caller)) as work:
+            return await work.messages.get_command(account, command)
+
+    async def wait(self, caller: Caller, account: str, command: str, timeout_s: float | None) -> Command:
+        """Return the operation when it is done, or as it is when the time is over (at most a minute)."""
+        ends = self._monotonic() + min(_MAX_WAIT_S if timeout_s is None else timeout_s, _MAX_WAIT_S)
+        while True:
+            found = await self.get(caller, account, command)
+            left = ends - self._monotonic()
+            if found.done_time is not None or left <= 0:
+                return found
+            await self._signal.wait(min(left, _OPERATION_POLL_S))
+
+    async def list_page(
+        self, caller: Caller, account: str, page_size: int, page_token: str
+    ) -> tuple[list[Command], str]:
+        """Return a page in order of id, and the token of the next."""
+        caller.require_account(account)
+        size, arguments = coerce_page_size(page_size), ["ListOperations", account]
+        after = self._tokens.open(page_token, arguments)
+        async with self._database.transaction(scope_of(caller)) as work:
+            found = await work.messages.list_commands(account, after[0] if after else "", size + 1)
+        more = self._tokens.seal([found[size - 1].command], arguments) if len(found) > size else ""
+        return found[:size], more
+
+
+async def _since(work: Work, account: str) -> str:
+    """Return the least id that is shown: what came before was a former account's."""
+    since = await work.accounts.messages_since(account)
+    return "" if since is None else first_id_at(since)
+
+
+def _arguments(query: MessageQuery) -> list[str]:
+    if query.from_id and query.to_id and query.from_id > query.to_id:
+        raise invalid("end_time", "must not lie before start_time")
+    state = "" if query.state is None else query.state.name
+    return ["ListMessages", query.account, state, query.recipient, query.from_id or "", query.to_id or ""]
