@@ -1,7 +1,7 @@
 """What the fleet's side of the control plane is built on: values of the stream and the ledger, and the ports
 to storage.
 
-Contract. Values are immutable. Every method of a port is one transaction, raises `StorageUnavailableError`
+Contract. Values are immutable. Every method of a port is one transaction, raises `UnavailableError`
 while PostgreSQL is away, and leaves nothing half done when it is cancelled. Times are aware datetimes in
 UTC or, where a name ends in `_ms`, milliseconds since 1970. Ids of nodes and pools are the last part of the
 resource name, spools and commands are UUIDs as text.
@@ -14,12 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
-
-
-class StorageUnavailableError(Exception):
-    """PostgreSQL cannot be asked now: nobody's fault who calls, and worth trying again."""
-
+from typing import NamedTuple, Protocol
 
 # --- configuration -------------------------------------------------------------------------------------------------
 
@@ -383,12 +378,4 @@ class JobStore(Protocol):
 
     async def delete_enrollment_tokens(self, before: datetime) -> int:
         """Forget tokens that ended before then."""
-        ...
-
-
-class QueryObserver(Protocol):
-    """Who wants to know how long database work took."""
-
-    def __call__(self, query: str, seconds: float, *, failed: bool) -> Any:
-        """Work named `query` ended."""
         ...

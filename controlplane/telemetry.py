@@ -112,7 +112,7 @@ class Metrics:
         if status == "UNAUTHENTICATED":
             self._auth_failures.inc()
 
-    def query_ended(self, query: str, seconds: float, *, failed: bool) -> None:
+    def query_ended(self, query: str, seconds: float, failed: bool) -> None:  # noqa: FBT001 - an observer's shape
         """Database work of a fixed name ended."""
         self._query_seconds.labels(query).observe(seconds)
         if failed:

@@ -72,6 +72,7 @@ CREATE TABLE postroad.node_status (
     last_seen_time timestamptz,
     config_status smallint NOT NULL DEFAULT 2,
     config_error text NOT NULL DEFAULT '',
+    config_refused jsonb NOT NULL DEFAULT '{}',
     config_digest bytea,
     denials_version bigint NOT NULL DEFAULT 0,
     draining boolean NOT NULL DEFAULT false,

@@ -19,13 +19,15 @@ from controlplane.stream.session import Action, CloseCode, Directive, Session
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A node's open stream. `wake` tells the driver to pull the session's outputs."""
+    """A node's open stream. `wake` tells the driver to pull the session's outputs; `stream` is empty before Hello."""
 
     node_id: str
     pool: str
-    stream: str
+    certificate_serial: str
     session: Session
     wake: Callable[[], None]
+    stream: str = ""
+    refused_spools: frozenset[str] = frozenset()
 
 
 class TooManyStreamsError(Exception):
@@ -41,6 +43,7 @@ class Hub:
         self._slots: dict[str, Slot] = {}
         self._denials: DenialSet | None = None
         self._draining = False
+        self._loaded = False
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -58,7 +61,8 @@ class Hub:
         if older is not None:
             close(older, CloseCode.ABORTED, "a newer stream of this node took over")
         self._slots[slot.node_id] = slot
-        slot.session.config_changed(self.cache.get(slot.pool))
+        if self._loaded:
+            slot.session.config_changed(self.cache.get(slot.pool))
         if self._denials is not None:
             slot.session.denials_changed(self._denials)
         if self._draining:
@@ -70,12 +74,28 @@ class Hub:
             del self._slots[slot.node_id]
 
     def publish_config(self, configs: Iterable[PoolConfig]) -> None:
-        """Pools have a new configuration."""
-        by_pool = {config.pool: config for config in configs}
+        """Pools have a new configuration. Before the first call nobody is told anything: we know nothing yet."""
+        changed = {config.pool for config in configs}
         for slot in self.slots:
-            if slot.pool in by_pool:
-                slot.session.config_changed(by_pool[slot.pool])
+            if slot.pool in changed or not self._loaded:
+                slot.session.config_changed(self.cache.get(slot.pool))
                 slot.wake()
+        self._loaded = True
+
+    def move(self, slot: Slot, pool: str) -> None:
+        """The node belongs to another pool now."""
+        slot.pool = pool
+        slot.session.config_changed(self.cache.get(pool))
+        slot.wake()
+
+    def refuse_spools(self, slot: Slot, spools: frozenset[str]) -> None:
+        """From exactly these spools of the node nothing may be sent."""
+        for spool in spools - slot.refused_spools:
+            slot.session.direct(Directive(Action.REFUSE_SPOOL, spool))
+        for spool in slot.refused_spools - spools:
+            slot.session.direct(Directive(Action.ACCEPT_SPOOL, spool))
+        slot.refused_spools = spools
+        slot.wake()
 
     def publish_denials(self, denials: DenialSet) -> None:
         """The denials are these now."""

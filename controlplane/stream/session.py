@@ -332,6 +332,9 @@ class Session:
     def _next_config(self) -> Snapshot | Delta | Directive | None:
         if not self._dirty or self._unanswered is not None or self._target is None:
             return None
+        if not self._target.bundles:
+            # Every pool has its settings: nothing at all is a fault of ours, and never means "delete everything".
+            return None
         self._dirty = False
         if self._held is None and self.refused:
             return self._ask_for_hello()

@@ -1,0 +1,216 @@
+"""Ledger records as rows: decodes what a spool wrote and merges a run of records into column lists for one
+transaction.
+
+Contract. `RecordRows.add` takes one serialised LedgerRecord and raises `RecordError` for what can never be
+stored; what it added before stays whole. Within a run the first terminal state of a recipient wins, and a
+later one becomes an event `conflicting_outcome`, as in the database. Names lose their collection
+(`accounts/demo` → `demo`) for accounts only. Times stay in milliseconds since 1970. Nothing here talks to a
+database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from asyncpg.pgproto.pgproto import UUID
+from google.protobuf.message import DecodeError
+
+from dataplane.core.queue import TERMINAL, EventType, State
+from postroad.node.v1.ledger_pb2 import AttemptEvent, CommandResult, LedgerRecord
+
+DAY_MS = 86_400_000
+
+_STATES = frozenset(int(state) for state in State)
+_TERMINAL = frozenset(int(state) for state in TERMINAL)
+_EVENTS = frozenset(int(one) for one in EventType) - {EventType.ACCEPTED, EventType.CONFLICTING_OUTCOME}
+_QUEUED = int(State.QUEUED)
+_CONFLICT = int(EventType.CONFLICTING_OUTCOME)
+_ACCOUNT_PREFIX = "accounts/"
+_STORED_TEXT_LIMIT = 4_096
+
+# Positions in a recipient's row.
+STATE, _UPDATE_MS = 4, 7
+
+
+class RecordError(Exception):
+    """A record that can never be stored; `reason` is short and stable, the text is for people."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class IdBounds(NamedTuple):
+    """Message ids that can be stored: made in `first_ms` to `last_ms`."""
+
+    first_ms: int
+    last_ms: int
+
+
+Key = tuple[bytes, int]
+"""A recipient: message id, position in the envelope."""
+
+
+class RecordRows:
+    """Rows of a run of records. `clean` replaces what PostgreSQL's text cannot hold."""
+
+    def __init__(self, bounds: IdBounds, *, clean: bool = False) -> None:
+        self._bounds = bounds
+        self.is_clean = clean
+        self.messages: list[tuple[Any, ...]] = []
+        # Rows are lists: a later record of the run may change them.
+        self.accepted: dict[Key, list[Any]] = {}
+        self.changed: dict[Key, list[Any]] = {}
+        self.events: list[tuple[Any, ...]] = []
+        self.results: list[tuple[str, int, int, str]] = []
+
+    def add(self, raw: bytes) -> None:
+        """Take one record; RecordError leaves everything as it was."""
+        try:
+            record = LedgerRecord.FromString(raw)
+        except DecodeError as error:
+            raise RecordError("UNDECODABLE", "no LedgerRecord") from error
+        has_result = record.HasField("command_result")
+        if record.message_id or not has_result:
+            self._add_message(record)
+        if has_result:
+            result = record.command_result
+            self.results.append(self._result(result))
+
+    def days(self) -> set[int]:
+        """Days since 1970 whose partitions the accepted messages need."""
+        return {_id_ms(row[0].bytes) // DAY_MS for row in self.messages}
+
+    def _add_message(self, record: LedgerRecord) -> None:
+        self._check(record)
+        message_id, account = UUID(record.message_id), record.account[len(_ACCOUNT_PREFIX) :]
+        last_event: dict[int, AttemptEvent] = {}
+        for event in record.events:
+            for index in event.indexes:
+                last_event[index] = event
+                self.events.append(self._event_row(message_id, account, index, event))
+        updates = {update.index: update for update in record.recipients}
+        if record.HasField("accepted"):
+            self._add_accepted(message_id, account, record)
+        for index, update in updates.items():
+            row = [message_id, index, account, "", update.state, update.attempts, update.next_attempt_ms]
+            row += [update.update_ms, *self._outcome(last_event.get(index))]
+            self._change((record.message_id, index), row)
+
+    def _check(self, record: LedgerRecord) -> None:
+        raw_id = record.message_id
+        if len(raw_id) != 16 or raw_id[6] >> 4 != 7:
+            raise RecordError("BAD_MESSAGE_ID", "the message id is no UUIDv7")
+        made_ms = _id_ms(raw_id)
+        if not self._bounds.first_ms <= made_ms <= self._bounds.last_ms:
+            raise RecordError("MESSAGE_ID_OUT_OF_RANGE", f"the message id was made at {made_ms} ms")
+        if not record.account.startswith(_ACCOUNT_PREFIX):
+            raise RecordError("BAD_ACCOUNT", "the record names no account")
+        count = None
+        if record.HasField("accepted"):
+            if abs(record.accepted.accept_time_ms - made_ms) > DAY_MS:
+                raise RecordError("MESSAGE_ID_OUT_OF_RANGE", "message id and time of acceptance are a day apart")
+            count = len(record.accepted.recipients)
+        for update in record.recipients:
+            if update.state not in _STATES or not _is_index(update.index, count):
+                raise RecordError("BAD_RECIPIENT", f"recipient {update.index} in state {update.state}")
+        for event in record.events:
+            if event.type not in _EVENTS or not all(_is_index(index, count) for index in event.indexes):
+                raise RecordError("BAD_EVENT", f"an event of type {event.type}")
+
+    def _add_accepted(self, message_id: UUID, account: str, record: LedgerRecord) -> None:
+        text, accepted, raw_id = self._text, record.accepted, record.message_id
+        self.messages.append(
+            (
+                message_id,
+                account,
+                accepted.accept_time_ms,
+                text(accepted.sender),
+                accepted.size_bytes,
+                text(accepted.header_message_id),
+                text(accepted.subject),
+                text(accepted.credential),
+                text(accepted.client_address),
+                text(accepted.client_helo),
+                text(accepted.client_tls),
+                text(accepted.session),
+            )
+        )
+        time_ms = accepted.accept_time_ms
+        for index, address in enumerate(accepted.recipients):
+            row = [message_id, index, account, text(address), _QUEUED, 0, 0, time_ms, 0, "", "", ""]
+            self.accepted[(raw_id, index)] = row
+
+    def _change(self, key: Key, row: list[Any]) -> None:
+        rows = self.accepted if key in self.accepted else self.changed
+        former = rows.get(key)
+        if former is None:
+            rows[key] = row
+            return
+        if former[STATE] in _TERMINAL:
+            if row[STATE] in _TERMINAL and row[STATE] != former[STATE]:
+                self.events.append(conflict_event(row, former[STATE]))
+            return
+        if not any(row[8:]):
+            row[8:] = former[8:]
+        row[3] = former[3]
+        rows[key] = row
+
+    def _event_row(self, message_id: UUID, account: str, index: int, event: AttemptEvent) -> tuple[Any, ...]:
+        text = self._text
+        return (
+            message_id,
+            index,
+            account,
+            event.type,
+            event.time_ms,
+            event.attempt,
+            event.bundle_revision,
+            text(event.rule),
+            text(event.provider),
+            text(event.remote_host),
+            text(event.tls),
+            event.reply_code,
+            text(event.enhanced_code),
+            text(event.reply_text),
+            event.queued_ms,
+            event.waiting_ms,
+            event.connecting_ms,
+            event.transferring_ms,
+        )
+
+    def _outcome(self, event: AttemptEvent | None) -> tuple[int, str, str, str]:
+        if event is None:
+            return (0, "", "", "")
+        text = self._text
+        return (event.reply_code, text(event.enhanced_code), text(event.reply_text), text(event.provider))
+
+    def _result(self, result: CommandResult) -> tuple[str, int, int, str]:
+        return (result.command, result.changed_count, result.too_late_count, self._text(result.error))
+
+    def _text(self, text: str) -> str:
+        if self.is_clean:
+            return text.replace("\0", "\ufffd")[:_STORED_TEXT_LIMIT]
+        return text
+
+
+def conflict_event(row: list[Any], former_state: int) -> tuple[Any, ...]:
+    """The event that says that `row`'s terminal state came after another one."""
+    text = f"{State(row[STATE]).name.lower()} after {State(former_state).name.lower()}"
+    recipient = (row[0], row[1], row[2])
+    return (*recipient, _CONFLICT, row[_UPDATE_MS], row[5], 0, "", "", "", "", 0, "", text, 0, 0, 0, 0)
+
+
+def columns(rows: Iterable[Iterable[Any]], width: int) -> list[list[Any]]:
+    """Rows turned into `width` lists, also when there are none."""
+    turned = [list(column) for column in zip(*rows, strict=True)]
+    return turned or [[] for _ in range(width)]
+
+
+def _is_index(index: int, count: int | None) -> bool:
+    return index >= 0 and (count is None or index < count)
+
+
+def _id_ms(raw_id: bytes) -> int:
+    return int.from_bytes(raw_id[:6], "big")

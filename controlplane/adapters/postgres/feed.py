@@ -1,0 +1,92 @@
+"""The change feed: wakes whoever must look at PostgreSQL again, by LISTEN and by the clock.
+
+Contract. `ChangeFeed.run` calls `scan` for ever: at once after it listens (what changed before is in the
+database), at each NOTIFY, and every `poll_s` seconds in any case, since a NOTIFY is only a hint and a
+listener may die without a word. Hints that arrive while a scan runs cause one more. The connection is
+direct and its own; when it is lost, polling goes on with `scan`'s own connections while it is made anew. An
+error of `scan` is reported and does not end the feed; cancelling it closes the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import asyncpg
+
+from controlplane.domain.errors import UnavailableError
+
+CHANNELS = ("postroad_config", "postroad_denials", "postroad_commands")
+
+_CONNECT_TIMEOUT_S = 5.0
+_CLOSE_TIMEOUT_S = 2.0
+
+
+class ChangeFeed:
+    """See the module. `report` is told of what went wrong."""
+
+    def __init__(
+        self,
+        dsn: str,
+        scan: Callable[[], Awaitable[None]],
+        *,
+        poll_s: float = 2.0,
+        report: Callable[[str, Exception], None] = lambda _what, _error: None,
+    ) -> None:
+        self._dsn = dsn
+        self._scan = scan
+        self._poll_s = poll_s
+        self._report = report
+        self._hint = asyncio.Event()
+        self._connection: asyncpg.Connection[Any] | None = None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            while True:
+                await self._listen()
+                self._hint.clear()
+                await self._scan_once()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._poll_s):
+                        await self._hint.wait()
+        finally:
+            await self._close()
+
+    async def _listen(self) -> None:
+        if self._connection is not None and not self._connection.is_closed():
+            return
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                connection: asyncpg.Connection[Any] = await asyncpg.connect(
+                    self._dsn, server_settings={"application_name": "postroad-feed"}
+                )
+                self._connection = connection
+                connection.add_termination_listener(self._wake)
+                for channel in CHANNELS:
+                    await connection.add_listener(channel, self._wake)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            self._report("listen", error)
+            if self._connection is not None:
+                self._connection.terminate()
+                self._connection = None
+
+    def _wake(self, *_: object) -> None:
+        self._hint.set()
+
+    async def _scan_once(self) -> None:
+        try:
+            await self._scan()
+        except UnavailableError as error:
+            self._report("scan", error)
+        except Exception as error:  # noqa: BLE001 - one bad row must not stop all news; it is reported
+            self._report("scan", error)
+
+    async def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        with contextlib.suppress(Exception):
+            await connection.close(timeout=_CLOSE_TIMEOUT_S)

@@ -1,0 +1,101 @@
+"""Who runs the jobs, and what they do to PostgreSQL.
+
+Contract. `PostgresLeadership` is a session advisory lock on a direct connection of its own: held as long as
+that connection lives and answers, so that a leader that is cut off stops within `is_held`'s timeout and the
+server frees the lock. `PostgresJobs` implements `ports_fleet.JobStore` on the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from datetime import date, datetime
+from typing import Any
+
+import asyncpg
+
+from controlplane.adapters.postgres.fleet_database import FleetDatabase
+
+_LOCK = 0x706F73746C656164  # "postlead"
+_TIMEOUT_S = 5.0
+_AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+class PostgresLeadership:
+    """`ports_fleet.Leadership`; see the module."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._connection: asyncpg.Connection[Any] | None = None
+
+    async def acquire(self) -> bool:
+        """As the port says."""
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                if self._connection is None:
+                    self._connection = await asyncpg.connect(
+                        self._dsn, server_settings={"application_name": "postroad-leader"}
+                    )
+                held: bool = await self._connection.fetchval("SELECT pg_try_advisory_lock($1)", _LOCK)
+        except _AWAY:
+            self._drop()
+            return False
+        if not held:
+            await self.release()
+        return held
+
+    async def is_held(self) -> bool:
+        """As the port says."""
+        if self._connection is None or self._connection.is_closed():
+            self._drop()
+            return False
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                await self._connection.fetchval("SELECT 1")
+        except _AWAY:
+            self._drop()
+            return False
+        return True
+
+    async def release(self) -> None:
+        """As the port says."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(*_AWAY):
+                await connection.close(timeout=_TIMEOUT_S)
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()
+
+
+class PostgresJobs:
+    """`ports_fleet.JobStore`."""
+
+    def __init__(self, database: FleetDatabase) -> None:
+        self._database = database
+
+    async def ensure_partitions(self, first: date, days: int) -> None:
+        """As the port says."""
+        async with self._database.transaction("job_ensure_partitions") as connection:
+            await connection.execute("SELECT postroad.ensure_partitions($1, $2)", first, days)
+
+    async def drop_partitions(self, before: date) -> int:
+        """As the port says."""
+        async with self._database.transaction("job_drop_partitions") as connection:
+            count: int = await connection.fetchval("SELECT postroad.drop_partitions($1)", before)
+        return count
+
+    async def delete_idempotency_keys(self, before: datetime) -> int:
+        """As the port says."""
+        return await self._delete("DELETE FROM postroad.idempotency WHERE create_time < $1", before)
+
+    async def delete_enrollment_tokens(self, before: datetime) -> int:
+        """As the port says."""
+        return await self._delete("DELETE FROM postroad.enrollment_tokens WHERE expire_time < $1", before)
+
+    async def _delete(self, sql: str, before: datetime) -> int:
+        async with self._database.transaction("job_delete") as connection:
+            answer = await connection.execute(sql, before)
+        return int(answer.rpartition(" ")[2])

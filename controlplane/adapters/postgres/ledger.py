@@ -1,0 +1,359 @@
+"""The record of every message in PostgreSQL: what spools report, stored once, in order, whatever it says.
+
+Contract. Implements `ports_fleet.LedgerStore`. A batch is one transaction that locks the spool's row: the
+cursor moves with the rows, so that a batch whose answer was lost is recognised when it comes again. A
+record that cannot be stored goes to `ledger_rejects` and counts as stored; the others are found by halving.
+UnavailableError leaves everything as it was.
+
+    what comes                              what is done
+    first record = cursor + 1               stored; cursor = last record
+    begins earlier (sent again)             the part above the cursor is stored
+    begins later                            refused: GAP
+    older incarnation than the newest       refused: SUPERSEDED
+    spool refused before                    refused: WENT_BACKWARDS, until AcceptSpool
+    newer incarnation                       stored: the worker was restarted
+
+A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import asyncpg
+
+from controlplane.adapters.ledger_records import (
+    DAY_MS,
+    STATE,
+    IdBounds,
+    RecordError,
+    RecordRows,
+    columns,
+    conflict_event,
+)
+from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.session import Connection
+from controlplane.ports_fleet import (
+    Cursor,
+    RawBatch,
+    Refusal,
+    RefusalReason,
+    SpoolOpening,
+    SpoolOwnershipError,
+    Stored,
+)
+from dataplane.core.queue import TERMINAL
+
+Numbered = Sequence[tuple[int, bytes]]
+
+_TERMINAL = [int(state) for state in TERMINAL]
+_DETAIL_LIMIT = 1_000
+# What a record's content can do to a statement; everything else is ours or the server's.
+_BAD_CONTENT = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, OverflowError, ValueError)
+
+_LOCK = """
+SELECT node, incarnation, cursor, accepted FROM postroad.spools WHERE spool = $1 FOR UPDATE
+"""
+_EPOCH = "timestamptz 'epoch' + interval '1 ms' *"
+_INSERT_MESSAGES = f"""
+INSERT INTO postroad.messages (
+    message_id, account, accept_time, sender, size_bytes, header_message_id, subject, credential, client_address,
+    client_helo, client_tls, session, node, spool
+)
+SELECT m, a, {_EPOCH} t, s, z, h, j, c, ca, ch, ct, n, $13, $14
+FROM unnest(
+    $1::uuid[], $2::text[], $3::bigint[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::text[],
+    $10::text[], $11::text[], $12::text[]
+) AS u (m, a, t, s, z, h, j, c, ca, ch, ct, n)
+ON CONFLICT DO NOTHING
+"""
+_RECIPIENT_ROWS = f"""
+SELECT m, i, a, d, s, n, CASE WHEN x > 0 THEN {_EPOCH} x END, {_EPOCH} t, c, e, r, p
+FROM unnest(
+    $1::uuid[], $2::integer[], $3::text[], $4::text[], $5::smallint[], $6::integer[], $7::bigint[], $8::bigint[],
+    $9::smallint[], $10::text[], $11::text[], $12::text[]
+) AS u (m, i, a, d, s, n, x, t, c, e, r, p)
+"""
+_RECIPIENT_COLUMNS = """
+    message_id, recipient_index, account, address, state, attempts, next_attempt_time, update_time, reply_code,
+    enhanced_code, reply_text, provider
+"""
+_INSERT_RECIPIENTS = f"""
+INSERT INTO postroad.recipients ({_RECIPIENT_COLUMNS}) {_RECIPIENT_ROWS}
+ON CONFLICT DO NOTHING
+"""
+# The bounds let the planner leave out all days but those of the batch.
+_UPDATE_RECIPIENTS = f"""
+WITH u ({_RECIPIENT_COLUMNS}) AS ({_RECIPIENT_ROWS})
+UPDATE postroad.recipients AS r
+SET state = u.state, attempts = u.attempts, next_attempt_time = u.next_attempt_time, update_time = u.update_time,
+    reply_code = CASE WHEN u.reply_text <> '' OR u.reply_code <> 0 THEN u.reply_code ELSE r.reply_code END,
+    enhanced_code = CASE WHEN u.reply_text <> '' OR u.reply_code <> 0 THEN u.enhanced_code ELSE r.enhanced_code END,
+    reply_text = CASE WHEN u.reply_text <> '' OR u.reply_code <> 0 THEN u.reply_text ELSE r.reply_text END,
+    provider = CASE WHEN u.provider <> '' THEN u.provider ELSE r.provider END
+FROM u
+WHERE r.message_id = u.message_id AND r.recipient_index = u.recipient_index AND r.account = u.account
+    AND r.message_id BETWEEN $13 AND $14 AND r.state <> ALL ($15::smallint[]) AND r.attempts <= u.attempts
+"""
+_SELECT_STATES = """
+SELECT r.message_id, r.recipient_index, r.state
+FROM postroad.recipients AS r
+JOIN unnest($1::uuid[], $2::integer[], $3::text[]) AS u (m, i, a)
+    ON r.message_id = u.m AND r.recipient_index = u.i AND r.account = u.a
+WHERE r.message_id BETWEEN $4 AND $5
+"""
+_INSERT_EVENTS = f"""
+INSERT INTO postroad.delivery_events (
+    message_id, recipient_index, account, type, event_time, attempt, bundle_revision, rule, provider, remote_host, tls,
+    reply_code, enhanced_code, reply_text, queued_ms, waiting_ms, connecting_ms, transferring_ms, node, spool
+)
+SELECT m, i, a, y, {_EPOCH} t, n, b, r, p, h, l, c, e, x, q, w, g, f, $19, $20
+FROM unnest(
+    $1::uuid[], $2::integer[], $3::text[], $4::smallint[], $5::bigint[], $6::integer[], $7::bigint[], $8::text[],
+    $9::text[], $10::text[], $11::text[], $12::smallint[], $13::text[], $14::text[], $15::bigint[], $16::bigint[],
+    $17::bigint[], $18::bigint[]
+) AS u (m, i, a, y, t, n, b, r, p, h, l, c, e, x, q, w, g, f)
+"""
+_COMPLETE_COMMANDS = """
+UPDATE postroad.commands AS c
+SET done_time = $6, changed_count = u.n, too_late_count = u.l, error = u.e
+FROM unnest($1::uuid[], $2::integer[], $3::integer[], $4::text[]) AS u (m, n, l, e)
+WHERE c.command = u.m AND c.spool = $5 AND c.done_time IS NULL
+"""
+_REJECT = """
+INSERT INTO postroad.ledger_rejects (node, spool, incarnation, record_number, record, reason, detail)
+VALUES ($1, $2, $3, $4, $5, $6, $7)
+"""
+
+
+class PostgresLedger:
+    """See the module. Records of messages older than `retention` are not stored any more."""
+
+    def __init__(
+        self,
+        database: FleetDatabase,
+        *,
+        retention: timedelta,
+        report: Callable[[str, str, str], None] = lambda _spool, _reason, _detail: None,
+    ) -> None:
+        self._database = database
+        self._retention_ms = int(retention.total_seconds() * 1000)
+        self._report = report
+        self._days_ready: set[int] = set()
+
+    async def open_spool(self, node_id: str, opening: SpoolOpening, now: datetime) -> Cursor | Refusal:
+        """As `LedgerStore.open_spool`."""
+        spool = UUID(opening.spool)
+        async with self._database.transaction("ledger_open") as connection:
+            await connection.execute(
+                "INSERT INTO postroad.spools (spool, node, incarnation) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
+                spool,
+                node_id,
+                opening.incarnation,
+            )
+            row = await connection.fetchrow(_LOCK, spool)
+            if row is None or row["node"] != node_id:
+                raise SpoolOwnershipError
+            backwards = opening.incarnation < row["incarnation"] or opening.last_record < row["cursor"]
+            accepted = row["accepted"] and not backwards
+            cursor: int = row["cursor"]
+            if accepted and opening.oldest_record > cursor + 1:
+                cursor = await self._pass_over(connection, node_id, opening, cursor)
+            await connection.execute(
+                """
+                UPDATE postroad.spools
+                SET reported_incarnation = $2, reported_last_record = $3, accepted = $4, cursor = $5, update_time = $6,
+                    incarnation = CASE WHEN $4 THEN $2 ELSE incarnation END
+                WHERE spool = $1
+                """,
+                spool,
+                opening.incarnation,
+                opening.last_record,
+                accepted,
+                cursor,
+                now,
+            )
+            if row["accepted"] and not accepted:
+                await connection.execute("SELECT pg_notify('postroad_commands', '')")
+        if accepted:
+            return Cursor(opening.spool, cursor)
+        detail = f"incarnation {opening.incarnation}, last record {opening.last_record}: older than known"
+        self._report(opening.spool, "WENT_BACKWARDS", detail)
+        return Refusal(opening.spool, RefusalReason.WENT_BACKWARDS, detail)
+
+    async def store(self, node_id: str, batch: RawBatch, now: datetime) -> Stored:
+        """As `LedgerStore.store`."""
+        now_ms = int(now.timestamp() * 1000)
+        bounds = IdBounds(now_ms - self._retention_ms, now_ms + DAY_MS)
+        records = list(enumerate(batch.records, batch.first_record))
+        # Before the spool's row is locked: the lock is held for the database's part only.
+        decoded = _decode(records, bounds)
+        await self._prepare_days(decoded.rows.days(), bounds)
+        async with self._database.transaction("ledger_store") as connection:
+            row = await connection.fetchrow(_LOCK, UUID(batch.spool))
+            if row is None or row["node"] != node_id:
+                raise SpoolOwnershipError
+            refusal = _refusal(batch, row)
+            if refusal is not None:
+                return Stored(refusal, 0, 0)
+            if row["cursor"] >= batch.first_record:
+                records = [numbered for numbered in records if numbered[0] > row["cursor"]]
+                decoded = _decode(records, bounds)
+            if not records:
+                return Stored(Cursor(batch.spool, row["cursor"]), 0, 0)
+            writer = _Writer(connection, node_id, batch, bounds, now)
+            await writer.write(decoded)
+            await connection.execute(
+                "UPDATE postroad.spools SET cursor = $2, incarnation = $3, update_time = $4 WHERE spool = $1",
+                UUID(batch.spool),
+                records[-1][0],
+                batch.incarnation,
+                now,
+            )
+            await connection.execute("SELECT pg_notify('postroad_ledger', '')")
+        for reject in writer.rejects:
+            self._report(batch.spool, reject.reason, f"record {reject.number}: {reject.text}")
+        cursor = Cursor(batch.spool, records[-1][0])
+        return Stored(cursor, len(records) - len(writer.rejects), len(writer.rejects))
+
+    async def _pass_over(self, connection: Connection, node_id: str, opening: SpoolOpening, cursor: int) -> int:
+        """Records that the spool holds no more never come: say so where people look, and go on behind them."""
+        text = f"records {cursor + 1} to {opening.oldest_record - 1} are gone from the spool"
+        spool = UUID(opening.spool)
+        await connection.execute(_REJECT, node_id, spool, opening.incarnation, cursor + 1, b"", "MISSING", text)
+        self._report(opening.spool, "MISSING", text)
+        return opening.oldest_record - 1
+
+    async def _prepare_days(self, days: set[int], bounds: IdBounds) -> None:
+        """Make partitions that the leader did not: a node may report mail of days on which nobody led."""
+        for day in sorted(days - self._days_ready):
+            async with self._database.transaction("ledger_partitions") as connection:
+                await connection.execute("SELECT postroad.ensure_partitions(date '1970-01-01' + $1::integer, 1)", day)
+            self._days_ready.add(day)
+        self._days_ready = {day for day in self._days_ready if day >= bounds.first_ms // DAY_MS}
+
+
+class _Reject(NamedTuple):
+    number: int
+    raw: bytes
+    reason: str
+    text: str
+
+
+class _Decoded(NamedTuple):
+    rows: RecordRows
+    records: list[tuple[int, bytes]]
+    rejects: list[_Reject]
+
+
+class _UnknownRecipientError(ValueError):
+    """A record speaks of a recipient that was never accepted."""
+
+
+def _decode(records: Numbered, bounds: IdBounds, *, clean: bool = False) -> _Decoded:
+    decoded = _Decoded(RecordRows(bounds, clean=clean), [], [])
+    for number, raw in records:
+        try:
+            decoded.rows.add(raw)
+            decoded.records.append((number, raw))
+        except RecordError as error:
+            decoded.rejects.append(_Reject(number, raw, error.reason, str(error)))
+    return decoded
+
+
+def _refusal(batch: RawBatch, row: asyncpg.Record) -> Refusal | None:
+    if not row["accepted"]:
+        return Refusal(batch.spool, RefusalReason.WENT_BACKWARDS, "the spool waits for AcceptSpool")
+    if batch.incarnation < row["incarnation"]:
+        return Refusal(batch.spool, RefusalReason.SUPERSEDED, f"incarnation {row['incarnation']} reports now")
+    if batch.first_record > row["cursor"] + 1:
+        return Refusal(batch.spool, RefusalReason.GAP, f"stored up to {row['cursor']}")
+    return None
+
+
+class _Writer:
+    """Writes records inside a transaction; what cannot be stored is found by halving and set aside."""
+
+    def __init__(self, connection: Connection, node_id: str, batch: RawBatch, bounds: IdBounds, now: datetime) -> None:
+        self._connection = connection
+        self._node_id = node_id
+        self._spool = UUID(batch.spool)
+        self._incarnation = batch.incarnation
+        self._bounds = bounds
+        self._now = now
+        self.rejects: list[_Reject] = []
+
+    async def write(self, decoded: _Decoded) -> None:
+        """Store all that can be stored, set the rest aside."""
+        self.rejects += decoded.rejects
+        await self._write_or_halve(decoded)
+        for reject in self.rejects:
+            # NUL is the one character that text cannot hold.
+            text = reject.text.replace("\0", "")[:_DETAIL_LIMIT]
+            arguments = (self._incarnation, reject.number, reject.raw, reject.reason, text)
+            await self._connection.execute(_REJECT, self._node_id, self._spool, *arguments)
+
+    async def _write_or_halve(self, decoded: _Decoded) -> None:
+        if not decoded.records:
+            return
+        await self._connection.execute("SAVEPOINT records")
+        try:
+            await self._write_rows(decoded.rows)
+            await self._connection.execute("RELEASE records")
+        except _BAD_CONTENT as error:
+            await self._connection.execute("ROLLBACK TO records")
+            await self._halve(decoded, error)
+
+    async def _halve(self, decoded: _Decoded, error: Exception) -> None:
+        records = decoded.records
+        if len(records) == 1 and decoded.rows.is_clean:
+            reason = "UNKNOWN_RECIPIENT" if isinstance(error, _UnknownRecipientError) else "REFUSED_BY_DATABASE"
+            self.rejects.append(_Reject(*records[0], reason, str(error)))
+            return
+        middle = max(len(records) // 2, 1)
+        for part in (records[:middle], records[middle:]):
+            await self._write_or_halve(_decode(part, self._bounds, clean=True))
+
+    async def _write_rows(self, rows: RecordRows) -> None:
+        connection = self._connection
+        if rows.messages:
+            await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 12), self._node_id, self._spool)
+        events = rows.events
+        if rows.accepted:
+            answer = await connection.execute(_INSERT_RECIPIENTS, *columns(rows.accepted.values(), 12))
+            if _count(answer) != len(rows.accepted):
+                # A disk that was restored tells known mail anew.
+                events = events + await self._update(list(rows.accepted.values()))
+        if rows.changed:
+            events = events + await self._update(list(rows.changed.values()))
+        if events:
+            await connection.execute(_INSERT_EVENTS, *columns(events, 18), self._node_id, self._spool)
+        if rows.results:
+            await connection.execute(_COMPLETE_COMMANDS, *columns(rows.results, 4), self._spool, self._now)
+
+    async def _update(self, rows: list[list[Any]]) -> list[tuple[Any, ...]]:
+        """Change recipients that are not terminal yet; returns the events of outcomes that came too late."""
+        ids = [row[0] for row in rows]
+        least, greatest = min(ids), max(ids)
+        answer = await self._connection.execute(_UPDATE_RECIPIENTS, *columns(rows, 12), least, greatest, _TERMINAL)
+        if _count(answer) == len(rows):
+            return []
+        message_ids, indexes, accounts = columns([row[:3] for row in rows], 3)
+        found = await self._connection.fetch(_SELECT_STATES, message_ids, indexes, accounts, least, greatest)
+        states = {(one["message_id"], one["recipient_index"]): one["state"] for one in found}
+        if len(states) < len(rows):
+            raise _UnknownRecipientError("a recipient is not known")
+        conflicts = []
+        for row in rows:
+            present = states[row[0], row[1]]
+            if row[STATE] in _TERMINAL and present in _TERMINAL and row[STATE] != present:
+                conflicts.append(conflict_event(row, present))
+        return conflicts
+
+
+def _count(answer: str) -> int:
+    """How many rows a command's tag says."""
+    return int(answer.rpartition(" ")[2])

@@ -1,0 +1,41 @@
+"""What the leader does to the database: partitions made ahead, old rows dropped.
+
+Contract. `housekeeping_jobs` returns the jobs; each is a transaction or a few, may run twice, and may be
+cut off anywhere.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from controlplane.jobs.leader import Job
+from controlplane.ports_fleet import JobStore
+
+# One day back: a node's clock, or its report, may lag behind midnight.
+_DAYS_BACK, _DAYS_AHEAD = 1, 3
+_IDEMPOTENCY = timedelta(hours=24)
+_EXPIRED_TOKENS = timedelta(days=1)
+
+
+def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
+    """The jobs on `store`; the record of mail is kept for `retention`."""
+
+    async def make_partitions(now: datetime) -> None:
+        first = now.date() - timedelta(days=_DAYS_BACK)
+        await store.ensure_partitions(first, _DAYS_BACK + 1 + _DAYS_AHEAD)
+
+    async def drop_partitions(now: datetime) -> None:
+        await store.drop_partitions((now - retention).date())
+
+    async def forget_requests(now: datetime) -> None:
+        await store.delete_idempotency_keys(now - _IDEMPOTENCY)
+
+    async def forget_tokens(now: datetime) -> None:
+        await store.delete_enrollment_tokens(now - _EXPIRED_TOKENS)
+
+    return [
+        Job("make_partitions", timedelta(hours=1), make_partitions),
+        Job("drop_partitions", timedelta(hours=1), drop_partitions),
+        Job("forget_requests", timedelta(minutes=10), forget_requests),
+        Job("forget_tokens", timedelta(hours=1), forget_tokens),
+    ]

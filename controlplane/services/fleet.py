@@ -1,0 +1,170 @@
+"""Nodes on their streams: who is let in, what is recorded of them, and how news from the database reaches them.
+
+Contract. `admit` → `greet` → any number of `heartbeat` and `record` → `leave` is the life of a stream; the
+adapter that carries messages calls them. `scan` is what the change feed runs: it reads what is new and puts
+it into the hub. Everything raises UnavailableError while PostgreSQL is away, and the next call finds out
+what was missed; nothing of a node that was admitted is undone by that. `NotAdmittedError` tells why a node
+is not let in.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from controlplane.ports_fleet import (
+    BundleVersion,
+    ConfigReport,
+    FleetRepository,
+    NodeHealth,
+    NodeHello,
+    NodeRecord,
+    NodeState,
+    PoolConfig,
+    SpoolCommand,
+    SpoolOwner,
+    SpoolStatus,
+)
+from controlplane.stream.hub import Hub, Slot, close
+from controlplane.stream.session import CloseCode, Hello, Session
+
+
+class NotAdmittedError(Exception):
+    """The node's certificate is not, or no longer, the node's."""
+
+
+class FleetService:
+    """See the module. `replica` names this process among its peers."""
+
+    def __init__(self, repository: FleetRepository, hub: Hub, clock: Callable[[], datetime], replica: str) -> None:
+        self._repository = repository
+        self._hub = hub
+        self._clock = clock
+        self._replica = replica
+        self._mark = 0
+        self._denials_version = 0
+        self._reported: dict[Slot, ConfigReport] = {}
+
+    # --- a stream -------------------------------------------------------------------------------------------------
+
+    async def check(self, node_id: str, certificate_serial: str) -> NodeRecord:
+        """The node of a verified certificate; NotAdmittedError when it was revoked, replaced or deleted."""
+        node = await self._repository.get_node(node_id)
+        if node is None or not _is_good(node, certificate_serial):
+            raise NotAdmittedError
+        return node
+
+    async def admit(self, node_id: str, certificate_serial: str, wake: Callable[[], None]) -> Slot:
+        """Open the node's slot; NotAdmittedError, TooManyStreamsError. To be followed by `leave`, whatever happens."""
+        node = await self.check(node_id, certificate_serial)
+        slot = Slot(node_id, node.pool, certificate_serial, Session(f"nodes/{node_id}"), wake)
+        self._hub.attach(slot)
+        return slot
+
+    async def greet(self, slot: Slot, hello: Hello) -> None:
+        """Take the node's Hello; SpoolOwnershipError when it names another node's spool."""
+        if hello.node == slot.session.node:
+            stream = f"{self._replica}/{secrets.token_hex(8)}"
+            now = self._clock()
+            refused_spools = await self._repository.report_spools(slot.node_id, hello.spools, now)
+            greeting = NodeHello(hello.boot_id, hello.software_version)
+            refused = await self._repository.open_stream(slot.node_id, stream, greeting, now)
+            slot.stream = stream
+            slot.session.receive_hello(hello, refused)
+            self._hub.refuse_spools(slot, frozenset(refused_spools))
+            await self._give_commands([slot])
+        else:
+            slot.session.receive_hello(hello, {})
+        slot.wake()
+
+    async def heartbeat(
+        self, slot: Slot, health: NodeHealth, denials_version: int, spools: tuple[SpoolStatus, ...]
+    ) -> None:
+        """Take a StatusReport."""
+        slot.session.receive_status(health.digest, denials_version)
+        slot.wake()
+        if slot.stream:
+            now = self._clock()
+            await self._repository.report_health(slot.node_id, slot.stream, health, now)
+            await self._repository.report_spools(slot.node_id, spools, now)
+
+    async def record(self, slot: Slot) -> None:
+        """Write down how the node's configuration is, when that changed since the last call."""
+        report = slot.session.report()
+        if slot.stream and report != self._reported.get(slot):
+            await self._repository.report_config(slot.node_id, slot.stream, report, self._clock())
+            self._reported[slot] = report
+
+    async def leave(self, slot: Slot) -> None:
+        """The stream ended; never raises but UnavailableError, and the slot is gone in any case."""
+        self._hub.detach(slot)
+        self._reported.pop(slot, None)
+        if slot.stream:
+            await self._repository.close_stream(slot.node_id, slot.stream, self._clock())
+
+    # --- news -----------------------------------------------------------------------------------------------------
+
+    async def scan(self) -> None:
+        """Read what changed and tell those whom it concerns. What must stop comes first."""
+        await self._scan_denials()
+        await self._scan_config()
+        slots = [slot for slot in self._hub.slots if slot.stream]
+        if slots:
+            await self._scan_nodes(slots)
+            await self._give_commands(slots)
+
+    async def _scan_denials(self) -> None:
+        if await self._repository.denials_version() != self._denials_version:
+            denials = await self._repository.load_denials(self._clock())
+            self._hub.publish_denials(denials)
+            self._denials_version = denials.version
+
+    async def _scan_config(self) -> None:
+        listing = await self._repository.bundles_since(self._mark)
+        changed = []
+        for pool, changes in listing.pools.items():
+            former = self._hub.cache.get(pool)
+            config = await self._load(pool, changes)
+            if config is not former:
+                changed.append(config)
+        self._hub.publish_config(changed)
+        self._mark = listing.mark
+
+    async def _load(self, pool: str, changes: Mapping[str, BundleVersion | None]) -> PoolConfig:
+        names = self._hub.cache.merge(pool, changes)
+        if not names and not any(version is None for version in changes.values()):
+            return self._hub.cache.get(pool)
+        # The keys before the bundles: what is sealed under a new key comes later than the key.
+        bundles = await self._repository.load_bundles(pool, names)
+        keys = await self._repository.load_pool_keys(pool)
+        return self._hub.cache.install(pool, changes, bundles, keys)
+
+    async def _scan_nodes(self, slots: list[Slot]) -> None:
+        nodes = {node.node_id: node for node in await self._repository.get_nodes([slot.node_id for slot in slots])}
+        for slot in slots:
+            node = nodes.get(slot.node_id)
+            if node is None or not _is_good(node, slot.certificate_serial):
+                close(slot, CloseCode.UNAUTHENTICATED, "the node's certificate is refused")
+            elif node.stream != slot.stream:
+                close(slot, CloseCode.ABORTED, "a newer stream of this node took over")
+            elif node.pool != slot.pool:
+                self._hub.move(slot, node.pool)
+
+    async def _give_commands(self, slots: list[Slot]) -> None:
+        spools = await self._repository.list_spools([slot.node_id for slot in slots])
+        commands = await self._repository.open_commands([spool.spool for spool in spools])
+        by_spool: dict[str, list[SpoolCommand]] = {}
+        for command in commands:
+            by_spool.setdefault(command.spool, []).append(command)
+        by_node: dict[str, list[SpoolOwner]] = {}
+        for spool in spools:
+            by_node.setdefault(spool.node_id, []).append(spool)
+        for slot in slots:
+            own = by_node.get(slot.node_id, [])
+            slot.session.commands_changed([command for one in own for command in by_spool.get(one.spool, [])])
+            self._hub.refuse_spools(slot, frozenset(one.spool for one in own if not one.accepted))
+
+
+def _is_good(node: NodeRecord, certificate_serial: str) -> bool:
+    return node.state is NodeState.ENROLLED and node.certificate_serial == certificate_serial
