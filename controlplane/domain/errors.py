@@ -1,8 +1,8 @@
 """Everything that the control plane says no with: who is to blame, and whether trying again helps.
 
-Contract. Services raise these and nothing else on purpose; an adapter maps each class to a status in one
-table. The docstring of a class is its default text, fit to be shown to the caller; nothing secret goes into
-texts or metadata. `Reason` names each cause once, for programs.
+Contract. Services raise these and nothing else on purpose; an adapter maps each class to a status in one table. The
+docstring of a class is its default text, fit to be shown to the caller; nothing secret goes into texts or metadata.
+`Reason` names each cause once, for programs.
 
     class                     the caller should
     UnauthenticatedError      present a good key
@@ -28,7 +28,6 @@ class Reason(StrEnum):
 
     API_KEY_MISSING = "API_KEY_MISSING"
     API_KEY_INVALID = "API_KEY_INVALID"
-    ENROLLMENT_TOKEN_INVALID = "ENROLLMENT_TOKEN_INVALID"  # noqa: S105 - the name of an error
     ENROLLMENT_TOKEN_INVALID = "ENROLLMENT_TOKEN_INVALID"  # noqa: S105 - the name of an error
     SCOPE_MISSING = "SCOPE_MISSING"
     OTHER_ACCOUNT = "OTHER_ACCOUNT"
