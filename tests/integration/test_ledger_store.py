@@ -1,0 +1,333 @@
+"""What spools report, in PostgreSQL: order, gaps, what comes twice, what cannot be stored, first outcomes."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import pytest
+
+from controlplane.adapters.postgres.ledger import PostgresLedger
+from controlplane.ports_fleet import (
+    Cursor,
+    RawBatch,
+    Refusal,
+    RefusalReason,
+    SpoolOpening,
+    SpoolOwnershipError,
+    Stored,
+)
+from postroad.node.v1.ledger_pb2 import CommandResult, EventType, LedgerRecord, RecipientState
+from support.databases import Database
+from support.fleet import (
+    NOW,
+    NOW_MS,
+    accepted,
+    add_node,
+    changed,
+    event,
+    execute,
+    fetch,
+    fleet_database,
+    message_id,
+    text_id,
+    update,
+)
+
+SPOOL = str(uuid.uuid4())
+QUEUED, DEFERRED, SENT, BOUNCED = (
+    RecipientState.RECIPIENT_STATE_QUEUED,
+    RecipientState.RECIPIENT_STATE_DEFERRED,
+    RecipientState.RECIPIENT_STATE_SENT,
+    RecipientState.RECIPIENT_STATE_BOUNCED,
+)
+
+
+@pytest.fixture
+async def ledger(migrated_database: Database) -> AsyncIterator[PostgresLedger]:
+    await add_node(migrated_database)
+    async with fleet_database(migrated_database) as database:
+        yield PostgresLedger(database, retention=timedelta(days=30))
+
+
+async def _open(ledger: PostgresLedger, incarnation: int = 1, last: int = 1_000, oldest: int = 1) -> Cursor | Refusal:
+    return await ledger.open_spool("edge-1", SpoolOpening(SPOOL, incarnation, 0, oldest, last), NOW)
+
+
+async def _store(
+    ledger: PostgresLedger, first: int, *records: LedgerRecord | bytes, incarnation: int = 1, node: str = "edge-1"
+) -> Stored:
+    raw = [one if isinstance(one, bytes) else one.SerializeToString() for one in records]
+    return await ledger.store(node, RawBatch(SPOOL, incarnation, first, raw), NOW)
+
+
+async def _count(database: Database, table: str) -> int:
+    rows = await fetch(database, f"SELECT count(*) FROM postroad.{table}")  # noqa: S608 - of this file
+    return int(rows[0][0])
+
+
+async def _states(database: Database, raw_id: bytes) -> list[int]:
+    rows = await fetch(
+        database,
+        "SELECT state FROM postroad.recipients WHERE message_id = $1 ORDER BY recipient_index",
+        text_id(raw_id),
+    )
+    return [row["state"] for row in rows]
+
+
+async def test_a_message_settled_at_once_is_one_record(ledger: PostgresLedger, migrated_database: Database) -> None:
+    raw_id = message_id()
+    record = accepted(raw_id, "a@example.net", "b@example.net", state=SENT, subject="Grüße")
+    record.events.append(event(EventType.EVENT_TYPE_SENT, 0, 1, text="queued as 7", provider="providers/inbox"))
+    await _open(ledger)
+
+    stored = await _store(ledger, 1, record)
+
+    assert stored == Stored(Cursor(SPOOL, 1), 1, 0)
+    message = (await fetch(migrated_database, "SELECT * FROM postroad.messages"))[0]
+    assert (message["account"], message["node"], message["subject"]) == ("demo", "edge-1", "Grüße")
+    assert int(message["accept_time"].timestamp() * 1000) == NOW_MS
+    recipients = await fetch(migrated_database, "SELECT * FROM postroad.recipients ORDER BY recipient_index")
+    assert [(row["address"], row["state"], row["reply_code"], row["next_attempt_time"]) for row in recipients] == [
+        ("a@example.net", SENT, 250, None),
+        ("b@example.net", SENT, 250, None),
+    ]
+    assert recipients[0]["provider"] == "providers/inbox"
+    events = await fetch(migrated_database, "SELECT * FROM postroad.delivery_events ORDER BY position")
+    assert [(row["recipient_index"], row["type"]) for row in events] == [(0, 2), (1, 2)]
+
+
+async def test_a_later_record_changes_the_recipient(ledger: PostgresLedger, migrated_database: Database) -> None:
+    raw_id = message_id()
+    await _open(ledger)
+    await _store(ledger, 1, accepted(raw_id, "a@example.net", "b@example.net"))
+
+    deferred = update(0, DEFERRED)
+    deferred.next_attempt_ms = NOW_MS + 60_000
+    await _store(
+        ledger, 2, changed(raw_id, deferred, events=(event(EventType.EVENT_TYPE_DEFERRED, 0, code=451, text="later"),))
+    )
+
+    assert await _states(migrated_database, raw_id) == [DEFERRED, QUEUED]
+    row = (await fetch(migrated_database, "SELECT * FROM postroad.recipients WHERE recipient_index = 0"))[0]
+    assert (row["address"], row["reply_code"], row["reply_text"]) == ("a@example.net", 451, "later")
+    assert row["next_attempt_time"].timestamp() == pytest.approx(NOW_MS / 1000 + 60, abs=0.01)
+
+
+async def test_records_of_one_batch_build_on_each_other(ledger: PostgresLedger, migrated_database: Database) -> None:
+    raw_id = message_id()
+    await _open(ledger)
+
+    await _store(ledger, 1, accepted(raw_id), changed(raw_id, update(0, DEFERRED)), changed(raw_id, update(0, SENT)))
+
+    assert await _states(migrated_database, raw_id) == [SENT]
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_the_first_outcome_stays_and_a_later_one_becomes_an_event(
+    ledger: PostgresLedger, migrated_database: Database, *, together: bool
+) -> None:
+    raw_id = message_id()
+    await _open(ledger)
+    records = [accepted(raw_id, state=SENT), changed(raw_id, update(0, BOUNCED)), changed(raw_id, update(0, SENT))]
+
+    if together:
+        await _store(ledger, 1, *records)
+    else:
+        for number, record in enumerate(records, 1):
+            await _store(ledger, number, record)
+
+    assert await _states(migrated_database, raw_id) == [SENT]
+    events = await fetch(migrated_database, "SELECT type, reply_text FROM postroad.delivery_events")
+    assert [tuple(row) for row in events] == [(9, "bounced after sent")]
+    assert await _count(migrated_database, "ledger_rejects") == 0
+
+
+async def test_a_gap_is_refused_and_changes_nothing(ledger: PostgresLedger, migrated_database: Database) -> None:
+    await _open(ledger)
+    await _store(ledger, 1, accepted(message_id()))
+
+    stored = await _store(ledger, 3, accepted(message_id()))
+
+    assert isinstance(stored.answer, Refusal)
+    assert stored.answer.reason is RefusalReason.GAP
+    assert await _count(migrated_database, "messages") == 1
+    assert await _open(ledger) == Cursor(SPOOL, 1)
+
+
+async def test_what_comes_twice_is_stored_once(ledger: PostgresLedger, migrated_database: Database) -> None:
+    first, second = message_id(), message_id()
+    record = changed(first, update(0, SENT), events=(event(EventType.EVENT_TYPE_SENT, 0),))
+    await _open(ledger)
+    await _store(ledger, 1, accepted(first), record)
+
+    again = await _store(ledger, 1, accepted(first), record)
+    overlapping = await _store(ledger, 2, record, accepted(second))
+
+    assert again == Stored(Cursor(SPOOL, 2), 0, 0)
+    assert overlapping == Stored(Cursor(SPOOL, 3), 1, 0)
+    assert await _count(migrated_database, "messages") == 2
+    assert await _count(migrated_database, "delivery_events") == 1
+
+
+async def test_bad_records_go_to_the_rejects_and_stop_nobody(
+    ledger: PostgresLedger, migrated_database: Database
+) -> None:
+    day_ms = 86_400_000
+    good = [accepted(message_id()) for _ in range(6)]
+    strange_time = accepted(message_id())
+    strange_time.accepted.accept_time_ms += 2 * day_ms
+    bad: list[LedgerRecord | bytes] = [
+        b"\xff\xff garbage",
+        accepted(b"short"),
+        accepted(uuid.uuid4().bytes),
+        accepted(message_id(NOW_MS + 2 * day_ms)),
+        accepted(message_id(NOW_MS - 31 * day_ms)),
+        strange_time,
+        accepted(message_id(), account="users/eve"),
+        accepted(message_id(), state=99),
+        changed(message_id(), update(0, SENT)),
+        changed(message_id(), events=(event(EventType.EVENT_TYPE_SENT, 0, code=1_000_000),)),
+    ]
+    mixed = [bad[0], good[0], *bad[1:4], good[1], good[2], *bad[4:], *good[3:]]
+    await _open(ledger)
+
+    stored = await _store(ledger, 1, *mixed)
+
+    assert stored == Stored(Cursor(SPOOL, len(mixed)), 6, len(bad))
+    assert await _count(migrated_database, "messages") == 6
+    rows = await fetch(migrated_database, "SELECT * FROM postroad.ledger_rejects ORDER BY record_number")
+    assert [row["reason"] for row in rows] == [
+        "UNDECODABLE",
+        "BAD_MESSAGE_ID",
+        "BAD_MESSAGE_ID",
+        "MESSAGE_ID_OUT_OF_RANGE",
+        "MESSAGE_ID_OUT_OF_RANGE",
+        "MESSAGE_ID_OUT_OF_RANGE",
+        "BAD_ACCOUNT",
+        "BAD_RECIPIENT",
+        "UNKNOWN_RECIPIENT",
+        "REFUSED_BY_DATABASE",
+    ]
+    assert [row["record_number"] for row in rows] == [1, 3, 4, 5, 8, 9, 10, 11, 12, 13]
+    assert rows[0]["record"] == bad[0]
+
+
+async def test_text_that_postgresql_cannot_hold_does_not_cost_the_record(
+    ledger: PostgresLedger, migrated_database: Database
+) -> None:
+    raw_id = message_id()
+    await _open(ledger)
+    record = accepted(raw_id, state=SENT, subject="a\0b")
+    record.events.append(event(EventType.EVENT_TYPE_SENT, 0, text="ok\0"))
+
+    stored = await _store(ledger, 1, record)
+
+    assert stored.rejected_count == 0
+    assert (await fetch(migrated_database, "SELECT subject FROM postroad.messages"))[0]["subject"] == "a\ufffdb"
+
+
+async def test_mail_of_days_on_which_nobody_led_is_stored(ledger: PostgresLedger, migrated_database: Database) -> None:
+    await _open(ledger)
+
+    stored = await _store(ledger, 1, *(accepted(message_id(NOW_MS - days * 86_400_000)) for days in range(12)))
+
+    assert (stored.stored_count, stored.rejected_count) == (12, 0)
+
+
+async def test_a_newer_incarnation_goes_on_and_the_older_one_is_superseded(ledger: PostgresLedger) -> None:
+    await _open(ledger, incarnation=1)
+    await _store(ledger, 1, accepted(message_id()))
+
+    assert await _open(ledger, incarnation=2) == Cursor(SPOOL, 1)
+    late = await _store(ledger, 2, accepted(message_id()), incarnation=1)
+    new = await _store(ledger, 2, accepted(message_id()), incarnation=2)
+
+    assert isinstance(late.answer, Refusal)
+    assert late.answer.reason is RefusalReason.SUPERSEDED
+    assert new.answer == Cursor(SPOOL, 2)
+
+
+@pytest.mark.parametrize(("incarnation", "last"), [(1, 10), (3, 0)])
+async def test_a_restored_disk_is_refused_until_an_operator_accepts_it(
+    ledger: PostgresLedger, migrated_database: Database, incarnation: int, last: int
+) -> None:
+    await _open(ledger, incarnation=2)
+    await _store(ledger, 1, accepted(message_id()), incarnation=2)
+
+    refused = await _open(ledger, incarnation=incarnation, last=last)
+    stored = await _store(ledger, 2, accepted(message_id()), incarnation=incarnation + 5)
+
+    assert isinstance(refused, Refusal)
+    assert refused.reason is RefusalReason.WENT_BACKWARDS
+    assert isinstance(stored.answer, Refusal)
+    await execute(
+        migrated_database,
+        """
+        UPDATE postroad.spools
+        SET accepted = true, incarnation = reported_incarnation, cursor = reported_last_record
+        """,
+    )
+    assert await _open(ledger, incarnation=incarnation + 1, last=last) == Cursor(SPOOL, last)
+
+
+async def test_mail_that_a_restored_disk_tells_anew_keeps_its_outcome(
+    ledger: PostgresLedger, migrated_database: Database
+) -> None:
+    raw_id = message_id()
+    await _open(ledger)
+    await _store(ledger, 1, accepted(raw_id, state=SENT))
+    await execute(migrated_database, "UPDATE postroad.spools SET cursor = 0")
+
+    stored = await _store(ledger, 1, accepted(raw_id), changed(raw_id, update(0, BOUNCED, attempts=2)))
+
+    assert stored.rejected_count == 0
+    assert await _states(migrated_database, raw_id) == [SENT]
+    events = await fetch(migrated_database, "SELECT type FROM postroad.delivery_events")
+    assert [row["type"] for row in events] == [9]
+
+
+async def test_records_that_are_gone_from_the_spool_are_passed_over_visibly(
+    ledger: PostgresLedger, migrated_database: Database
+) -> None:
+    assert await _open(ledger, last=50, oldest=40) == Cursor(SPOOL, 39)
+
+    rows = await fetch(migrated_database, "SELECT reason, detail FROM postroad.ledger_rejects")
+    assert [tuple(row) for row in rows] == [("MISSING", "records 1 to 39 are gone from the spool")]
+
+
+async def test_a_spool_belongs_to_the_node_that_registered_it(
+    ledger: PostgresLedger, migrated_database: Database
+) -> None:
+    await add_node(migrated_database, "edge-2")
+    await _open(ledger)
+
+    with pytest.raises(SpoolOwnershipError):
+        await ledger.open_spool("edge-2", SpoolOpening(SPOOL, 9, 0, 1, 100), NOW)
+    with pytest.raises(SpoolOwnershipError):
+        await _store(ledger, 1, accepted(message_id()), node="edge-2")
+
+
+async def test_a_result_completes_its_command_once(ledger: PostgresLedger, migrated_database: Database) -> None:
+    await _open(ledger)
+    command, foreign = uuid.uuid4(), uuid.uuid4()
+    for one, spool in ((command, SPOOL), (foreign, str(uuid.uuid4()))):
+        await execute(
+            migrated_database,
+            """
+            INSERT INTO postroad.commands (command, account, verb, spool, message_ids) VALUES ($1, 'demo', 1, $2, '{}')
+            """,
+            one,
+            uuid.UUID(spool),
+        )
+
+    def result(of: uuid.UUID, count: int) -> LedgerRecord:
+        return LedgerRecord(command_result=CommandResult(command=str(of), changed_count=count))
+
+    await _store(ledger, 1, result(command, 3), result(command, 4), result(foreign, 5), result(uuid.uuid4(), 6))
+
+    rows = await fetch(
+        migrated_database, "SELECT command, changed_count FROM postroad.commands WHERE done_time > '-infinity'"
+    )
+    assert [tuple(row) for row in rows] == [(command, 3)]
