@@ -44,6 +44,11 @@ def _without_password(url: SecretStr) -> str:
     return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url.get_secret_value())
 
 
+def _hidden(secret: SecretStr) -> str:
+    del secret
+    return "***"
+
+
 def _is_address(text: str) -> str:
     ip_address(text)
     return text
@@ -144,6 +149,8 @@ class Settings(BaseSettings):
     metrics: MetricsSettings = MetricsSettings()
     config_max_age_s: Seconds = 7 * 86_400.0
     drain_timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
+    # Base64 of 32 bytes; wins over the file, which is made when it is missing.
+    seal_key: Annotated[SecretStr, PlainSerializer(_hidden, return_type=str)] | None = None
     seal_key_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

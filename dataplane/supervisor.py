@@ -138,9 +138,15 @@ def _probe(address: str, port: int) -> None:
         time.sleep(0.1)
 
 
+def prepare_data_dir(data_dir: Path) -> None:
+    """Make the folders that every process of the node expects. OSError."""
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in ("run", "last-known-good", "identity"):
+        (data_dir / name).mkdir(mode=0o700, exist_ok=True)
+
+
 def lock_data_dir(data_dir: Path) -> int:
     """Lock the data directory for this process; returns the descriptor that holds it. SupervisorError when taken."""
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(data_dir / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,8 +161,10 @@ def lock_data_dir(data_dir: Path) -> int:
 class Supervisor:
     """See the module. The current directory must be the data directory, and locked."""
 
-    def __init__(self, settings: Settings, config_file: Path | None, log: EventLog) -> None:
+    def __init__(self, settings: Settings, folder: Path, config_file: Path | None, log: EventLog) -> None:
         self._settings = settings
+        # Children read the settings as we did: the same file, and paths relative to the same folder.
+        self._folder = folder
         self._config_file = config_file
         self._log = log
         self._selector = selectors.DefaultSelector()
@@ -217,7 +225,9 @@ class Supervisor:
         if child.sockets:
             command += ["--listener-fds", ",".join(str(bound.fileno()) for bound in child.sockets)]
         # A process group of its own: Ctrl-C in a terminal is ours to turn into an orderly drain.
-        child.process = subprocess.Popen(command, pass_fds=inherited, process_group=0, stdin=subprocess.DEVNULL)
+        child.process = subprocess.Popen(
+            command, cwd=self._folder, pass_fds=inherited, process_group=0, stdin=subprocess.DEVNULL
+        )
         os.close(ready_write)
         child.ready_pipe = os.fdopen(ready_read, "rb", buffering=0)
         child.ready, child.heard = None, b""

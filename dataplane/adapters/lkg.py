@@ -43,6 +43,22 @@ _LENGTH = struct.Struct(">I")
 _MAX_SEALED_BYTES = 1024 * 1024 * 1024
 
 
+def open_files(
+    data_dir: Path, key_file: Path | None, key_text: str | None, node: str, clock: Clock
+) -> LastKnownGoodFiles:
+    """The files of a node's data directory under its seal key: `key_text`, else the file, by default
+    `identity/seal.key`.
+
+    StoreError when there is no usable key.
+    """
+    file = data_dir / "identity" / "seal.key" if key_file is None else key_file
+    try:
+        seal_key = SealKey.from_file(file) if key_text is None else SealKey.from_text(key_text)
+    except (OSError, SealError) as error:
+        raise StoreError(f"the seal key cannot be used: {error}") from error
+    return LastKnownGoodFiles(data_dir / FOLDER, seal_key, node, clock)
+
+
 @dataclass(frozen=True, slots=True)
 class StoredConfig:
     """What the file holds. `digest` is that of postroad.node.v1; `write_ms` is when it was written, 0 for never."""

@@ -1,0 +1,158 @@
+"""The middle of the agent: passes facts and wishes between the workers, the configuration stream and the ledger stream.
+
+It decides nothing that the machines decide. Commands for a spool that no worker has open wait here, few of them, until
+one has: what is lost is sent again by the control plane, which asks until the result is in the ledger.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from dataplane.agent.held import EMPTY
+from dataplane.agent.ledger import LedgerStream
+from dataplane.agent.stream import ConfigStream
+from dataplane.agent.stream_machine import StreamMachine
+from dataplane.agent.workers import WorkerHub
+from dataplane.link import (
+    ConfigChanged,
+    ContactTime,
+    DenialsChanged,
+    LedgerCursor,
+    LedgerPause,
+    LedgerPull,
+    LedgerRecords,
+    RunCommand,
+    SpoolVerdict,
+    WorkerHello,
+    WorkerStatus,
+)
+from dataplane.ports import Clock
+from postroad.node.v1.config_stream_service_pb2 import Command, SpoolStatus, StatusReport
+
+MAX_WAITING_COMMANDS = 1_000
+
+
+class NodeAgent:
+    """Fills the observer and side protocols of workers.py, stream.py and ledger.py."""
+
+    def __init__(self, hub: WorkerHub, machine: StreamMachine, clock: Clock) -> None:
+        self._hub = hub
+        self._machine = machine
+        self._clock = clock
+        self._config: ConfigStream
+        self._ledger: LedgerStream
+        self._commands: OrderedDict[str, RunCommand] = OrderedDict()
+
+    def attach(self, config: ConfigStream, ledger: LedgerStream) -> None:
+        """Hand over the streams, which were made with this object; before anything runs."""
+        self._config = config
+        self._ledger = ledger
+
+    # --- from workers ----------------------------------------------------------------------------------------
+
+    def worker_connected(self, hello: WorkerHello) -> None:
+        """Bring the worker up to date, and its spools to the ledger."""
+        held = self._machine.config
+        if held is not EMPTY and hello.config_digest != held.digest.hex():
+            self._hub.send(hello.worker, ConfigChanged(held.digest.hex()))
+        if hello.denials_version < self._machine.denials.version:
+            self._hub.send(hello.worker, DenialsChanged(self._machine.denials.version))
+        if self._config.last_contact_ms:
+            self._hub.send(hello.worker, ContactTime(self._config.last_contact_ms))
+        for state in hello.spools:
+            self._ledger.spool_opened(state)
+        mine = {state.spool for state in hello.spools}
+        for command in [waiting for waiting in self._commands.values() if waiting.spool in mine]:
+            del self._commands[command.command]
+            self._hub.send(hello.worker, command)
+
+    def worker_lost(self, index: int, spools: Iterable[str]) -> None:
+        """Its spools report no more."""
+        del index
+        for spool in spools:
+            self._ledger.spool_gone(spool)
+
+    def workers_changed(self) -> None:
+        """Something may be in use everywhere now."""
+        self._config.workers_changed()
+
+    def records_arrived(self, records: LedgerRecords) -> None:
+        """Send them on."""
+        self._ledger.records_arrived(records)
+
+    # --- for the configuration stream ------------------------------------------------------------------------
+
+    def tell_config(self, digest: str) -> None:
+        """Tell the workers."""
+        self._hub.broadcast(ConfigChanged(digest))
+
+    def tell_denials(self, version: int) -> None:
+        """Tell the workers."""
+        self._hub.broadcast(DenialsChanged(version))
+
+    def tell_contact(self, wall_ms: int) -> None:
+        """Tell the workers."""
+        self._hub.broadcast(ContactTime(wall_ms))
+
+    def run_command(self, command: Command) -> None:
+        """Hand the command to the spool's worker, or keep it until one is there."""
+        message = RunCommand(command.command, command.spool, command.verb, command.account, tuple(command.message_ids))
+        if not self._hub.send_to_owner(command.spool, message):
+            self._commands[command.command] = message
+            while len(self._commands) > MAX_WAITING_COMMANDS:
+                self._commands.popitem(last=False)
+
+    def look_for_absent(self) -> None:
+        """As WorkerHub."""
+        self._hub.look_for_absent()
+
+    def spool_statuses(self) -> Sequence[SpoolStatus]:
+        """Every spool that a worker reported."""
+        return [
+            SpoolStatus(
+                spool=state.spool,
+                incarnation=state.incarnation,
+                acknowledged=state.acknowledged,
+                last_record=state.last_record,
+                waiting_count=state.waiting_count,
+                open=self._hub.is_open(state.spool),
+            )
+            for state in self._hub.spools
+        ]
+
+    async def status_report(self) -> StatusReport:
+        """How the node is, over all workers."""
+        statuses = await self._hub.collect_status()
+        report = StatusReport(
+            draining=any(status.draining for status in statuses),
+            queue_depth=sum(status.waiting_count for status in statuses),
+            spools=self.spool_statuses(),
+        )
+        oldest_ms = oldest_accepted_ms(statuses)
+        if oldest_ms:
+            report.oldest_age.FromMilliseconds(max(0, self._clock.wall_ms() - oldest_ms))
+        return report
+
+    # --- for the ledger stream -------------------------------------------------------------------------------
+
+    def pull(self, spool: str, after: int) -> None:
+        """Ask the spool's worker for records."""
+        self._hub.send_to_owner(spool, LedgerPull(spool, after))
+
+    def pause(self, spool: str) -> None:
+        """Tell the spool's worker that nobody takes records."""
+        self._hub.send_to_owner(spool, LedgerPause(spool))
+
+    def stored(self, spool: str, cursor: int) -> None:
+        """Tell the spool's worker what is stored."""
+        self._hub.send_to_owner(spool, LedgerCursor(spool, cursor))
+
+    def give_verdict(self, spool: str, *, refused: bool) -> None:
+        """Tell the spool's worker whether it may send."""
+        self._hub.send_to_owner(spool, SpoolVerdict(spool, refused))
+
+
+def oldest_accepted_ms(statuses: Iterable[WorkerStatus]) -> int:
+    """When the oldest waiting message was accepted, 0 when none waits."""
+    return min((status.oldest_accepted_ms for status in statuses if status.oldest_accepted_ms), default=0)

@@ -1,0 +1,103 @@
+"""Composition root of the agent: `python -m dataplane agent`, started by the supervisor in the data directory.
+
+Puts together last-known-good, the link to the workers, both streams to the control plane and the HTTP endpoint; runs
+until SIGTERM, which the supervisor sends after the workers have ended. Last-known-good that cannot be read is reported
+and treated as nothing held: the control plane then sends everything anew, and what the workers use stays meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import uuid
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc.aio
+
+from dataplane.adapters.bundle_check import check_bundles
+from dataplane.adapters.lkg import LastKnownGoodFiles, open_files
+from dataplane.agent.applied import WorkerTable
+from dataplane.agent.channel import open_channel
+from dataplane.agent.held import EMPTY, HeldConfig
+from dataplane.agent.identity import load_identity
+from dataplane.agent.ledger import LedgerStream
+from dataplane.agent.metrics import MetricsServer, NodeState
+from dataplane.agent.node_agent import NodeAgent
+from dataplane.agent.ports import StoreError
+from dataplane.agent.stream import ConfigStream
+from dataplane.agent.stream_machine import NodeFacts, StreamMachine
+from dataplane.agent.workers import WorkerHub
+from dataplane.clock import SystemClock
+from dataplane.lifecycle import StopSignals
+from dataplane.link import SOCKET_PATH
+from dataplane.ports import EventLog
+from dataplane.process import Child
+from dataplane.settings import Settings
+from postroad.config.v1.denials_pb2 import DenialSet
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    config: HeldConfig
+    denials: DenialSet
+    contact_ms: int
+
+
+async def run_agent(settings: Settings, worker_count: int, child: Child, log: EventLog) -> None:
+    """Serve until SIGTERM. IdentityError, StoreError and OSError when it cannot begin."""
+    stop = StopSignals()
+    clock = SystemClock()
+    data_dir = Path()
+    identity = load_identity(data_dir)
+    key_text = settings.seal_key.get_secret_value() if settings.seal_key else None
+    files = open_files(data_dir, settings.seal_key_file, key_text, identity.node, clock)
+    held = _read_held(files, log)
+    table = WorkerTable(worker_count)
+    facts = NodeFacts(identity.node, str(uuid.uuid4()), version("postroad"))
+    machine = StreamMachine(facts, held.config, held.denials, table)
+    hub = WorkerHub(Path(SOCKET_PATH), table, log)
+    agent = NodeAgent(hub, machine, clock)
+
+    def channel() -> grpc.aio.Channel:
+        # Read anew each time: the node may have been enrolled again.
+        return open_channel(settings.control_plane.address, load_identity(data_dir))
+
+    config = ConfigStream(machine, channel, agent, files, check_bundles, clock, random.random, log)
+    config.last_contact_ms = held.contact_ms
+    ledger = LedgerStream(channel, agent, clock, random.random, log)
+    agent.attach(config, ledger)
+    certificates = {"node": data_dir / "identity" / "certificate.pem"}
+    if settings.tls is not None:
+        certificates["listeners"] = settings.tls.certificate_file
+    state = NodeState(hub, table, machine, config, ledger, clock, settings.config_max_age_s, worker_count, certificates)
+    metrics = MetricsServer(state, settings.metrics.address, settings.metrics.port)
+    await hub.start(agent)
+    port = await metrics.start()
+    try:
+        async with asyncio.TaskGroup() as group:
+            services = [group.create_task(config.run()), group.create_task(ledger.run())]
+            child.report_ready({"metrics": {"address": settings.metrics.address, "port": port}})
+            await stop.drain.wait()
+            for service in services:
+                service.cancel()
+    finally:
+        await metrics.stop()
+        await hub.stop()
+
+
+def _read_held(files: LastKnownGoodFiles, log: EventLog) -> _Held:
+    config, denials, contact_ms = EMPTY, DenialSet(), 0
+    try:
+        config = files.read_config()
+    except StoreError as error:
+        log.warning("config.unreadable", error=str(error))
+    try:
+        denials = files.read_denials()
+    except StoreError as error:
+        log.warning("denials.unreadable", error=str(error))
+    with contextlib.suppress(StoreError):
+        contact_ms = files.read_contact()
+    return _Held(config, denials, contact_ms)
