@@ -7,6 +7,7 @@ keeper   those that keep what they are given: an adapter whose `retains` is fals
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from dataplane.adapters.spool_null import NullSpool
 from dataplane.adapters.spool_ram import RamSpool
+from dataplane.adapters.spool_sqlite import SqliteSpool
 from dataplane.core.envelope import RecipientRow
 from dataplane.core.queue import State
 from dataplane.ports import Cursor, Due, KeyHead, Spool, SpoolError
@@ -27,10 +29,15 @@ from support.spools import (
     make_envelope,
     make_id,
     make_row,
+    open_durable,
     settlement,
 )
 
-ADAPTERS: dict[str, type[RamSpool | NullSpool]] = {"ram": RamSpool, "null": NullSpool}
+ADAPTERS: dict[str, type[SqliteSpool | RamSpool | NullSpool]] = {
+    "sqlite": SqliteSpool,
+    "ram": RamSpool,
+    "null": NullSpool,
+}
 CONTENT = b"Subject: Hello\r\n\r\nbody\r\n"
 TEN_MINUTES_S = 600.0
 TAIL_BYTES = 64 * 1024 * 1024
@@ -42,6 +49,8 @@ def clock() -> ManualClock:
 
 
 async def open_spool(name: str, folder: Path, clock: ManualClock) -> Spool:
+    if name == "sqlite":
+        return await open_durable(folder / str(uuid.uuid4()), clock)
     if name == "null":
         return NullSpool()
     return RamSpool(clock)

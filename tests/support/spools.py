@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from dataplane.adapters.spool_sqlite import SqliteSpool
 from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
 from dataplane.core.ids import MessageId, new_message_id
 from dataplane.core.queue import State
-from dataplane.ports import RecipientChange, Settlement
+from dataplane.ports import Clock, RecipientChange, Settlement, SpoolFailedError
 
 NOW_MS = 1_790_000_000_000
 KEY = make_queue_key("accounts/demo", "providers/inbox")
@@ -33,6 +36,17 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         self.now_s += seconds
         self.now_ms += int(seconds * 1_000)
+
+
+def fail_test(failure: SpoolFailedError) -> None:
+    """`on_failed` where nothing may fail; raised in the loop, it shows in the log of the test that awaits the write."""
+    raise failure
+
+
+async def open_durable(folder: Path, clock: Clock, **options: Any) -> SqliteSpool:
+    """Open a durable spool for node-1; a failure raises unless the test says what it does."""
+    options.setdefault("on_failed", fail_test)
+    return await SqliteSpool.open(folder, "node-1", clock, **options)
 
 
 def make_id(at_ms: int = NOW_MS) -> MessageId:

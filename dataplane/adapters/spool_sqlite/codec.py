@@ -1,0 +1,152 @@
+"""Rows of the spool to values and back: pure functions; a row that cannot be read raises DamagedRowError.
+
+An envelope is JSON, so that an operator can read it, made by orjson; text that is no Unicode (lone surrogates from raw
+8-bit headers) goes through the slower standard encoder, which can carry it. Checksums are CRC-32: they find flipped
+bits, not forgery. A recipient's covers what a settlement writes, so that none needs the old row; addresses lie in the
+envelope, under the message's checksum. Records are packed many to a row, each behind its length in four bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import orjson
+
+from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.ids import MessageId
+from dataplane.core.queue import State
+
+
+class DamagedRowError(Exception):
+    """A row does not match its checksum or cannot be decoded."""
+
+
+class Recipient(NamedTuple):
+    """A row of the table `recipient`, in the order of its columns."""
+
+    message_id: MessageId
+    idx: int
+    state: int
+    attempt: int
+    due_ms: int
+    rank: int
+    incarnation: int
+    checksum: int
+    queue_key: str
+
+
+def encode_envelope(envelope: Envelope, recipients: Sequence[RecipientRow]) -> bytes:
+    """Return the JSON of an envelope with the addresses of all its recipients."""
+    fields = {
+        "account": envelope.account,
+        "sender": envelope.sender,
+        "recipients": {str(row.index): row.address for row in recipients},
+        "account_uid": envelope.account_uid,
+        "credential": envelope.credential,
+        "size_bytes": envelope.size_bytes,
+        "accepted_ms": envelope.accepted_ms,
+        "session": envelope.session,
+        "client": [envelope.client_address, envelope.client_helo, envelope.client_tls],
+        "header_message_id": envelope.header_message_id,
+        "subject": envelope.subject,
+        "smtputf8": envelope.smtputf8,
+        "body_8bit": envelope.body_8bit,
+        "headers": envelope.headers,
+    }
+    try:
+        return orjson.dumps(fields)
+    except TypeError:
+        return json.dumps(fields, separators=(",", ":")).encode("ascii")
+
+
+def decode_envelope(message_id: MessageId, encoded: bytes) -> tuple[Envelope, dict[int, str]]:
+    """Return the envelope and the addresses of all its recipients by index. DamagedRowError."""
+    try:
+        fields: dict[str, Any] = _loads(encoded)
+        address, helo, tls = fields["client"]
+        envelope = Envelope(
+            message_id=message_id,
+            account=fields["account"],
+            account_uid=fields["account_uid"],
+            credential=fields["credential"],
+            sender=fields["sender"],
+            size_bytes=fields["size_bytes"],
+            accepted_ms=fields["accepted_ms"],
+            session=fields["session"],
+            client_address=address,
+            client_helo=helo,
+            client_tls=tls,
+            header_message_id=fields["header_message_id"],
+            subject=fields["subject"],
+            smtputf8=fields["smtputf8"],
+            body_8bit=fields["body_8bit"],
+            headers={name: tuple(values) for name, values in fields["headers"].items()},
+        )
+        addresses = {int(index): address for index, address in fields["recipients"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedRowError("an envelope cannot be decoded") from error
+    return envelope, addresses
+
+
+def _loads(encoded: bytes) -> Any:
+    try:
+        return orjson.loads(encoded)
+    except orjson.JSONDecodeError:
+        return json.loads(encoded)
+
+
+def message_checksum(message_id: bytes, envelope: bytes, content: bytes) -> int:
+    """Checksum of a message wherever its content lies."""
+    return crc32(content, crc32(envelope, crc32(message_id)))
+
+
+def recipient_checksum(message_id: bytes, idx: int, state: int, attempt: int, due_ms: int, queue_key: str) -> int:
+    """Checksum of what a settlement writes. UnicodeEncodeError for a key that is no text."""
+    return crc32(f"{idx} {state} {attempt} {due_ms} {queue_key}".encode(), crc32(message_id))
+
+
+def encode_recipient(message_id: MessageId, row: RecipientRow, incarnation: int) -> Recipient:
+    """Return the row to store."""
+    index, _, state, attempt, due_ms, priority, queue_key = row
+    number = int(state)
+    checksum = recipient_checksum(message_id, index, number, attempt, due_ms, queue_key)
+    return Recipient(message_id, index, number, attempt, due_ms, -priority, incarnation, checksum, queue_key)
+
+
+def check_recipient(row: Recipient) -> None:
+    """DamagedRowError unless the row matches its checksum."""
+    expected = recipient_checksum(row.message_id, row.idx, row.state, row.attempt, row.due_ms, row.queue_key)
+    if expected != row.checksum:
+        raise DamagedRowError("a recipient does not match its checksum")
+
+
+def decode_recipient(row: Recipient, addresses: dict[int, str]) -> RecipientRow:
+    """Return the recipient. DamagedRowError for a wrong checksum, state or index."""
+    check_recipient(row)
+    try:
+        return RecipientRow(
+            row.idx, addresses[row.idx], State(row.state), row.attempt, row.due_ms, -row.rank, row.queue_key
+        )
+    except (KeyError, ValueError) as error:
+        raise DamagedRowError("a recipient has no address or an unknown state") from error
+
+
+def pack_records(records: Sequence[bytes]) -> bytes:
+    """Return records as one value."""
+    return b"".join([part for record in records for part in (len(record).to_bytes(4, "big"), record)])
+
+
+def unpack_records(packed: bytes, count: int) -> list[bytes]:
+    """Return the records of a value. DamagedRowError unless they are `count`."""
+    records: list[bytes] = []
+    position = 0
+    while position < len(packed):
+        start = position + 4
+        position = start + int.from_bytes(packed[position:start], "big")
+        records.append(packed[start:position])
+    if len(records) != count or position != len(packed):
+        raise DamagedRowError("records do not fill their row")
+    return records

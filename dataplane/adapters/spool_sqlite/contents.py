@@ -1,0 +1,73 @@
+"""Contents too large for a row: one file a message in `content/`, named by the message's id in hexadecimal.
+
+A file is durable, and its name in the folder too, before the row that needs it is written; it is removed after the
+commit that removed the row. What a crash leaves between the two is an orphan, removed once it is older than any writer
+can be. The functions block and belong into a thread; errors are OSError.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dataplane.adapters.spool_sqlite.identity import sync_folder, write_file
+from dataplane.core.ids import MessageId
+
+CONTENT = "content"
+# A commit that takes longer was answered 451 long ago.
+ORPHAN_AGE_S = 3_600.0
+_NAME_CHARACTERS = 32
+
+
+class Contents:
+    """The folder of contents of one spool."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / CONTENT
+
+    def prepare(self) -> None:
+        """Make the folder durably."""
+        if not self._folder.is_dir():
+            self._folder.mkdir(mode=0o700)
+            sync_folder(self._folder.parent)
+
+    def write(self, message_id: MessageId, content: bytes) -> None:
+        """Write durably. FileExistsError for an id that has a file; after other errors nothing is left, if possible."""
+        path = self._path(message_id)
+        try:
+            write_file(path, content, mode=os.O_EXCL)
+            sync_folder(self._folder)
+        except FileExistsError:
+            raise
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+    def read(self, message_id: MessageId) -> bytes:
+        """Read whole. FileNotFoundError when it is gone."""
+        return self._path(message_id).read_bytes()
+
+    def remove(self, message_ids: list[MessageId]) -> None:
+        """Remove files that may be gone already. Not synced: a name that comes back after a crash is an orphan."""
+        for message_id in message_ids:
+            self._path(message_id).unlink(missing_ok=True)
+
+    def stored(self) -> Iterator[MessageId]:
+        """Ids of all files."""
+        return self.aged(math.inf)
+
+    def move(self, message_id: MessageId, folder: Path) -> None:
+        """Move a file away, within the same file system."""
+        self._path(message_id).rename(folder / message_id.hex())
+
+    def aged(self, before_s: float) -> Iterator[MessageId]:
+        """Ids of files last written before this time, seconds since 1970."""
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                if len(entry.name) == _NAME_CHARACTERS and entry.stat().st_mtime < before_s:
+                    yield MessageId(bytes.fromhex(entry.name))
+
+    def _path(self, message_id: MessageId) -> Path:
+        return self._folder / message_id.hex()

@@ -1,0 +1,425 @@
+"""The durable spool: `ports.Spool` on one folder, opened by one process.
+
+Inputs and outputs are those of the port. Writes go through `group_commit`, reads through a read-only connection on the
+loop's thread, files of large contents through a small pool of threads. Opening takes the lock, salvages the file if the
+last owner left it doubtful, and counts the incarnation up before anything is accepted. No room is SpoolFullError and
+passes by itself; a disk that fails or a damaged file is SpoolFailedError for all that waits and all that comes, leaves
+the marker that makes the next start salvage, and is told to `on_failed` once: the process must end. What was answered
+with an error may still be there after a restart, when the WAL had it already (a duplicate of window W1 if it is sent
+again).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import apsw
+
+from dataplane.adapters.spool_sqlite import schema
+from dataplane.adapters.spool_sqlite.codec import DamagedRowError, encode_envelope, encode_recipient, message_checksum
+from dataplane.adapters.spool_sqlite.contents import ORPHAN_AGE_S, Contents
+from dataplane.adapters.spool_sqlite.errors import translate
+from dataplane.adapters.spool_sqlite.group_commit import GroupCommit
+from dataplane.adapters.spool_sqlite.identity import lock_folder, read_identity, write_identity
+from dataplane.adapters.spool_sqlite.limits import SpoolLimits
+from dataplane.adapters.spool_sqlite.reader import Loaded, Reader
+from dataplane.adapters.spool_sqlite.room import Room, free_bytes
+from dataplane.adapters.spool_sqlite.salvage import SalvageReport, leave_marker, open_database
+from dataplane.adapters.spool_sqlite.transaction import (
+    Accept,
+    Acknowledge,
+    Operation,
+    Quarantine,
+    Settle,
+    WriteRecord,
+)
+from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.ids import MessageId, format_message_id, message_id_time_ms
+from dataplane.core.queue import TERMINAL
+from dataplane.failpoints import failpoint
+from dataplane.ports import (
+    Clock,
+    Cursor,
+    Due,
+    KeyHead,
+    Settlement,
+    SpoolError,
+    SpoolFailedError,
+    SpoolFullError,
+    SpoolIdentity,
+    SpoolStats,
+    StoredMessage,
+)
+
+Result = TypeVar("Result")
+
+_PAGE_OF_KEYS = 100
+_PAGE_OF_IDS = 500
+_FILE_THREADS = 2
+
+
+class SqliteSpool:
+    """`ports.Spool` on disk; make it with `open`, end it with `close`. To be used from one loop."""
+
+    retains: ClassVar[bool] = True
+    durable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: SpoolIdentity,
+        lock: int,
+        connections: tuple[apsw.Connection, apsw.Connection],
+        clock: Clock,
+        limits: SpoolLimits,
+        on_failed: Callable[[SpoolFailedError], None],
+        room: Room,
+    ) -> None:
+        self._folder = folder
+        self._identity = identity
+        self._lock = lock
+        self._clock = clock
+        self._limits = limits
+        self._on_failed = on_failed
+        self._room = room
+        self._loop = asyncio.get_running_loop()
+        self._contents = Contents(folder)
+        self._files = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="spool-files")
+        self._file_work: set[asyncio.Future[Any]] = set()
+        # Writes of messages whose content is on its way to a file wait behind it.
+        self._behind: dict[MessageId, list[Operation]] = {}
+        self._reader = Reader(connections[1])
+        self._commits = GroupCommit(
+            connections[0], identity.incarnation, clock, limits, self._note_failure, self._remove_files
+        )
+        self._closing: asyncio.Task[None] | None = None
+        self.salvage: SalvageReport | None = None
+        self._sweeper = self._loop.create_task(self._sweep_hourly())
+
+    @classmethod
+    async def open(
+        cls,
+        folder: Path,
+        node: str,
+        clock: Clock,
+        *,
+        on_failed: Callable[[SpoolFailedError], None],
+        limits: SpoolLimits | None = None,
+        ask_free_bytes: Callable[[], int] | None = None,
+        vfs: str | None = None,
+    ) -> SqliteSpool:
+        """Open the folder `spool/<uuid>`, making what is missing; `salvage` tells if the old file had to be replaced.
+
+        SpoolError when another process, another node or another spool owns it, or a newer version wrote it;
+        SpoolFullError and SpoolFailedError when the disk does not let it. Blocks the loop: nothing is served yet.
+        """
+        limits = limits or SpoolLimits()
+        lock = lock_folder(folder)
+        try:
+            identity = read_identity(folder, node)
+            Contents(folder).prepare()
+            writer, report = open_database(folder, identity, vfs)
+            identity = _next_incarnation(writer, identity)
+            write_identity(folder, identity)
+            with writer:
+                writer.execute("UPDATE state SET incarnation = ?", (identity.incarnation,))
+            connections = (writer, schema.open_reader(folder / schema.DATABASE, vfs))
+            room = Room(ask_free_bytes or partial(free_bytes, folder), limits.floor_bytes, clock)
+            spool = cls(folder, identity, lock, connections, clock, limits, on_failed, room)
+        except (apsw.Error, OSError) as error:
+            os.close(lock)
+            raise translate(error) from error
+        except BaseException:
+            os.close(lock)
+            raise
+        spool.salvage = report
+        return spool
+
+    @property
+    def identity(self) -> SpoolIdentity:
+        """UUID, node and incarnation."""
+        return self._identity
+
+    # --- writes ---
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether disk and WAL would take a message of this size."""
+        return self._refusal is None and self._commits.wal_has_room() and self._room.has(size_bytes)
+
+    def accept(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
+        """Store a message with the next commit; a large content goes to its file first."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        try:
+            operation = self._make_accept(future, envelope, content, recipients)
+        except SpoolError as error:
+            future.set_exception(error)
+            return future
+        self._room.promise(len(content))
+        if operation.has_file:
+            self._store_content(operation, content)
+        else:
+            self._commits.submit(operation)
+        return future
+
+    def _make_accept(
+        self, future: asyncio.Future[None], envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]
+    ) -> Accept:
+        self._check_open()
+        if not recipients or any(row.state in TERMINAL for row in recipients):
+            raise SpoolError("a message needs recipients, and none of them terminal")
+        message_id = envelope.message_id
+        if message_id in self._behind:
+            raise SpoolError("a message of this id is stored already")
+        if not (self._commits.wal_has_room() and self._room.has(len(content))):
+            raise SpoolFullError("the spool's disk is full")
+        try:
+            encoded = encode_envelope(envelope, recipients)
+            rows = [encode_recipient(message_id, row, self._identity.incarnation) for row in recipients]
+        except (TypeError, ValueError) as error:
+            raise SpoolError(f"the message cannot be written: {type(error).__name__}") from error
+        checksum = message_checksum(message_id, encoded, content)
+        inline = content if len(content) <= self._limits.inline_bytes else None
+        return Accept(future, (message_id, checksum, len(content), encoded, inline), rows)
+
+    def settle(self, settlement: Settlement) -> asyncio.Future[int]:
+        """Apply changes and write the record with the next commit, after a message that is still being stored."""
+        future: asyncio.Future[int] = self._loop.create_future()
+        operation = Settle(future, settlement)
+        if behind := self._behind.get(settlement.message_id):
+            behind.append(operation)
+        else:
+            self._submit(operation)
+        return future
+
+    def write_record(self, record: bytes) -> asyncio.Future[int]:
+        """Write a record that belongs to no message."""
+        future: asyncio.Future[int] = self._loop.create_future()
+        self._submit(WriteRecord(future, record))
+        return future
+
+    def acknowledge(self, number: int) -> asyncio.Future[None]:
+        """Move the mark and trim the tail with the next commit."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._submit(Acknowledge(future, number))
+        return future
+
+    def _submit(self, operation: Operation) -> None:
+        if error := self._refusal:
+            operation.future.set_exception(error)
+        else:
+            self._commits.submit(operation)
+
+    # --- files ---
+
+    def _store_content(self, operation: Accept, content: bytes) -> None:
+        message_id = operation.row[0]
+        self._behind[message_id] = [operation]
+        work = self._in_file_thread(self._contents.write, message_id, content)
+        work.add_done_callback(partial(self._content_stored, message_id))
+
+    def _content_stored(self, message_id: MessageId, work: asyncio.Future[None]) -> None:
+        operations = self._behind.pop(message_id)
+        failpoint("spool.content_stored")
+        error = work.exception()
+        if error is None:
+            for operation in operations:
+                self._commits.submit(operation)
+            return
+        told = SpoolError("a message of this id is stored already")
+        if not isinstance(error, FileExistsError):
+            told = translate(error if isinstance(error, Exception) else SpoolError("writing was given up"))
+        for operation in operations:
+            if not operation.future.done():
+                operation.future.set_exception(type(told)(*told.args))
+        if isinstance(told, SpoolFailedError):
+            self._commits.fail(told)
+
+    def _remove_files(self, message_ids: list[MessageId]) -> None:
+        """After the commit that removed the rows; a file that stays behind is an orphan."""
+        work = self._in_file_thread(self._contents.remove, message_ids)
+        work.add_done_callback(asyncio.Future.exception)
+
+    def _in_file_thread(self, function: Callable[..., Result], *arguments: object) -> asyncio.Future[Result]:
+        work = self._loop.run_in_executor(self._files, function, *arguments)
+        self._file_work.add(work)
+        work.add_done_callback(self._file_work.discard)
+        return work
+
+    async def sweep(self) -> int:
+        """Remove files that no row needs and that are older than any writer; return how many.
+
+        Cancelling it leaves the rest for the next sweep. OSError.
+        """
+        before_s = self._clock.wall_ms() / 1000 - ORPHAN_AGE_S
+        aged = await self._in_file_thread(lambda: list(self._contents.aged(before_s)))
+        orphans: list[MessageId] = []
+        for message_id in aged:
+            if message_id not in self._behind and not self._reader.owns_content(message_id):
+                orphans.append(message_id)
+            await asyncio.sleep(0)
+        if orphans:
+            await self._in_file_thread(self._contents.remove, orphans)
+        return len(orphans)
+
+    async def _sweep_hourly(self) -> None:
+        while True:
+            with contextlib.suppress(OSError, apsw.Error):
+                await self.sweep()
+            await asyncio.sleep(ORPHAN_AGE_S)
+
+    # --- reads ---
+
+    async def load(self, message_id: MessageId) -> StoredMessage | None:
+        """Read a message back, None when it is gone. SpoolError when it is damaged, and it is quarantined.
+
+        Cancelling it changes nothing.
+        """
+        try:
+            loaded = self._read(self._reader.load, message_id)
+            if loaded is None:
+                return None
+            content = loaded.content
+            if content is None:
+                content = await self._in_file_thread(_read_content, self._contents, message_id, loaded)
+        except DamagedRowError as error:
+            raise await self._set_aside(message_id, str(error)) from error
+        except FileNotFoundError:
+            # Settled meanwhile: then the row is gone too.
+            if self._read(self._reader.load, message_id) is None:
+                return None
+            raise await self._set_aside(message_id, "the file of the content is gone") from None
+        except OSError as error:
+            raise SpoolError("a content cannot be read") from error
+        return StoredMessage(loaded.envelope, content, loaded.recipients, loaded.reported)
+
+    async def _set_aside(self, message_id: MessageId, reason: str) -> SpoolError:
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._submit(Quarantine(future, message_id, reason, self._clock.wall_ms()))
+        await future
+        return SpoolError(f"message {format_message_id(message_id)} is quarantined: {reason}")
+
+    async def keys(self) -> list[KeyHead]:
+        """Every queue key with sendable recipients, sorted; a page of keys at a time, so others get their turns."""
+        found: list[KeyHead] = []
+        start = ""
+        while True:
+            page = self._read(self._reader.keys, start, _PAGE_OF_KEYS)
+            found += page
+            if len(page) < _PAGE_OF_KEYS:
+                return found
+            start = page[-1].queue_key + "\0"
+            await asyncio.sleep(0)
+
+    async def heads(self, queue_key: str, after: Cursor | None, limit: int) -> list[Due]:
+        """The next sendable recipients of a key."""
+        return self._read(self._reader.heads, queue_key, after, limit)
+
+    async def unreported(self, limit: int) -> list[MessageId]:
+        """Messages whose envelope is in no record yet, oldest first."""
+        return self._read(self._reader.unreported, limit)
+
+    async def interrupted(self) -> list[MessageId]:
+        """Messages with attempts that a former incarnation began."""
+        found: list[MessageId] = []
+        after = b""
+        while True:
+            page = self._read(self._reader.interrupted, self._identity.incarnation, after, _PAGE_OF_IDS)
+            found += page
+            if len(page) < _PAGE_OF_IDS:
+                return found
+            after = page[-1]
+            await asyncio.sleep(0)
+
+    async def records(self, after: int, max_records: int, max_bytes: int) -> tuple[int, list[bytes]]:
+        """Records that follow `after`, at least one if there is any. Damaged ones fail the spool."""
+        try:
+            return self._read(self._reader.records, after, max_records, max_bytes)
+        except DamagedRowError as error:
+            raise self._give_up(apsw.CorruptError(str(error))) from error
+
+    async def stats(self) -> SpoolStats:
+        """Counters as of the last commit."""
+        oldest = self._read(self._reader.oldest)
+        counters = self._commits.counters
+        return SpoolStats(
+            waiting_count=counters.waiting_count,
+            oldest_accepted_ms=message_id_time_ms(oldest) if oldest else 0,
+            outbox_first=counters.outbox_first,
+            outbox_last=counters.outbox_last,
+            acknowledged=counters.acknowledged,
+            database_bytes=(self._folder / schema.DATABASE).stat().st_size,
+            wal_bytes=self._commits.wal_bytes,
+            commits=self._commits.commits,
+            quarantined_count=self._commits.quarantined_count,
+        )
+
+    def _read(self, query: Callable[..., Result], *arguments: object) -> Result:
+        self._check_open()
+        try:
+            return query(*arguments)
+        except apsw.Error as error:
+            raise self._give_up(error) from error
+
+    def _give_up(self, error: apsw.Error) -> SpoolError:
+        """What a failed read is told; damage is the end of the spool, as for a failed write."""
+        told = translate(error)
+        if isinstance(told, SpoolFailedError):
+            self._commits.fail(told)
+        return told
+
+    # --- end ---
+
+    async def close(self) -> None:
+        """Commit what gathered, checkpoint, unlock. Cancelled, it goes on; a second call waits for the first."""
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self._sweeper.cancel()
+        await asyncio.wait([self._sweeper])
+        while self._file_work or self._behind:
+            await asyncio.wait(set(self._file_work))
+            # The callbacks of finished work may begin more of it.
+            await asyncio.sleep(0)
+        await self._commits.drain()
+        while self._file_work:
+            await asyncio.wait(set(self._file_work))
+        self._files.shutdown()
+        self._reader.close()
+        try:
+            self._commits.close()
+        finally:
+            os.close(self._lock)
+
+    @property
+    def _refusal(self) -> SpoolError | None:
+        return SpoolError("the spool is closed") if self._closing else self._commits.refusal
+
+    def _check_open(self) -> None:
+        if error := self._refusal:
+            raise error
+
+    def _note_failure(self, failure: SpoolFailedError) -> None:
+        leave_marker(self._folder, str(failure))
+        self._on_failed(failure)
+
+
+def _next_incarnation(writer: apsw.Connection, identity: SpoolIdentity) -> SpoolIdentity:
+    """File and folder both know the incarnation, so that losing one of them does not turn it back."""
+    stored = schema.scalar(writer, "SELECT incarnation FROM state")
+    return SpoolIdentity(identity.spool, identity.node, max(stored, identity.incarnation) + 1)
+
+
+def _read_content(contents: Contents, message_id: MessageId, loaded: Loaded) -> bytes:
+    content = contents.read(message_id)
+    if message_checksum(message_id, loaded.envelope_bytes, content) != loaded.checksum:
+        raise DamagedRowError("the file of the content does not match its checksum")
+    return content
