@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from postroad.files import sync_folder
+
 _DIGITS = 6
 _SUBJECT_LIMIT = 200
 _HEADER_LIMIT_BYTES = 512 * 1024
@@ -89,7 +91,7 @@ class Inbox:
         )
         _write_durably(self._path(mail.number, "eml"), content)
         _write_durably(self._path(mail.number, "json"), json.dumps(asdict(mail), ensure_ascii=False).encode())
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         return mail
 
     def _take_number(self) -> int:
@@ -151,14 +153,6 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _header_facts(content: bytes) -> tuple[str, str]:

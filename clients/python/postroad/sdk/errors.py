@@ -155,6 +155,7 @@ BY_CODE: Mapping[grpc.StatusCode, type[PostroadError]] = {
 BY_REASON: Mapping[str, type[PostroadError]] = {
     "API_KEY_MISSING": UnauthenticatedError,
     "API_KEY_INVALID": UnauthenticatedError,
+    "ENROLLMENT_TOKEN_INVALID": UnauthenticatedError,
     "SCOPE_MISSING": PermissionDeniedError,
     "OTHER_ACCOUNT": PermissionDeniedError,
     "OPERATOR_ONLY": PermissionDeniedError,

@@ -1,0 +1,89 @@
+"""`postroad accounts …`: tenants."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from postroad.cli.output import Column, enum_text, short, time_text
+from postroad.cli.resources import Kind, Name, add_standard, add_verb, changed, create, show, update
+from postroad.cli.session import session_of
+from postroad.control.v1 import account_service_pb2
+from postroad.control.v1.account_pb2 import Account
+
+ACCOUNT = Kind(
+    noun="Account",
+    collection="accounts",
+    service="accounts",
+    module=account_service_pb2,
+    in_account=False,
+    columns=(
+        Column("ACCOUNT", lambda one: short(one.name)),
+        Column("STATE", lambda one: enum_text(one, "state")),
+        Column("SENDER DOMAINS", lambda one: ", ".join(one.sender_domains)),
+        Column("NETWORKS", lambda one: ", ".join(one.networks)),
+        Column("POOL", lambda one: short(one.node_pool)),
+        Column("CREATED", lambda one: time_text(one.create_time)),
+    ),
+)
+
+app = typer.Typer(
+    no_args_is_help=True, help="Accounts: the tenants that own credentials, providers, rules and messages."
+)
+add_standard(app, ACCOUNT)
+add_verb(app, ACCOUNT, "Suspend", "Stop submission and delivery at once; waiting mail stays queued.", reason=True)
+add_verb(app, ACCOUNT, "Resume", "Lift a suspension.")
+
+SenderDomains = Annotated[
+    list[str] | None,
+    typer.Option("--sender-domain", help="`example.com`, or `*.example.com` for all below it; repeatable"),
+]
+Networks = Annotated[
+    list[str] | None, typer.Option("--network", help="May submit without AUTH from here, in CIDR form; repeatable")
+]
+DisplayName = Annotated[str | None, typer.Option("--display-name", help="For people")]
+Pool = Annotated[str | None, typer.Option("--pool", help="Node pool that serves the account")]
+
+
+@app.command("create")
+def create_account(
+    context: typer.Context,
+    account_id: Annotated[str, typer.Argument(help="Lower-case letters, digits and '-'")],
+    sender_domain: SenderDomains = None,
+    network: Networks = None,
+    display_name: DisplayName = None,
+    pool: Pool = None,
+) -> None:
+    """Create an account."""
+    session = session_of(context)
+    account = Account(display_name=display_name or "", sender_domains=sender_domain or [], networks=network or [])
+    if pool:
+        account.node_pool = session.name("nodePools", pool, "")
+    show(session, ACCOUNT, create(session, ACCOUNT, account_id, account))
+
+
+@app.command("update")
+def update_account(
+    context: typer.Context,
+    name: Name,
+    sender_domain: SenderDomains = None,
+    network: Networks = None,
+    display_name: DisplayName = None,
+    pool: Pool = None,
+    no_sender_domains: Annotated[bool, typer.Option("--no-sender-domains", help="Remove all")] = False,
+    no_networks: Annotated[bool, typer.Option("--no-networks", help="Remove all")] = False,
+) -> None:
+    """Change what is given; lists are replaced whole."""
+    session = session_of(context)
+
+    def change(account: Account) -> list[str]:
+        return changed(
+            account,
+            display_name=display_name,
+            sender_domains=[] if no_sender_domains else sender_domain or None,
+            networks=[] if no_networks else network or None,
+            node_pool=session.name("nodePools", pool, "") if pool else None,
+        )
+
+    show(session, ACCOUNT, update(session, ACCOUNT, ACCOUNT.name(session, name), change))

@@ -1,0 +1,199 @@
+"""`postroad messages …`: the record of every message, and its timeline as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from google.longrunning.operations_pb2 import Operation, WaitOperationRequest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import code_pb2
+
+from postroad.cli.output import Column, Printer, clock_text, enum_text, short, time_text
+from postroad.cli.problems import FAILED, UNREACHABLE, CommandError
+from postroad.cli.resources import Kind, Limit, call, list_all
+from postroad.cli.session import session_of
+from postroad.control.v1 import message_service_pb2
+from postroad.control.v1.message_pb2 import (
+    DELIVERY_EVENT_TYPE_ACCEPTED,
+    DELIVERY_EVENT_TYPE_SENT,
+    DeliveryEvent,
+    Message,
+    RecipientState,
+)
+from postroad.sdk import is_over
+
+
+def _recipients(message: Message) -> str:
+    first = message.recipients[0].address if message.recipients else ""
+    more = len(message.recipients) - 1
+    return f"{first} and {more} more" if more > 0 else first
+
+
+MESSAGE = Kind(
+    noun="Message",
+    collection="messages",
+    service="messages",
+    module=message_service_pb2,
+    columns=(
+        Column("MESSAGE", lambda one: short(one.name)),
+        Column("ACCEPTED", lambda one: time_text(one.accept_time)),
+        Column("STATE", lambda one: enum_text(one, "state")),
+        Column("SENDER", lambda one: one.sender or "<>"),
+        Column("RECIPIENT", _recipients),
+        Column("SUBJECT", lambda one: one.subject),
+    ),
+)
+
+app = typer.Typer(no_args_is_help=True, help="Messages: what was accepted, where it is, and what happened to it.")
+
+MessageName = Annotated[str, typer.Argument(help="Id from the 250, or full resource name")]
+_CANCEL_WAIT_S = 20
+
+
+class State(StrEnum):
+    """States of a recipient."""
+
+    SCHEDULED = "scheduled"
+    QUEUED = "queued"
+    SENDING = "sending"
+    DEFERRED = "deferred"
+    HELD = "held"
+    SENT = "sent"
+    BOUNCED = "bounced"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+Moment = Annotated[
+    datetime | None,
+    typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="UTC"),
+]
+
+
+@app.command("list")
+def list_messages(
+    context: typer.Context,
+    state: Annotated[State | None, typer.Option("--state", help="With a recipient in this state")] = None,
+    recipient: Annotated[str, typer.Option("--recipient", help="With exactly this recipient")] = "",
+    since: Moment = None,
+    before: Moment = None,
+    limit: Limit = 50,
+) -> None:
+    """List messages, newest first."""
+    session = session_of(context)
+    filters: dict[str, Any] = {"parent": session.account, "recipient": recipient}
+    if state is not None:
+        filters["state"] = RecipientState.Value(f"RECIPIENT_STATE_{state.upper()}")
+    for field, moment in (("start_time", since), ("end_time", before)):
+        if moment is not None:
+            filters[field] = Timestamp()
+            filters[field].FromDatetime(moment.replace(tzinfo=UTC))
+    session.printer.resources("messages", list_all(session, MESSAGE, limit, **filters), MESSAGE.columns)
+
+
+@app.command("get")
+def get_message(context: typer.Context, name: MessageName) -> None:
+    """Show a message, its recipients and its timeline."""
+    session = session_of(context)
+    message = call(session, MESSAGE, "GetMessage", name=MESSAGE.name(session, name))
+    session.printer.resource(message, hidden=frozenset({"recipients", "events"}))
+    if session.printer.is_json:
+        return
+    session.printer.say("")
+    session.printer.table(
+        ("RECIPIENT", "STATE", "ATTEMPTS", "NEXT ATTEMPT", "PROVIDER", "LAST REPLY"),
+        (
+            (
+                one.address,
+                enum_text(one, "state"),
+                str(one.attempts),
+                time_text(one.next_attempt_time),
+                short(one.provider),
+                reply_text(one),
+            )
+            for one in message.recipients
+        ),
+    )
+    session.printer.say("")
+    for event in message.events:
+        session.printer.say(event_line(event))
+
+
+@app.command("cancel")
+def cancel_message(
+    context: typer.Context,
+    name: MessageName,
+    wait_s: Annotated[
+        int, typer.Option("--wait", min=0, help="Seconds to wait for the node's answer")
+    ] = _CANCEL_WAIT_S,
+) -> None:
+    """Withdraw the recipients that still wait; status 1 when it was too late for all of them."""
+    session = session_of(context)
+    operation = call(session, MESSAGE, "CancelMessage", name=MESSAGE.name(session, name))
+    if not operation.done and wait_s:
+        operation = session.client.operations.WaitOperation(
+            WaitOperationRequest(name=operation.name, timeout=Duration(seconds=wait_s)), timeout=wait_s + 10
+        )
+    _report_cancelled(operation, session.printer)
+
+
+def _report_cancelled(operation: Operation, printer: Printer) -> None:
+    if operation.HasField("error"):
+        raise CommandError(f"{code_pb2.Code.Name(operation.error.code)}: {operation.error.message}")
+    if not operation.done:
+        raise CommandError(
+            f"the owning node has not answered yet ({operation.name})",
+            "It will cancel as soon as it is connected: look again with `postroad messages get`",
+            UNREACHABLE,
+        )
+    result = message_service_pb2.CancelMessageResult()
+    operation.response.Unpack(result)
+    if printer.is_json:
+        printer.json({"cancelledCount": result.cancelled_count, "tooLateCount": result.too_late_count})
+    printer.say(f"Cancelled {result.cancelled_count}, too late for {result.too_late_count}")
+    if not result.cancelled_count:
+        raise typer.Exit(FAILED)
+
+
+def event_line(event: DeliveryEvent) -> str:
+    """One event as one line of a timeline."""
+    parts = [clock_text(event.event_time), enum_text(event, "type").ljust(9)]
+    if event.type == DELIVERY_EVENT_TYPE_ACCEPTED:
+        parts.append(f"by {short(event.node)}")
+    if event.recipient:
+        parts.append(event.recipient)
+    parts += _attempt_parts(event)
+    return "  ".join(part for part in parts if part)
+
+
+def _attempt_parts(event: DeliveryEvent) -> Iterator[str]:
+    if event.attempt:
+        yield f"attempt {event.attempt}"
+    if event.provider:
+        yield f"via {short(event.provider)}"
+    if event.remote_host:
+        yield f"to {event.remote_host}, {event.tls or 'no TLS'}"
+    yield reply_text(event)
+    if event.type == DELIVERY_EVENT_TYPE_SENT:
+        times = event.stage_times
+        stages = (times.queued_ms, times.waiting_ms, times.connecting_ms, times.transferring_ms)
+        yield "(queued {} ms, waited {} ms, connected {} ms, transferred {} ms)".format(*stages)
+
+
+def reply_text(one: Any) -> str:
+    """The last reply of an event or a recipient, or our own reason."""
+    code = str(one.reply_code) if one.reply_code else ""
+    # A reply's text usually begins with its enhanced code already.
+    enhanced = "" if one.reply_text.startswith(one.enhanced_code) else one.enhanced_code
+    return " ".join(part for part in (code, enhanced, one.reply_text) if part)
+
+
+def is_sent(message: Message) -> bool:
+    """Whether the message is over and every recipient was sent."""
+    return is_over(message) and enum_text(message, "state") == State.SENT

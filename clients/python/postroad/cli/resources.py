@@ -1,0 +1,187 @@
+"""What all resources have in common on the command line: their calls, by the naming rules of the API.
+
+A `Kind` says how a resource is called. `call` finds request and method by that name (`CreateProvider`), `add_standard`
+gives a family of commands its `list`, `get` and `delete`. Update and Delete want the etag of what was read: `fresh`
+reads, so that a command is one edit and a concurrent one is refused by the server instead of overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from google.protobuf.message import Message
+
+from postroad.cli.output import Column
+from postroad.cli.session import Session, session_of
+
+_PAGE_SIZE = 500
+
+Name = Annotated[str, typer.Argument(help="Id, or full resource name")]
+Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How a resource is called. `parent` is the full name of what it lies under by default, "" for none.
+
+    `service` is the client's attribute, `module` the generated one with the requests, `noun` as in `GetProvider`,
+    `collection` as in `accounts/demo/providers/inbox`.
+    """
+
+    noun: str
+    collection: str
+    service: str
+    module: Any
+    columns: Sequence[Column]
+    in_account: bool = True
+    hidden: frozenset[str] = frozenset({"uid", "etag"})
+
+    @property
+    def field(self) -> str:
+        """The resource's field in requests: RoutingRule is `routing_rule`."""
+        return "".join(f"_{c.lower()}" if c.isupper() else c for c in self.noun).lstrip("_")
+
+    @property
+    def list_field(self) -> str:
+        """The field of the list's answer."""
+        return f"{self.field}s"
+
+    def name(self, session: Session, text: str, parent: str | None = None) -> str:
+        """The full name for an id or a full name."""
+        return session.name(self.collection, text, parent if self.in_account else "")
+
+
+def call(session: Session, kind: Kind, verb: str, **fields: Any) -> Any:
+    """Call `<verb><noun>`; PostroadError when it is refused."""
+    request = getattr(kind.module, f"{verb}Request")(**fields)
+    return getattr(getattr(session.client, kind.service), verb)(request)
+
+
+def fresh(session: Session, kind: Kind, name: str) -> Any:
+    """The resource as it is now."""
+    return call(session, kind, f"Get{kind.noun}", name=name)
+
+
+def create(session: Session, kind: Kind, identifier: str, resource: Message, parent: str | None = None) -> Any:
+    """Create and return it."""
+    fields: dict[str, Any] = {f"{kind.field}_id": identifier, kind.field: resource}
+    if kind.in_account:
+        fields["parent"] = session.account if parent is None else parent
+    return call(session, kind, f"Create{kind.noun}", **fields)
+
+
+def update(session: Session, kind: Kind, name: str, change: Callable[[Any], list[str]]) -> Any:
+    """Read, let `change` edit and say which paths it edited, write; without paths nothing is written."""
+    resource = fresh(session, kind, name)
+    paths = change(resource)
+    if not paths:
+        raise typer.BadParameter("nothing to change was given")
+    return call(session, kind, f"Update{kind.noun}", **{kind.field: resource, "update_mask": {"paths": paths}})
+
+
+def list_all(session: Session, kind: Kind, limit: int, **fields: Any) -> list[Any]:
+    """The first `limit` resources, over as many pages as it takes."""
+    found: list[Any] = []
+    token = ""
+    while len(found) < limit:
+        page_size = min(_PAGE_SIZE, limit - len(found))
+        answer = call(session, kind, f"List{kind.noun}s", page_size=page_size, page_token=token, **fields)
+        found += getattr(answer, kind.list_field)
+        token = answer.next_page_token
+        if not token:
+            break
+    return found[:limit]
+
+
+def changed(resource: Message, **values: Any) -> list[str]:
+    """Set the fields whose value is not None (a list replaces all), and return their paths."""
+    paths = []
+    for path, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            resource.ClearField(path)
+            getattr(resource, path).extend(value)
+        else:
+            setattr(resource, path, value)
+        paths.append(path)
+    return paths
+
+
+def show(session: Session, kind: Kind, resource: Message) -> None:
+    """Print one resource."""
+    session.printer.resource(resource, hidden=kind.hidden)
+
+
+def json_name(name: str) -> str:
+    """The name of a field in protobuf JSON."""
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)
+
+
+def add_standard(app: typer.Typer, kind: Kind, *, shared: bool = False) -> None:
+    """Give `app` the commands list, get and delete; with `shared` also `--shared`, for those without an account."""
+    words = kind.field.replace("_", " ")
+
+    def list_own(context: typer.Context, limit: Limit = 1_000) -> None:
+        session = session_of(context)
+        parent = {"parent": session.account} if kind.in_account else {}
+        found = list_all(session, kind, limit, **parent)
+        session.printer.resources(json_name(kind.list_field), found, kind.columns)
+
+    def list_own_or_shared(
+        context: typer.Context,
+        limit: Limit = 1_000,
+        without_account: Annotated[bool, typer.Option("--shared", help="Those that belong to no account")] = False,
+    ) -> None:
+        if not without_account:
+            list_own(context, limit)
+            return
+        session = session_of(context)
+        found = list_all(session, kind, limit, parent="")
+        session.printer.resources(json_name(kind.list_field), found, kind.columns)
+
+    def get(context: typer.Context, name: Name) -> None:
+        session = session_of(context)
+        show(session, kind, fresh(session, kind, kind.name(session, name)))
+
+    def delete(context: typer.Context, name: Name, yes: Yes = False) -> None:
+        session = session_of(context)
+        full_name = kind.name(session, name)
+        resource = fresh(session, kind, full_name)
+        if not yes and not session.printer.is_json:
+            typer.confirm(f"Delete {full_name}?", abort=True)
+        call(session, kind, f"Delete{kind.noun}", name=full_name, etag=resource.etag)
+        session.printer.say(f"Deleted {full_name}")
+        if session.printer.is_json:
+            session.printer.json({"name": full_name, "deleted": True})
+
+    app.command("list", help=f"List the {words}s by name.")(list_own_or_shared if shared else list_own)
+    app.command("get", help=f"Show one {words}.")(get)
+    app.command("delete", help=f"Delete one {words}; asks first unless --yes or JSON is wanted.")(delete)
+
+
+def add_verb(app: typer.Typer, kind: Kind, verb: str, help_text: str, *, reason: bool = False) -> None:
+    """Give `app` a command for a custom verb that takes a name and returns the resource."""
+
+    def with_reason(
+        context: typer.Context,
+        name: Name,
+        reason: Annotated[str, typer.Option("--reason", help="Why; shown to operators")] = "",
+    ) -> None:
+        session = session_of(context)
+        fields = {"name": kind.name(session, name), "reason": reason}
+        show(session, kind, call(session, kind, f"{verb}{kind.noun}", **fields))
+
+    def plain(context: typer.Context, name: Name) -> None:
+        session = session_of(context)
+        fields: dict[str, Any] = {"name": kind.name(session, name)}
+        if "etag" in getattr(kind.module, f"{verb}{kind.noun}Request").DESCRIPTOR.fields_by_name:
+            fields["etag"] = fresh(session, kind, fields["name"]).etag
+        show(session, kind, call(session, kind, f"{verb}{kind.noun}", **fields))
+
+    app.command(verb.lower(), help=help_text)(with_reason if reason else plain)

@@ -1,0 +1,112 @@
+"""`postroad send`: submit a message and watch it to its end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from google.protobuf.json_format import MessageToDict
+
+from postroad.cli.connection import SmtpSettings
+from postroad.cli.messages import event_line, is_sent, reply_text
+from postroad.cli.output import Printer, enum_text, short
+from postroad.cli.problems import FAILED
+from postroad.cli.session import Session, session_of
+from postroad.cli.submission import canonical, compose, submit
+from postroad.control.v1.message_pb2 import DeliveryEvent, Message
+from postroad.sdk import follow
+
+_FOLLOW_TIMEOUT_S = 60.0
+
+
+def send(
+    context: typer.Context,
+    *,
+    to: Annotated[list[str], typer.Option("--to", help="Recipient; repeatable")],
+    subject: Annotated[str, typer.Option("--subject", help="Subject")] = "A test from Postroad",
+    sender: Annotated[str | None, typer.Option("--from", help="Sender; the demo's by default")] = None,
+    body: Annotated[str, typer.Option("--body", help="Text")] = "Hello from Postroad.\n",
+    body_file: Annotated[Path | None, typer.Option("--body-file", help="File with the text; `-` is stdin")] = None,
+    raw: Annotated[
+        Path | None, typer.Option("--raw", help="File with the whole message, headers and all; `-` is stdin")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, max=10_000, help="So many copies")] = 1,
+    follow_: Annotated[bool, typer.Option("--follow/--no-follow", help="Watch to the end")] = True,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to watch")] = _FOLLOW_TIMEOUT_S,
+    implicit_tls: Annotated[bool, typer.Option("--implicit-tls", help="The SMTPS port instead of STARTTLS")] = False,
+) -> None:
+    """Submit a message over SMTP with TLS and AUTH, and watch it until it is sent.
+
+    Status 0 when every copy was sent to every recipient (with --no-follow: accepted), 1 when one ended otherwise.
+    The server is the one of `postroad up`, or POSTROAD_SMTP_SERVER, _USERNAME, _PASSWORD and _CA_FILE.
+    """
+    session = session_of(context)
+    settings = smtp_settings(session.connection.smtp)
+    sender = sender or settings.sender
+    if not sender:
+        raise typer.BadParameter("give --from")
+    if raw is not None:
+        content = canonical(_read(raw))
+    else:
+        text = _read(body_file).decode("utf-8") if body_file is not None else body
+        content = compose(sender, to, subject, text)
+    ids = submit(settings, implicit_tls=implicit_tls, sender=sender, recipients=to, content=content, count=count)
+    if not follow_:
+        if session.printer.is_json:
+            session.printer.json({"messages": [{"id": one} for one in ids]})
+        for one in ids:
+            session.printer.say(f"Accepted {one}")
+        return
+    messages = [_watch(session, one, timeout_s) for one in ids]
+    if session.printer.is_json:
+        session.printer.json({"messages": [MessageToDict(message) for message in messages]})
+    if not all(is_sent(message) for message in messages):
+        raise typer.Exit(FAILED)
+
+
+def smtp_settings(found: SmtpSettings) -> SmtpSettings:
+    """The settings from the file, where the environment does not name others; a file's password goes nowhere else."""
+    server = os.environ.get("POSTROAD_SMTP_SERVER", "")
+    if server and server not in {found.server, found.tls_server}:
+        found = SmtpSettings(server=server, tls_server=server)
+    ca_file = os.environ.get("POSTROAD_SMTP_CA_FILE")
+    return replace(
+        found,
+        username=os.environ.get("POSTROAD_SMTP_USERNAME") or found.username,
+        password=os.environ.get("POSTROAD_SMTP_PASSWORD") or found.password,
+        ca_file=Path(ca_file) if ca_file else found.ca_file,
+    )
+
+
+def _watch(session: Session, identifier: str, timeout_s: float) -> Message:
+    printer = session.printer
+    printer.say(f"Accepted {identifier}", "bold")
+    events = follow(session.client, session.name("messages", identifier), timeout_s)
+    message = _print_to_the_end(printer, events)
+    state = enum_text(message, "state")
+    if is_sent(message):
+        printer.say(f"{state.capitalize()} to {', '.join(one.address for one in message.recipients)}", "green")
+        return message
+    printer.say(f"{state.capitalize()}:", "red")
+    for recipient in message.recipients:
+        printer.say(f"  {recipient.address}: {enum_text(recipient, 'state')} {reply_text(recipient)}")
+    printer.say(f"`postroad messages get {short(message.name)}` shows all of it")
+    return message
+
+
+def _print_to_the_end(printer: Printer, events: Generator[DeliveryEvent, None, Message]) -> Message:
+    while True:
+        try:
+            printer.say(f"  {event_line(next(events))}")
+        except StopIteration as end:
+            message: Message = end.value
+            return message
+
+
+def _read(file: Path) -> bytes:
+    return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()

@@ -1,0 +1,94 @@
+"""`postroad status` and `postroad health`: what is running, in which version, and whether configuration arrived."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import typer
+from google.protobuf.json_format import MessageToDict
+
+from postroad.cli.nodes import NODE
+from postroad.cli.problems import FAILED
+from postroad.cli.resources import list_all
+from postroad.cli.session import Session, session_of
+from postroad.localstack.probe import readiness
+from postroad.sdk import PermissionDeniedError, PostroadError
+
+_MANY = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The answer of one `/readyz`."""
+
+    name: str
+    url: str
+    ready: bool
+    detail: str
+
+
+def status(context: typer.Context) -> None:
+    """Show what is running; status 1 when something that is known is not ready."""
+    session = session_of(context)
+    printer = session.printer
+    probes = _probes(session)
+    nodes, refusal = _nodes(session)
+    if printer.is_json:
+        printer.json(
+            {
+                "version": version("postroad"),
+                "server": session.connection.server,
+                "processes": [{"name": p.name, "url": p.url, "ready": p.ready, "detail": p.detail} for p in probes],
+                "nodes": [MessageToDict(node) for node in nodes],
+                "error": refusal,
+            }
+        )
+    else:
+        printer.say(f"postroad {version('postroad')}, server {session.connection.server or 'unknown'}")
+        printer.say(f"settings from {session.connection.source or 'flags and environment'}")
+        if probes:
+            printer.say("")
+            printer.table(
+                ("PROCESS", "READY", "DETAIL", "URL"),
+                ((p.name, "yes" if p.ready else "no", p.detail, p.url) for p in probes),
+            )
+        if nodes:
+            printer.say("")
+            printer.resources("nodes", nodes, NODE.columns)
+        if refusal:
+            printer.remark(f"Nodes: {refusal}")
+    if refusal or not all(probe.ready for probe in probes):
+        raise typer.Exit(FAILED)
+
+
+def health(context: typer.Context) -> None:
+    """Ask the control plane whether it serves: `SERVING` and status 0, else status 1 or 4."""
+    session = session_of(context)
+    serving = session.client.is_serving()
+    text = "SERVING" if serving else "NOT_SERVING"
+    if session.printer.is_json:
+        session.printer.json({"status": text})
+    session.printer.say(text, "green" if serving else "red")
+    if not serving:
+        raise typer.Exit(FAILED)
+
+
+def _nodes(session: Session) -> tuple[list[Any], str]:
+    try:
+        return list_all(session, NODE, _MANY), ""
+    except PermissionDeniedError:
+        return [], ""  # an account's key: nodes are the operators' business
+    except PostroadError as error:
+        return [], error.message
+
+
+def _probes(session: Session) -> list[Probe]:
+    known = {"control plane": session.connection.http, "node": session.connection.node_http}
+    return [_probe(name, url) for name, url in known.items() if url]
+
+
+def _probe(name: str, url: str) -> Probe:
+    answer = readiness(url)
+    return Probe(name, url, answer.ready, answer.detail)

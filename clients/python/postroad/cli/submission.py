@@ -1,0 +1,110 @@
+"""Submitting over SMTP as an application would: TLS verified by the local CA, AUTH, and the id from the 250.
+
+Contract. `compose` builds a message, `submit` sends copies of one over one connection and returns the ids in the
+order of the `250`s. Every refusal is a `CommandError` with the server's words; without TLS nothing is sent, the
+password least of all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import ssl
+from collections.abc import Sequence
+from email.message import EmailMessage
+from email.policy import SMTP, SMTPUTF8
+
+import aiosmtplib
+
+from postroad.cli.connection import SmtpSettings
+from postroad.cli.problems import NOT_ALLOWED, NOT_CONFIGURED, UNREACHABLE, CommandError
+
+_QUEUED = re.compile(r"queued as ([0-9a-f-]{36})")
+_TIMEOUT_S = 60.0
+
+
+def compose(sender: str, recipients: Sequence[str], subject: str, body: str) -> bytes:
+    """A plain text message. Date and Message-ID are left to the node, as RFC 6409 section 8 lets it add them."""
+    international = not (sender + "".join(recipients)).isascii()
+    message = EmailMessage(policy=SMTPUTF8 if international else SMTP)
+    message["From"] = sender
+    message["To"] = ", ".join(recipients)
+    message["Subject"] = subject
+    message.set_content(body)
+    return message.as_bytes()
+
+
+def canonical(content: bytes) -> bytes:
+    """The content with CRLF at the end of each line: a file on a disk usually has LF."""
+    content = re.sub(rb"\r\n|\r|\n", b"\r\n", content)
+    return content if content.endswith(b"\r\n") else content + b"\r\n"
+
+
+def submit(
+    settings: SmtpSettings, *, implicit_tls: bool, sender: str, recipients: Sequence[str], content: bytes, count: int
+) -> list[str]:
+    """Submit `count` copies; the ids from the `250`s."""
+    server = settings.tls_server if implicit_tls else settings.server
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdecimal() or not settings.username:
+        raise CommandError(
+            "no SMTP server or credential is known",
+            "Run `postroad up`, or set POSTROAD_SMTP_SERVER, POSTROAD_SMTP_USERNAME and POSTROAD_SMTP_PASSWORD",
+            NOT_CONFIGURED,
+        )
+    client = aiosmtplib.SMTP(
+        hostname=host,
+        port=int(port),
+        use_tls=implicit_tls,
+        start_tls=not implicit_tls,
+        tls_context=_tls_context(settings),
+        username=settings.username,
+        password=settings.password,
+        timeout=_TIMEOUT_S,
+    )
+    try:
+        return asyncio.run(_submit(client, sender, recipients, content, count))
+    except aiosmtplib.SMTPAuthenticationError as error:
+        raise CommandError(
+            f"AUTH as {settings.username} was refused: {error.message}",
+            "Check user and password: `postroad credentials list`, `postroad credentials rotate …`",
+            NOT_ALLOWED,
+        ) from error
+    except (aiosmtplib.SMTPConnectError, aiosmtplib.SMTPServerDisconnected, aiosmtplib.SMTPTimeoutError) as error:
+        raise CommandError(
+            f"{server}: {error.message}", "Is it running? `postroad status` looks", UNREACHABLE
+        ) from error
+    except aiosmtplib.SMTPRecipientsRefused as error:
+        first = error.recipients[0]
+        raise CommandError(f"{first.recipient} was refused: {first.code} {first.message}") from error
+    except aiosmtplib.SMTPResponseException as error:
+        raise CommandError(f"the message was refused: {error.code} {error.message}") from error
+    except aiosmtplib.SMTPException as error:
+        raise CommandError(f"{server}: {error.message}") from error
+
+
+async def _submit(
+    client: aiosmtplib.SMTP, sender: str, recipients: Sequence[str], content: bytes, count: int
+) -> list[str]:
+    ids = []
+    async with client:
+        options = ["SMTPUTF8"] if not (sender + "".join(recipients)).isascii() else []
+        for _ in range(count):
+            errors, reply = await client.sendmail(sender, list(recipients), content, mail_options=options)
+            if errors:
+                address, (code, text) = next(iter(errors.items()))
+                raise CommandError(f"{address} was refused, the others were accepted: {code} {text} ({reply})")
+            found = _QUEUED.search(reply)
+            if found is None:
+                raise CommandError(f"the server accepted the message, but named no id: {reply}")
+            ids.append(found.group(1))
+    return ids
+
+
+def _tls_context(settings: SmtpSettings) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=settings.ca_file)
+    except OSError as error:
+        raise CommandError(
+            f"the CA file {settings.ca_file} cannot be used: {error}", "Check it", NOT_CONFIGURED
+        ) from error

@@ -1,0 +1,236 @@
+"""The command line without a server: words, output and errors."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import grpc
+import pytest
+from rich.console import Console
+
+from postroad.cli import problems
+from postroad.cli.connection import SmtpSettings
+from postroad.cli.main import hoist, run
+from postroad.cli.messages import event_line
+from postroad.cli.output import Column, Output, Printer, printable
+from postroad.cli.problems import CommandError, report
+from postroad.cli.providers import _endpoint
+from postroad.cli.send import smtp_settings
+from postroad.cli.submission import canonical, compose
+from postroad.control.v1.account_pb2 import Account
+from postroad.control.v1.message_pb2 import DELIVERY_EVENT_TYPE_SENT, DeliveryEvent
+from postroad.localstack import LocalStackError
+from postroad.sdk import (
+    ErrorDetails,
+    FieldViolation,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnavailableError,
+)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings of whoever runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("POSTROAD_SERVER", "POSTROAD_API_KEY", "POSTROAD_CONTEXT", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _printer(output: Output = Output.TEXT) -> tuple[Printer, io.StringIO, io.StringIO]:
+    out, err = io.StringIO(), io.StringIO()
+    return Printer(output, Console(file=out, width=200), Console(file=err, width=200)), out, err
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("messages list --output json", "--output=json messages list"),
+        ("messages -o json list", "--output=json messages list"),
+        ("--server a:1 status --account=x", "--server=a:1 --account=x status"),
+        ("send --to a@b -- --output json", "send --to a@b -- --output json"),
+        ("status --server", "--server status"),
+    ],
+)
+def test_common_options_may_stand_anywhere(line: str, expected: str) -> None:
+    assert hoist(line.split()) == expected.split()
+
+
+def test_resources_print_as_a_table_for_people_and_as_protobuf_json_for_programs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    accounts = [Account(name="accounts/demo", state=Account.STATE_ACTIVE, sender_domains=["example.com"])]
+    columns = [Column("ACCOUNT", lambda one: one.name), Column("DOMAINS", lambda one: ", ".join(one.sender_domains))]
+    printer, out, _ = _printer()
+    printer.resources("accounts", accounts, columns)
+    assert [line.split() for line in out.getvalue().splitlines()] == [
+        ["ACCOUNT", "DOMAINS"],
+        ["accounts/demo", "example.com"],
+    ]
+    printer, _, _ = _printer(Output.JSON)
+    printer.resources("accounts", accounts, columns)
+    assert json.loads(capsys.readouterr().out) == {
+        "accounts": [{"name": "accounts/demo", "state": "STATE_ACTIVE", "senderDomains": ["example.com"]}]
+    }
+
+
+def test_an_empty_list_is_an_empty_list_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    printer, _, _ = _printer(Output.JSON)
+    printer.resources("messages", [], [])
+    assert json.loads(capsys.readouterr().out) == {"messages": []}
+
+
+def test_one_resource_prints_fields_and_enums_as_people_say_them() -> None:
+    printer, out, _ = _printer()
+    printer.resource(Account(name="accounts/demo", state=Account.STATE_SUSPENDED, etag="x"), hidden=frozenset({"etag"}))
+    assert [line.split() for line in out.getvalue().splitlines()] == [
+        ["name", "accounts/demo"],
+        ["state", "suspended"],
+    ]
+
+
+def test_text_from_strangers_cannot_steer_a_terminal_or_markup() -> None:
+    printer, out, _ = _printer()
+    printer.table(["X"], [["\x1b[2J[red]evil[/red]\r\x07"]])
+    assert "\x1b" not in out.getvalue()
+    assert "[red]evil[/red]" in out.getvalue()
+    assert printable("a\x9bb") == "a\N{REPLACEMENT CHARACTER}b"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (CommandError("x"), 1),
+        (LocalStackError("x", "y"), 3),
+        (UnavailableError("x", ErrorDetails(grpc.StatusCode.UNAVAILABLE)), 4),
+        (PermissionDeniedError("x", ErrorDetails(grpc.StatusCode.PERMISSION_DENIED)), 5),
+        (NotFoundError("x", ErrorDetails(grpc.StatusCode.NOT_FOUND)), 6),
+    ],
+)
+def test_statuses_are_those_of_the_documentation(error: Exception, status: int) -> None:
+    printer, _, _ = _printer()
+    assert report(error, printer) == status
+
+
+def test_an_error_names_fields_reason_and_the_next_step() -> None:
+    details = ErrorDetails(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        reason="RESOURCE_ALREADY_EXISTS",
+        violations=(FieldViolation("account.networks[0]", "is not a network"),),
+        request_id="r-1",
+    )
+    printer, _, err = _printer()
+    report(InvalidArgumentError("text", details), printer)
+    text = err.getvalue()
+    assert "account.networks[0]: is not a network" in text
+    assert "RESOURCE_ALREADY_EXISTS" in text
+    assert "r-1" in text
+    assert problems.ADVICE["RESOURCE_ALREADY_EXISTS"] in text
+
+
+def test_an_error_for_programs_is_one_json_object() -> None:
+    details = ErrorDetails(grpc.StatusCode.NOT_FOUND, reason="RESOURCE_NOT_FOUND", metadata={"resource": "x"})
+    printer, out, err = _printer(Output.JSON)
+    report(NotFoundError("x does not exist", details), printer)
+    assert out.getvalue() == ""
+    assert json.loads(err.getvalue())["reason"] == "RESOURCE_NOT_FOUND"
+    assert json.loads(err.getvalue())["code"] == 5
+
+
+@pytest.mark.parametrize("line", ["nonsense", "rules create", "messages list --state nonsense"])
+def test_a_wrong_line_is_status_2(line: str) -> None:
+    assert run(line.split()) == 2
+
+
+def test_without_a_server_the_error_says_where_one_could_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["accounts", "list"]) == 3
+    assert "POSTROAD_SERVER" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_an_error_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["send", "--to", "a@b.example", "--from", "c@d.example", "--raw", "nowhere.eml"]) == 1
+    assert "nowhere.eml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_are_printed(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["completion", shell]) == 0
+    assert "_POSTROAD_COMPLETE" in capsys.readouterr().out
+
+
+def test_contexts_can_be_made_used_and_forgotten(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("prk_secret\n")
+    assert (
+        run(["contexts", "set", "prod", "--server", "mail.example:443", "--api-key-file", "key", "--account", "main"])
+        == 0
+    )
+    assert run(["contexts", "set", "other", "--server", "other.example:443"]) == 0
+    assert run(["contexts", "use", "other"]) == 0
+    capsys.readouterr()
+    assert run(["contexts", "list", "--output", "json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["current"] == "other"
+    assert [one["name"] for one in listed["contexts"]] == ["other", "prod"]
+    assert run(["contexts", "delete", "nothing"]) == 6
+    assert run(["contexts", "delete", "other"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("mail.example", "mail.example", 0),
+        ("mail.example:25", "mail.example", 25),
+        ("192.0.2.1:25", "192.0.2.1", 25),
+        ("[2001:db8::1]:25", "2001:db8::1", 25),
+        ("[2001:db8::1]", "2001:db8::1", 0),
+        ("2001:db8::1", "2001:db8::1", 0),
+    ],
+)
+def test_endpoints_are_read_with_and_without_port(text: str, host: str, port: int) -> None:
+    endpoint = _endpoint(text, implicit_tls=False)
+    assert (endpoint.host, endpoint.port) == (host, port)
+
+
+def test_a_composed_message_has_crlf_only_and_leaves_date_to_the_node() -> None:
+    content = compose("app@example.com", ["a@example.net", "b@example.net"], "Grüße", "Zeile\nzwei\n")
+    assert b"\n" not in content.replace(b"\r\n", b"")
+    assert b"To: a@example.net, b@example.net\r\n" in content
+    assert b"Date:" not in content
+    assert content.isascii()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"a\nb", b"a\r\nb\r\n"), (b"a\r\n", b"a\r\n"), (b"a\rb\r\n", b"a\r\nb\r\n"), (b"", b"\r\n")],
+)
+def test_a_file_is_brought_to_crlf(content: bytes, expected: bytes) -> None:
+    assert canonical(content) == expected
+
+
+def test_the_password_of_the_file_goes_to_its_server_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SmtpSettings(server="127.0.0.1:2587", username="demo.app", password="prs_file")
+    monkeypatch.setenv("POSTROAD_SMTP_SERVER", "evil.example:587")
+    assert smtp_settings(found).password == ""
+    monkeypatch.setenv("POSTROAD_SMTP_SERVER", "127.0.0.1:2587")
+    assert smtp_settings(found).password == "prs_file"
+
+
+def test_a_timeline_line_says_who_where_and_how_long() -> None:
+    event = DeliveryEvent(
+        type=DELIVERY_EVENT_TYPE_SENT,
+        recipient="a@example.net",
+        attempt=1,
+        provider="accounts/demo/providers/inbox",
+        remote_host="inbox[127.0.0.1]:2526",
+        tls="TLSv1.3",
+        reply_code=250,
+        enhanced_code="2.0.0",
+        reply_text="2.0.0 stored as 1",
+    )
+    line = event_line(event)
+    for part in ("sent", "a@example.net", "attempt 1", "via inbox", "inbox[127.0.0.1]:2526, TLSv1.3", "250 2.0.0 st"):
+        assert part in line
