@@ -61,6 +61,7 @@ def measure(size_bytes: int, messages: int) -> float:
 
 
 def main() -> None:
+    """Print the figure."""
     parser = argparse.ArgumentParser(description="cost of the SMTP session machine")
     parser.add_argument("--size", type=int, default=4_096, help="octets of a message")
     parser.add_argument("--messages", type=int, default=20_000, help="messages of a round")

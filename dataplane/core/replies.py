@@ -100,8 +100,6 @@ TOO_MANY_RECIPIENTS = make_reply(452, "5.3", "Too many recipients", "too_many_re
 STRAY_LINE_END = make_reply(550, "6.0", "Message has CR or LF outside of CR LF", "stray_line_end")
 NUL_IN_CONTENT = make_reply(550, "6.0", "Message has NUL octets", "nul_in_content")
 CONTENT_LINE_TOO_LONG = make_reply(550, "6.0", "Message has a line above 998 octets", "content_line_too_long")
-BAD_HEADERS = make_reply(550, "6.0", "Message headers are malformed or too many", "bad_headers")
-TOO_MANY_HOPS = make_reply(554, "4.6", "Too many Received headers: a loop", "too_many_hops")
 
 # --- ours, or for now ------------------------------------------------------------------------------------------------
 
@@ -112,6 +110,8 @@ TOO_SLOW = make_reply(421, "4.2", "Too slow, closing", "too_slow")
 TOO_MANY_ERRORS = make_reply(421, "7.0", "Too many errors, closing", "too_many_errors")
 TOO_MANY_AUTH_FAILURES = make_reply(421, "7.0", "Too many failed logins, closing", "too_many_auth_failures")
 AUTH_THROTTLED = make_reply(454, "7.0", "Too many failed logins, try again later", "auth_throttled")
+AUTH_UNKNOWABLE = make_reply(454, "7.0", "Login cannot be checked now, try again later", "auth_unknowable")
+REPLICATION_UNAVAILABLE = make_reply(451, "3.0", "Replicated storage is not available here", "no_replication")
 CONFIG_STALE = make_reply(451, "3.2", "Configuration is out of date, try again later", "config_stale")
 COMMIT_TIMEOUT = make_reply(451, "3.0", "Storing took too long, try again", "commit_timeout")
 STORAGE_FAILED = make_reply(451, "3.0", "Storing failed, try again later", "storage_failed")
@@ -129,6 +129,12 @@ def queued(message_id: str) -> Reply:
     """Return the 250 to the final dot; from here on the message is ours."""
     wire = b"250 2.0.0 queued as " + message_id.encode("ascii") + b"\r\n"
     return Reply(250, "2.0.0", "queued as " + message_id, "queued", wire)
+
+
+@lru_cache(maxsize=64)
+def bad_headers(code: int, enhanced: str, text: str) -> Reply:
+    """Return the refusal of a message for its headers; the texts are those of `dataplane.core.headers`."""
+    return make_reply(code, enhanced.partition(".")[2], text[:1].upper() + text[1:], "bad_headers")
 
 
 def rate_limited(wait_s: float) -> Reply:

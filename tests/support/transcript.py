@@ -21,6 +21,10 @@ AUTH_PLAIN = b"AUTH PLAIN AGFwcABzZWNyZXQ=\r\n"  # app, secret
 Turn = tuple[bytes, bytes]
 
 
+_QUEUED = replies.queued("0")
+_NO_PARAMETERS = MailParameters()
+
+
 @dataclass
 class Recorder:
     """A policy that lets everything pass but what its tables refuse, and writes down what it was asked."""
@@ -28,14 +32,14 @@ class Recorder:
     sender_refusals: dict[str, Reply] = field(default_factory=dict)
     recipient_refusals: dict[str, Reply] = field(default_factory=dict)
     permit_refusal: Reply | None = None
-    commit_reply: Reply = replies.queued("0")
+    commit_reply: Reply = _QUEUED
     calls: list[tuple[str, ...]] = field(default_factory=list)
     messages: list[tuple[str, tuple[str, ...], bytes]] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
     broken: Exception | None = None
     sender: str = ""
     recipients: list[str] = field(default_factory=list)
-    parameters: MailParameters = MailParameters()
+    parameters: MailParameters = _NO_PARAMETERS
 
     def authenticate(self, username: str, secret: str) -> Reply | None:
         self.calls.append(("authenticate", username, secret))
@@ -123,7 +127,7 @@ def cuts(data: bytes, seed: int) -> Iterator[list[bytes]]:
     """The ways to cut a group: whole, octet by octet, at random."""
     yield [data]
     yield [data[index : index + 1] for index in range(len(data))]
-    dice = random.Random(seed)
+    dice = random.Random(seed)  # noqa: S311 - the same cuts in every run, not secrets
     places = sorted(dice.sample(range(len(data) + 1), min(len(data), dice.randint(1, 6))))
     yield [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)]
 

@@ -1,0 +1,52 @@
+"""What ingress counts: plain integers of one worker, collected by the agent at scrape.
+
+Contract. Only ingress adds to them; `samples` gives rows of metric name, label values and value, by the names that
+`dataplane.telemetry` exports. Counting never fails and never allocates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class IngressCounters:
+    """All since start, but `sessions_active` and `content_bytes`, which are now."""
+
+    sessions_active: int = 0
+    connections_accepted: int = 0
+    connections_over_cap: int = 0
+    connections_over_rate: int = 0
+    connections_early_talker: int = 0
+    connections_tls_failed: int = 0
+    connections_timed_out: int = 0
+    connections_failed: int = 0
+    auth_succeeded: int = 0
+    auth_failed: int = 0
+    auth_throttled: int = 0
+    messages_enqueued: int = 0
+    messages_refused: int = 0
+    commits_late: int = 0
+    content_bytes: int = 0
+
+    def samples(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
+        """Rows for the metrics of the node."""
+        yield "smtp_active_sessions", (), self.sessions_active
+        for status, count in (
+            ("accepted", self.connections_accepted),
+            ("over_cap", self.connections_over_cap),
+            ("over_rate", self.connections_over_rate),
+            ("early_talker", self.connections_early_talker),
+            ("tls_failed", self.connections_tls_failed),
+            ("timed_out", self.connections_timed_out),
+            ("failed", self.connections_failed),
+        ):
+            yield "smtp_connections_total", (status,), count
+        for result, count in (
+            ("succeeded", self.auth_succeeded),
+            ("failed", self.auth_failed),
+            ("throttled", self.auth_throttled),
+        ):
+            yield "smtp_auth_attempts_total", (result,), count
+        yield "smtp_message_enqueued_total", (), self.messages_enqueued

@@ -1,0 +1,399 @@
+"""The use case of submission: who may send what, and making an accepted message durable before it is answered.
+
+Contract. A `Submitter` is one connection's policy: it fills `session_contract.Policy` from memory, with the
+configuration pinned at MAIL until the transaction ends, and looks at denials anew at every MAIL. Beyond that:
+
+    login        same reply, same work for an unknown account, a wrong secret and a denied credential
+    permit       what must be asked before the content comes: room now, token buckets from the limiter
+    accept       checks the content, builds the envelope, and lets the spool commit it; `answer` is called once, with
+                 250 after the commit or with the refusal, whether or not the client is still there
+
+The commit belongs to the spool: nothing here cancels it. A fault of ours is a 4xx, never a 5xx.
+
+    checks at MAIL, in order            refusal
+    configuration too old               451 4.3.2
+    account or credential denied, gone  550 5.7.1
+    REPLICATED asked for                451 4.3.0, until there is a replicated queue
+    sender's domain not the account's   553 5.7.1; the null sender is everybody's, it marks bounces
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from dataplane.core import replies
+from dataplane.core.address import Mailbox
+from dataplane.core.config import NodeSettings
+from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
+from dataplane.core.headers import HeaderScan, Receipt, format_date, prepare, received_line, scan
+from dataplane.core.ids import MessageId, format_message_id, new_message_id
+from dataplane.core.policy import CompiledAccount, denied, secret_matches, split_username
+from dataplane.core.queue import State
+from dataplane.core.replies import Reply
+from dataplane.core.routing import MessageRouter, may_match
+from dataplane.core.session_contract import MailParameters
+from dataplane.ingress.admission import Admission
+from dataplane.ingress.buckets import message_takes
+from dataplane.ingress.counters import IngressCounters
+from dataplane.ports import (
+    Clock,
+    ConfigView,
+    EventLog,
+    Handover,
+    Limiter,
+    Spool,
+    SpoolError,
+    SpoolFullError,
+    Take,
+)
+
+Answer = Callable[[Reply], None]
+_RANDOM_OCTETS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What all submitters of a worker share. `random` gives that many random octets."""
+
+    config: ConfigView
+    spool: Spool
+    limiter: Limiter
+    handover: Handover
+    clock: Clock
+    log: EventLog
+    admission: Admission
+    counters: IngressCounters
+    hostname: str
+    random: Callable[[int], bytes]
+    max_content_bytes: int
+
+    def submitter(self, address: str) -> Submitter:
+        """Return the policy for a connection from this address."""
+        return Submitter(self, address, self.random(8).hex())
+
+
+@dataclass(slots=True)
+class Hello:
+    """What the session knows of its client when a message is complete."""
+
+    helo: str
+    esmtp: bool
+    tls: str
+
+
+class Submitter:
+    """Policy and use case of one connection."""
+
+    __slots__ = (
+        "_account_name",
+        "_credential_name",
+        "_network_account",
+        "_parameters",
+        "_pinned",
+        "_recipients",
+        "_sender",
+        "_shared",
+        "_takes",
+        "_takes_for",
+        "address",
+        "session_id",
+    )
+
+    def __init__(self, shared: Submission, address: str, session_id: str) -> None:
+        self._shared = shared
+        self.address = address
+        self.session_id = session_id
+        self._network_account = shared.config.account_of_network(address) or ""
+        self._account_name = self._network_account
+        self._credential_name = ""
+        self._pinned: CompiledAccount | None = None
+        self._sender = ""
+        self._parameters = MailParameters()
+        self._recipients: list[str] = []
+        self._takes: tuple[Take, ...] = ()
+        self._takes_for: NodeSettings | None = None
+
+    @property
+    def bound_by_network(self) -> bool:
+        """Whether the client may send without AUTH."""
+        return bool(self._network_account)
+
+    # --- session_contract.Policy ---------------------------------------------------------------------------------
+
+    def authenticate(self, username: str, secret: str) -> Reply | None:
+        """Decide about a login; every refusal takes the same way."""
+        shared = self._shared
+        now = shared.clock.monotonic()
+        if shared.admission.auth_throttled(self.address, now):
+            shared.counters.auth_throttled += 1
+            return replies.AUTH_THROTTLED
+        account_name, credential_name = split_username(username)
+        compiled = shared.config.account(account_name)
+        credential = compiled.credential(credential_name) if compiled is not None else None
+        now_ms = shared.clock.wall_ms()
+        matches = secret_matches(credential, secret, now_ms)
+        denial = denied(shared.config.denials, account_name, credential_name, now_ms)
+        if matches and denial is None:
+            self._account_name, self._credential_name = account_name, credential_name
+            self._takes_for = None
+            shared.counters.auth_succeeded += 1
+            return None
+        shared.admission.note_auth_failure(self.address, now)
+        shared.counters.auth_failed += 1
+        shared.log.info("auth.failed", session=self.session_id, address=self.address)
+        # Without a configuration to be sure of, a refusal for good would be a fault of ours told as theirs.
+        return replies.AUTH_UNKNOWABLE if shared.config.stale else replies.AUTH_FAILED
+
+    def mail(self, sender: Mailbox | None, parameters: MailParameters) -> Reply | None:
+        """Decide about a sender by the configuration of this moment, and pin it."""
+        shared = self._shared
+        if shared.config.stale:
+            return replies.CONFIG_STALE
+        compiled = self._account_now()
+        if compiled is None:
+            return replies.SENDER_DENIED
+        if compiled.account.replicated:
+            return replies.REPLICATION_UNAVAILABLE
+        if sender is not None and not compiled.owns_sender_domain(sender.domain):
+            return replies.SENDER_NOT_OWNED
+        self._pinned = compiled
+        self._sender = "" if sender is None else sender.text
+        self._parameters = parameters
+        return None
+
+    def recipient(self, address: Mailbox) -> Reply | None:
+        """Decide about a recipient: some rule must be able to match."""
+        if not may_match(self._account().rules, self._sender, address.text):
+            return replies.NO_ROUTE
+        self._recipients.append(address.text)
+        return None
+
+    def reset(self) -> None:
+        """Forget the transaction."""
+        self._pinned = None
+        self._sender = ""
+        if self._recipients:
+            self._recipients = []
+
+    def forget(self) -> None:
+        """Forget the login as well; what the client's network says stays."""
+        self.reset()
+        self._account_name, self._credential_name = self._network_account, ""
+        self._takes_for = None
+
+    def failed(self, error: Exception) -> str:
+        """Log a fault of ours under a reference that the client is told."""
+        reference = self._shared.random(4).hex()
+        self._shared.log.warning(
+            "session.failed",
+            session=self.session_id,
+            reference=reference,
+            error=type(error).__name__,
+            exc_info=error,
+        )
+        return reference
+
+    # --- before the content --------------------------------------------------------------------------------------
+
+    def refusal_before_data(self, declared_bytes: int) -> Reply | None:
+        """Return why content of this size cannot come now, from memory."""
+        shared = self._shared
+        if shared.counters.content_bytes + declared_bytes > shared.max_content_bytes:
+            return replies.OVERLOADED
+        return None if shared.spool.has_room(declared_bytes) else replies.STORAGE_FULL
+
+    def takes(self) -> tuple[Take, ...]:
+        """Return what the limiter must be asked for this message."""
+        settings = self._shared.config.settings
+        if self._takes_for is not settings:
+            self._takes = message_takes(settings, self._account_name, self._credential_name)
+            self._takes_for = settings
+        return self._takes
+
+    async def permit(self, takes: tuple[Take, ...]) -> Reply | None:
+        """Ask the limiter; tokens that were taken stay taken whatever becomes of the message."""
+        grant = await self._shared.limiter.take(takes)
+        if grant.allowed:
+            return None
+        self._shared.log.info(
+            "message.limited", session=self.session_id, account=self._account_name, bucket=grant.refused_key
+        )
+        return replies.rate_limited(grant.wait_s)
+
+    # --- the content ---------------------------------------------------------------------------------------------
+
+    def accept(self, content: bytes, hello: Hello, answer: Answer) -> None:
+        """Check the message and store it; `answer` is called once, at once or after the commit."""
+        scanned = scan(content)
+        refusal = self._content_refusal(scanned)
+        if refusal is not None:
+            self._shared.counters.messages_refused += 1
+            answer(refusal)
+            return
+        self._store(content, scanned, hello, answer)
+
+    def _content_refusal(self, scanned: HeaderScan) -> Reply | None:
+        if scanned.problem is not None:
+            return replies.bad_headers(*scanned.problem)
+        if not self._account().owns_sender_domains(scanned.author_domains):
+            return replies.FROM_NOT_OWNED
+        return None
+
+    def _store(self, content: bytes, scanned: HeaderScan, hello: Hello, answer: Answer) -> None:
+        shared = self._shared
+        now_ms = shared.clock.wall_ms()
+        message_id = new_message_id(now_ms, shared.random(_RANDOM_OCTETS))
+        body_8bit = self._parameters.body_8bit or not content.isascii()
+        stored, header_message_id = self._complete(content, scanned, hello, now_ms, message_id)
+        envelope = Envelope(
+            message_id=message_id,
+            account=self._account_name,
+            account_uid=self._account().account.uid,
+            credential=self._credential_name,
+            sender=self._sender,
+            size_bytes=len(stored),
+            accepted_ms=now_ms,
+            session=self.session_id,
+            client_address=self.address,
+            client_helo=hello.helo,
+            client_tls=hello.tls,
+            header_message_id=header_message_id,
+            subject=scanned.subject,
+            smtputf8=self._parameters.smtputf8,
+            body_8bit=body_8bit,
+            headers=scanned.rule_values,
+        )
+        keys = self._queue_keys(envelope)
+        if not any(keys):
+            shared.counters.messages_refused += 1
+            answer(replies.NO_ROUTE)
+            return
+        rows, handed_over = self._rows(keys, envelope)
+        future = shared.spool.accept(envelope, stored, rows)
+        future.add_done_callback(partial(self._stored, envelope, stored if handed_over else b"", rows, answer))
+
+    def _complete(
+        self, content: bytes, scanned: HeaderScan, hello: Hello, now_ms: int, message_id: MessageId
+    ) -> tuple[bytes, str]:
+        """Return the content with the headers that are added, and the value of its Message-ID."""
+        hostname = self._shared.hostname
+        identifier = format_message_id(message_id)
+        date = format_date(now_ms)
+        receipt = Receipt(
+            helo=hello.helo,
+            client_address=self.address,
+            hostname=hostname,
+            protocol=self._protocol(hello),
+            message_id=identifier,
+            date=date,
+            recipient=self._recipients[0] if len(self._recipients) == 1 else "",
+            tls=hello.tls,
+        )
+        made_up = f"<{identifier}@{hostname}>"
+        stored = prepare(content, scanned, received_line(receipt), date, made_up)
+        return stored, scanned.message_id if scanned.has_message_id else made_up
+
+    def _protocol(self, hello: Hello) -> str:
+        """RFC 3848 and RFC 6531, section 4.3."""
+        if not hello.esmtp:
+            return "SMTP"
+        suffix = ("S" if hello.tls else "") + ("A" if self._credential_name else "")
+        return ("UTF8SMTP" if self._parameters.smtputf8 else "ESMTP") + suffix
+
+    def _queue_keys(self, envelope: Envelope) -> list[str]:
+        """Return for each recipient the provider of its first target, empty where no rule matches."""
+        router = MessageRouter(
+            self._account().rules, envelope.sender, envelope.size_bytes, envelope.headers, envelope.message_id
+        )
+        hops = []
+        for recipient in self._recipients:
+            decision = router.route(recipient)
+            hops.append(decision.targets[0].provider if decision is not None and decision.targets else "")
+        return hops
+
+    def _rows(self, hops: list[str], envelope: Envelope) -> tuple[list[RecipientRow], bool]:
+        """Return the recipients as they are committed, and whether delivery takes them from memory.
+
+        All or none: rows that are handed over are committed as `sending`, and one record tells of the message.
+        """
+        account = envelope.account
+        keys = {hop: make_queue_key(account, hop) for hop in hops}
+        admit = self._shared.handover.admit
+        handed_over = all(admit(envelope.size_bytes, key) for key in keys.values())
+        state, attempt = (State.SENDING, 1) if handed_over else (State.QUEUED, 0)
+        rows = [
+            RecipientRow(index, address, state, attempt, envelope.accepted_ms, 0, keys[hop])
+            for index, (address, hop) in enumerate(zip(self._recipients, hops, strict=True))
+        ]
+        return rows, handed_over
+
+    def _stored(
+        self,
+        envelope: Envelope,
+        content: bytes,
+        rows: list[RecipientRow],
+        answer: Answer,
+        future: asyncio.Future[None],
+    ) -> None:
+        """The commit is over: hand the message on and answer. Runs without the client too."""
+        shared = self._shared
+        error = asyncio.CancelledError() if future.cancelled() else future.exception()
+        if error is not None:
+            answer(self._storage_refusal(error))
+            return
+        shared.counters.messages_enqueued += 1
+        identifier = format_message_id(envelope.message_id)
+        try:
+            if rows[0].state is State.SENDING:
+                shared.handover.deliver(envelope, content, rows)
+            else:
+                shared.handover.queued(envelope, rows)
+        except Exception as fault:  # noqa: BLE001 - it is stored: whatever delivery does, 250 is the truth
+            self.failed(fault)
+        shared.log.info(
+            "message.accepted",
+            session=envelope.session,
+            message=identifier,
+            account=envelope.account,
+            credential=envelope.credential,
+            recipients=len(rows),
+            size_bytes=envelope.size_bytes,
+        )
+        answer(replies.queued(identifier))
+
+    def _storage_refusal(self, error: BaseException) -> Reply:
+        if isinstance(error, SpoolFullError):
+            return replies.STORAGE_FULL
+        if isinstance(error, SpoolError):
+            self._shared.log.warning("spool.refused", session=self.session_id, error=str(error))
+            return replies.STORAGE_FAILED
+        reported = error if isinstance(error, Exception) else RuntimeError("the commit was cancelled")
+        return replies.internal_error(self.failed(reported))
+
+    # --- the account ---------------------------------------------------------------------------------------------
+
+    def _account(self) -> CompiledAccount:
+        """Return the account pinned at MAIL."""
+        if self._pinned is None:
+            raise RuntimeError("no transaction")
+        return self._pinned
+
+    def _account_now(self) -> CompiledAccount | None:
+        """Return the account if it, and what the client showed, still may send."""
+        shared = self._shared
+        now_ms = shared.clock.wall_ms()
+        config = shared.config
+        if denied(config.denials, self._account_name, self._credential_name, now_ms) is not None:
+            return None
+        compiled = config.account(self._account_name)
+        if compiled is None:
+            return None
+        if not self._credential_name:
+            bound = config.account_of_network(self.address) == self._account_name
+            return compiled if bound else None
+        credential = compiled.credential(self._credential_name)
+        expired = credential is None or 0 < credential.expire_ms <= now_ms
+        return None if expired else compiled
