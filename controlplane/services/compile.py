@@ -124,7 +124,8 @@ class BundleCompiler:
 
     async def _pool_key(self, work: Work, node_pool: str) -> _PoolKey:
         key_id, sealed = await work.nodes.newest_pool_key(node_pool)
-        return _PoolKey(key_id, self._sealer.unseal(sealed, "", POOL_KEY_PLACE[0], key_id, POOL_KEY_PLACE[1]))
+        table, column = POOL_KEY_PLACE
+        return _PoolKey(key_id, self._sealer.unseal(sealed, "", table, f"{node_pool}/{key_id}", column))
 
     def _provider(self, provider: Provider, key: _PoolKey) -> config.SmtpProvider:
         value = provider_config(provider)

@@ -186,7 +186,7 @@ class NodePoolsService:
         await work.nodes.insert_pool(pool)
         key_id = f"{pool.node_pool}-{self._random(4).hex()}"
         table, column = POOL_KEY_PLACE
-        sealed = self._sealer.seal(self._random(_KEY_BYTES), "", table, key_id, column)
+        sealed = self._sealer.seal(self._random(_KEY_BYTES), "", table, f"{pool.node_pool}/{key_id}", column)
         await work.nodes.add_pool_key(pool.node_pool, key_id, sealed)
         await self._compiler.new_pool(work, pool)
         return await work.nodes.get_pool(pool.node_pool)

@@ -1,0 +1,120 @@
+"""Writes the content of bundles as postroad.config.v1: the same values give the same bytes.
+
+Contract. `ProtobufBundleEncoder` implements `controlplane.ports.BundleEncoder`. Values are valid
+(`dataplane.core.config.validate_…`), so that nothing raises. Serialisation is deterministic, since the hash of the
+bytes decides whether a bundle changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from dataplane.core import config
+from postroad.config.v1 import bundle_pb2 as pb
+
+
+class ProtobufBundleEncoder:
+    """See the module."""
+
+    def account(self, account: config.Account) -> bytes:
+        """As the port says."""
+        policy = account.retry_policy
+        return _bytes(
+            pb.AccountBundle(
+                account=account.name,
+                uid=account.uid,
+                sender_domains=account.sender_domains,
+                replicated=account.replicated,
+                credentials=[_credential(account.credentials[name]) for name in sorted(account.credentials)],
+                providers=[_provider(account.providers[name]) for name in sorted(account.providers)],
+                rules=[_rule(rule) for rule in account.rules],
+                retry_policy=pb.RetryPolicy(
+                    base=_duration(policy.base_s),
+                    factor=policy.factor,
+                    cap=_duration(policy.cap_s),
+                    lifetime=_duration(policy.lifetime_s),
+                ),
+            )
+        )
+
+    def shared_providers(self, providers: Sequence[config.SmtpProvider]) -> bytes:
+        """As the port says."""
+        return _bytes(pb.SharedProvidersBundle(providers=[_provider(provider) for provider in providers]))
+
+    def networks(self, bindings: Sequence[tuple[str, str]]) -> bytes:
+        """As the port says."""
+        binding = pb.NetworksBundle.Binding
+        return _bytes(
+            pb.NetworksBundle(bindings=[binding(network=network, account=account) for network, account in bindings])
+        )
+
+    def settings(self, settings: config.NodeSettings) -> bytes:
+        """As the port says."""
+        return _bytes(
+            pb.NodeSettingsBundle(
+                account_messages_per_hour=settings.account_messages_per_hour,
+                credential_messages_per_hour=settings.credential_messages_per_hour,
+                address_connections_per_minute=settings.address_connections_per_minute,
+                max_message_bytes=settings.max_message_bytes,
+                max_recipients=settings.max_recipients,
+                node_count=settings.node_count,
+            )
+        )
+
+
+def _bytes(message: Message) -> bytes:
+    return message.SerializeToString(deterministic=True)
+
+
+def _duration(seconds: float) -> Duration:
+    value = Duration()
+    value.FromMicroseconds(round(seconds * 1_000_000))
+    return value
+
+
+def _credential(credential: config.Credential) -> pb.Credential:
+    value = pb.Credential(name=credential.name, secret_sha256=credential.secret_sha256)
+    if credential.expire_ms:
+        expire_time = Timestamp()
+        expire_time.FromMilliseconds(credential.expire_ms)
+        value.expire_time.CopyFrom(expire_time)
+    return value
+
+
+def _provider(provider: config.SmtpProvider) -> pb.Provider:
+    sealed = provider.password
+    endpoint = pb.SmtpProvider.Endpoint
+    return pb.Provider(
+        name=provider.name,
+        smtp=pb.SmtpProvider(
+            endpoints=[
+                endpoint(host=one.host, port=one.port, implicit_tls=one.implicit_tls) for one in provider.endpoints
+            ],
+            tls_policy=pb.SmtpProvider.TlsPolicy.ValueType(provider.tls_policy),
+            ca_pem=provider.ca_pem,
+            username=provider.username,
+            password=pb.SealedValue(key_id=sealed.key_id, ciphertext=sealed.ciphertext) if sealed else None,
+            max_connections=provider.max_connections,
+            max_messages_per_connection=provider.max_messages_per_connection,
+        ),
+    )
+
+
+def _rule(rule: config.Rule) -> pb.Rule:
+    return pb.Rule(
+        name=rule.name,
+        priority=rule.priority,
+        sender_patterns=rule.sender_patterns,
+        recipient_patterns=rule.recipient_patterns,
+        headers=[pb.Rule.HeaderCondition(name=one.name, pattern=one.pattern) for one in rule.headers],
+        min_size_bytes=rule.min_size_bytes,
+        max_size_bytes=rule.max_size_bytes,
+        targets=[
+            pb.Rule.Target(provider=one.provider, egress_source=one.egress_source, weight=one.weight)
+            for one in rule.targets
+        ],
+    )
