@@ -14,6 +14,8 @@ docstring of a class is its default text, fit to be shown to the caller; nothing
     AbortedError              read again and repeat the whole edit
     ResourceExhaustedError    come back later, with less
     UnavailableError          try again after `retry_after_s`
+    UnimplementedError        not call this server's method
+    DeadlineError             ask what became of it, with more time
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ class Reason(StrEnum):
     DATABASE_UNAVAILABLE = "DATABASE_UNAVAILABLE"
     DRAINING = "DRAINING"
     DEADLINE_TOO_SHORT = "DEADLINE_TOO_SHORT"
+    METHOD_UNKNOWN = "METHOD_UNKNOWN"
     INTERNAL = "INTERNAL"
 
 
@@ -140,6 +143,10 @@ class UnavailableError(ControlPlaneError):
     def __init__(self, reason: Reason, text: str = "", *, retry_after_s: float) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(reason, text)
+
+
+class UnimplementedError(ControlPlaneError):
+    """This server does not offer the method."""
 
 
 class DeadlineError(ControlPlaneError):

@@ -1,0 +1,99 @@
+"""What every call goes through, whichever way it came in: guard, deadline, error table, measurement.
+
+Contract. `Calls.unary` runs a handler and returns its answer, `Calls.stream` runs one that yields; both raise
+ApiStatusError for everything that went wrong, but for cancellation, which passes. The observer hears of each call
+that ended: full method name, name of the status, seconds. A unary call has a deadline of its own even if the caller
+set none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+from google.rpc.status_pb2 import Status
+
+from controlplane.adapters.grpc.auth import Guard, Metadata
+from controlplane.adapters.grpc.context import calling
+from controlplane.adapters.grpc.errors import ApiStatusError, code_of, to_status
+from controlplane.domain.access import Caller
+from controlplane.domain.errors import ControlPlaneError, DeadlineError, Reason
+from controlplane.telemetry import get_logger
+
+CallObserver = Callable[[str, str, float], None]
+"""Told of each call that ended: method, status, seconds."""
+
+MAX_RECEIVE_BYTES = 4 * 1024 * 1024
+_DEADLINE_S = 30.0
+# Methods that wait on purpose.
+_LONG_DEADLINES_S = {"/google.longrunning.Operations/WaitOperation": 75.0}
+
+Answer = TypeVar("Answer")
+
+
+class Calls:
+    """See the module."""
+
+    def __init__(self, guard: Guard, observe: CallObserver = lambda _method, _status, _seconds: None) -> None:
+        self._guard = guard
+        self._observe = observe
+        self._log = get_logger("api")
+
+    async def unary(
+        self, method: str, metadata: Metadata, handle: Callable[[], Awaitable[Answer]], remaining_s: float | None
+    ) -> Answer:
+        """Run a handler that answers once; `remaining_s` is what the caller's deadline leaves."""
+        allowed_s = _LONG_DEADLINES_S.get(method, _DEADLINE_S)
+        begun, ended = time.monotonic(), "CANCELLED"
+        try:
+            deadline = asyncio.timeout(allowed_s if remaining_s is None else min(remaining_s, allowed_s))
+            try:
+                async with deadline:
+                    caller = await self._guard.admit(method, metadata)
+                    with _as(caller):
+                        answer = await handle()
+            except TimeoutError as error:
+                if deadline.expired():
+                    raise DeadlineError(Reason.DEADLINE_TOO_SHORT) from error
+                raise
+            ended = "OK"
+            return answer
+        except Exception as error:
+            status = self._status(method, error)
+            ended = code_of(status).name
+            raise ApiStatusError(status) from error
+        finally:
+            self._observe(method, ended, time.monotonic() - begun)
+
+    async def stream(
+        self, method: str, metadata: Metadata, handle: Callable[[], AsyncIterator[Answer]]
+    ) -> AsyncIterator[Answer]:
+        """Run a handler that answers many times; closing the iterator closes the handler's."""
+        begun, ended = time.monotonic(), "CANCELLED"
+        try:
+            caller = await self._guard.admit(method, metadata)
+            with _as(caller):
+                answers = handle()
+            async for answer in answers:
+                yield answer
+            ended = "OK"
+        except Exception as error:
+            status = self._status(method, error)
+            ended = code_of(status).name
+            raise ApiStatusError(status) from error
+        finally:
+            self._observe(method, ended, time.monotonic() - begun)
+
+    def _status(self, method: str, error: Exception) -> Status:
+        request = uuid.uuid4().hex
+        if not isinstance(error, ControlPlaneError):
+            self._log.error("api.failed", method=method, request_id=request, exc_info=error)
+        return to_status(error, request)
+
+
+def _as(caller: Caller | None) -> AbstractContextManager[None]:
+    return nullcontext() if caller is None else calling(caller)

@@ -1,0 +1,84 @@
+"""Puts every method of a grpc.aio server behind `Calls`: the handler is wrapped, whichever of the four kinds it is.
+
+Contract. An interceptor is given handlers, not calls, so each handler is replaced by one that runs it through `Calls`
+and ends with the status of ApiStatusError, details included. `abort` is awaited and its exception passes, since
+suppressing it is undefined. A method that the server does not have stays UNIMPLEMENTED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from controlplane.adapters.grpc.auth import PUBLIC_METHODS
+from controlplane.adapters.grpc.calls import Calls
+from controlplane.adapters.grpc.errors import ApiStatusError, code_of
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+
+class ApiInterceptor(grpc.aio.ServerInterceptor):
+    """See the module."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Return the method's handler, wrapped."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        if method in PUBLIC_METHODS and handler.response_streaming:
+            # Health.Watch writes to its context instead of yielding; it needs neither key nor error table.
+            return handler
+        codecs = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codecs)
+        if handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(self._unary(method, handler.stream_unary), **codecs)
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), **codecs)
+        return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), **codecs)
+
+    def _unary(self, method: str, behavior: Any) -> Any:
+        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                return await self._calls.unary(
+                    method,
+                    context.invocation_metadata() or (),
+                    lambda: behavior(request, context),
+                    context.time_remaining(),
+                )
+            except ApiStatusError as error:
+                await _abort(context, error)
+
+        return handle
+
+    def _stream(self, method: str, behavior: Any) -> Any:
+        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            answers = self._calls.stream(
+                method, context.invocation_metadata() or (), lambda: behavior(request, context)
+            )
+            try:
+                async for answer in answers:
+                    yield answer
+            except ApiStatusError as error:
+                await _abort(context, error)
+
+        return handle
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: ApiStatusError) -> NoReturn:
+    status = error.status
+    await context.abort(code_of(status), status.message, ((_DETAILS_KEY, status.SerializeToString()),))
