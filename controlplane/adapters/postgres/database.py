@@ -62,6 +62,28 @@ _AWAY = (
 )
 
 
+async def open_api_pool(
+    dsn: str, *, connections: int = 10, connect_timeout_s: float = 5.0, statement_timeout_s: float = 15.0
+) -> asyncpg.Pool[Any]:
+    """Return a pool of role `postroad_api` that opens connections as they are needed, none now.
+
+    The server ends a statement after `statement_timeout_s`, and a transaction that nobody speaks in after twice that; the
+    client gives up a little later, for the case that the server does not answer at all.
+    """
+    limits_ms = {
+        "statement_timeout": round(statement_timeout_s * 1000),
+        "idle_in_transaction_session_timeout": round(statement_timeout_s * 2000),
+    }
+    return await asyncpg.create_pool(
+        dsn,
+        min_size=0,
+        max_size=connections,
+        timeout=connect_timeout_s,
+        command_timeout=statement_timeout_s + 1,
+        server_settings={"application_name": "postroad-api", **{name: str(ms) for name, ms in limits_ms.items()}},
+    )
+
+
 class PostgresWork:
     """`controlplane.ports.Work` on one connection."""
 
