@@ -35,7 +35,6 @@ from controlplane.ports_fleet import (
     digest_of,
 )
 
-DELTA_FEATURE = "delta"
 BASE_MISMATCH = "BASE_MISMATCH"
 
 _ERROR_TEXT_LIMIT = 1_000
@@ -50,7 +49,6 @@ class Hello(NamedTuple):
     node: str
     boot_id: str
     software_version: str
-    features: frozenset[str]
     bundles: Sequence[tuple[str, bytes]]
     denials_version: int
     spools: tuple[SpoolStatus, ...]
@@ -111,7 +109,6 @@ class Action(IntEnum):
     """What a Directive asks for; the numbers are those of postroad.node.v1."""
 
     RECONNECT = 3
-    RESYNC = 4
     REFUSE_SPOOL = 5
     ACCEPT_SPOOL = 6
 
@@ -165,11 +162,8 @@ class Session:
     _ready: bool = False
     _closed: bool = False
     _close: Close | None = None
-    _features: frozenset[str] = frozenset()
     _target: PoolConfig | None = None
     _held: dict[str, bytes] | None = None
-    # Bundles that the node took on this stream, to repeat them beside a refused newer one.
-    _taken: dict[str, Bundle] = field(default_factory=dict)
     _dirty: bool = False
     _unanswered: _Unanswered | None = None
     _refused_set: bytes | None = None
@@ -180,7 +174,6 @@ class Session:
     _denials_unanswered: tuple[str, int] | None = None
     _denials_error: str = ""
     _directives: dict[Directive, None] = field(default_factory=dict)
-    _resynced: bool = False
     _repaired: bytes | None = None
     _commands: dict[str, SpoolCommand] = field(default_factory=dict)
     _commands_sent: set[str] = field(default_factory=set)
@@ -239,7 +232,6 @@ class Session:
             self.close(CloseCode.INVALID_ARGUMENT, "Hello names a bundle twice")
             return
         self.refused = dict(refused)
-        self._features = hello.features
         self._held = dict(hello.bundles)
         self._denials_held = hello.denials_version
         self._ready = self._dirty = self._progress_due = True
@@ -254,7 +246,6 @@ class Session:
         elif (sent := self._take_unanswered(ack.nonce)) is not None:
             self._held = sent.result
             self._refused_set = None
-            self._take(sent, frozenset())
 
     def receive_nack(self, nack: Nack) -> None:
         """A response was refused, in whole or in part; an unknown nonce is passed over."""
@@ -285,7 +276,7 @@ class Session:
         """What to send now; None until something changes. After Close there is nothing any more."""
         if self._closed:
             return None
-        if self._ready and self._directives:
+        if self._directives and (self._ready or self._close is not None):
             directive = next(iter(self._directives))
             del self._directives[directive]
             return directive
@@ -303,7 +294,7 @@ class Session:
             status = ConfigStatus.NOT_SENT
         elif error:
             status = ConfigStatus.ERROR
-        elif self._unanswered or self._dirty or self._denials_due() or self._denials_unanswered:
+        elif self._unanswered or self._dirty or self._target is None or self._denials_due() or self._denials_unanswered:
             status = ConfigStatus.STALE
         else:
             status = ConfigStatus.SYNCED
@@ -337,7 +328,9 @@ class Session:
             return None
         self._dirty = False
         if self._held is None and self.refused:
-            return self._ask_for_hello()
+            # Only Hello says what the node holds: without that a refused bundle could not be left as it is.
+            self.close(CloseCode.OK, "say Hello again")
+            return Directive(Action.RECONNECT)
         goal = self._goal(self._target)
         if goal == self._held or (self._refused_set is not None and digest_of(goal) == self._refused_set):
             return None
@@ -357,7 +350,7 @@ class Session:
 
     def _may_send_delta(self, target: PoolConfig, held: Mapping[str, bytes]) -> bool:
         # Only a Snapshot tells a node that it changed pools.
-        return DELTA_FEATURE in self._features and f"pools/{target.pool}/settings" in held
+        return f"pools/{target.pool}/settings" in held
 
     def _delta(self, target: PoolConfig, held: dict[str, bytes], goal: dict[str, bytes]) -> Delta:
         upserts = tuple(target.bundles[name] for name in sorted(goal) if held.get(name) != goal[name])
@@ -367,19 +360,13 @@ class Session:
         return Delta(nonce, digest_of(held), upserts, removed, target.pool_keys)
 
     def _snapshot(self, target: PoolConfig, goal: dict[str, bytes]) -> Snapshot | None:
-        bundles = []
-        for name in sorted(goal):
-            bundle = target.bundles[name]
-            if bundle.hash != goal[name]:
-                taken = self._taken.get(name)
-                if taken is None or taken.hash != goal[name]:
-                    # A whole set cannot say "keep what you have": wait until the refused bundle moves on.
-                    return None
-                bundle = taken
-            bundles.append(bundle)
+        bundles = tuple(target.bundles[name] for name in sorted(goal))
+        if any(bundle.hash != goal[bundle.name] for bundle in bundles):
+            # A whole set cannot say "keep what you have": wait until the refused bundle moves on.
+            return None
         nonce = self._new_nonce("c")
-        self._unanswered = _Unanswered(nonce, self._held, goal, tuple(bundles), whole=True)
-        return Snapshot(nonce, target.pool, tuple(bundles), target.pool_keys)
+        self._unanswered = _Unanswered(nonce, self._held, goal, bundles, whole=True)
+        return Snapshot(nonce, target.pool, bundles, target.pool_keys)
 
     def _take_unanswered(self, nonce: str) -> _Unanswered | None:
         if not self._must_be_ready() or self._unanswered is None or self._unanswered.nonce != nonce:
@@ -387,13 +374,6 @@ class Session:
         sent, self._unanswered = self._unanswered, None
         self._dirty = True
         return sent
-
-    def _take(self, sent: _Unanswered, refused_names: frozenset[str]) -> None:
-        for bundle in sent.bundles:
-            if bundle.name not in refused_names:
-                self._taken[bundle.name] = bundle
-        for name in self._taken.keys() - sent.result.keys():
-            del self._taken[name]
 
     def _note_refusal(self, sent: _Unanswered, nack: Nack) -> None:
         self._error = self._refusal_text(nack)
@@ -411,8 +391,6 @@ class Session:
             held = None if sent.base is None else dict(sent.base)
         known = held is not None and (not nack.digest or nack.digest == digest_of(held))
         self._held = held if known else None
-        if known and refused_names:
-            self._take(sent, refused_names)
 
     def _note_refused_bundle(self, bundle: Bundle) -> None:
         current = None if self._target is None else self._target.bundles.get(bundle.name)
@@ -435,12 +413,6 @@ class Session:
         return digest_of(self._goal(self._target)) == self._refused_set
 
     # --- the rest -----------------------------------------------------------------------------------------------
-
-    def _ask_for_hello(self) -> Directive | None:
-        if self._resynced:
-            return None
-        self._resynced = True
-        return Directive(Action.RESYNC)
 
     def _next_command(self) -> SpoolCommand | None:
         for command in self._commands.values():

@@ -37,14 +37,13 @@ NAMES = ["accounts/a", "accounts/b", "accounts/c", "pools/default/settings"]
 class ModelNode:
     """What an agent does, without its disk: holds bundles by hash and denials by version."""
 
-    features: frozenset[str]
     held: dict[str, bytes] = field(default_factory=dict)
     denials_version: int = 0
     # Refusals that reached the control plane and whose bundle has not moved on since.
     reported: set[tuple[str, bytes]] = field(default_factory=set)
 
     def hello(self) -> Hello:
-        return Hello("edge-1", "boot", "1.0", self.features, list(self.held.items()), self.denials_version, ())
+        return Hello("edge-1", "boot", "1.0", list(self.held.items()), self.denials_version, ())
 
     def answer(self, output: Output) -> Ack | Nack | None:
         match output:
@@ -87,14 +86,14 @@ class StreamMachine(RuleBasedStateMachine):
         self.current: dict[str, Bundle] = {}
         self.revisions: dict[str, int] = {}
         self.denials = DenialSet(1, ())
-        self.node = ModelNode(frozenset())
+        self.node = ModelNode()
         self.recorded: dict[str, bytes] = {}
         self.to_node: deque[Output] = deque()
         self.to_server: deque[Ack | Nack] = deque()
         self.unanswered = 0
         self.session = Session("edge-1")
         self.edit("pools/default/settings", b"one")
-        self.connect(delta=True, fresh_disk=True)
+        self.connect(fresh_disk=True)
 
     # --- the world -----------------------------------------------------------------------------------------------
 
@@ -120,15 +119,14 @@ class StreamMachine(RuleBasedStateMachine):
         self.denials = DenialSet(self.denials.version + 1, ())
         self.session.denials_changed(self.denials)
 
-    @rule(delta=st.booleans(), fresh_disk=st.booleans())
-    def connect(self, delta: bool, fresh_disk: bool) -> None:  # noqa: FBT001 - drawn by Hypothesis
+    @rule(fresh_disk=st.booleans())
+    def connect(self, fresh_disk: bool) -> None:  # noqa: FBT001 - drawn by Hypothesis
         """A new stream takes over; what was on its way is lost."""
         self.to_node.clear()
         self.to_server.clear()
         self.unanswered = 0
-        self.node.features = frozenset({"delta"} if delta else set())
         if fresh_disk:
-            self.node = ModelNode(self.node.features, reported=self.node.reported)
+            self.node = ModelNode(reported=self.node.reported)
         self.repaired: set[bytes] = set()  # once a stream and target
         self.session = Session("edge-1")
         self.session.config_changed(self.target())
@@ -142,8 +140,8 @@ class StreamMachine(RuleBasedStateMachine):
         output = self.session.next_output()
         assert not isinstance(output, Close), output
         if isinstance(output, Directive):
-            assert output.action is Action.RESYNC
-            self.connect(delta="delta" in self.node.features, fresh_disk=False)
+            assert output.action is Action.RECONNECT
+            self.connect(fresh_disk=False)
         elif output is not None:
             if isinstance(output, Snapshot):
                 kept = {one.name for one in output.bundles}
@@ -213,7 +211,7 @@ class StreamMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """With the faults over, one more connection brings the node to the target."""
-        self.connect(delta=True, fresh_disk=False)
+        self.connect(fresh_disk=False)
         self.exchange(100)
         wanted = {name: one.hash for name, one in self.current.items() if not is_bad(one)}
         assert {name: h for name, h in self.node.held.items() if name in wanted} == wanted

@@ -1,0 +1,163 @@
+"""Carries LedgerService: what spools report goes to the ingest service, cursors go back.
+
+Contract. Requests are answered in order. While one transaction runs, what comes next gathers, and batches that follow
+each other are stored together. A stream ends UNAVAILABLE while PostgreSQL is away (the node comes back and sends what
+the cursor does not cover), PERMISSION_DENIED for another node's spool, UNAUTHENTICATED when the node was revoked
+meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from controlplane.adapters.grpc.node_config import Report
+from controlplane.adapters.grpc.stream_codec import BadMessageError, uuid_text
+from controlplane.adapters.grpc.transport import identity_of
+from controlplane.adapters.pki import NodeIdentity, PkiError
+from controlplane.domain.errors import UnavailableError
+from controlplane.ports_fleet import Cursor, RawBatch, Refusal, SpoolOpening, SpoolOwnershipError
+from controlplane.services.ingest import IngestService
+from controlplane.stream.fleet import FleetService, NotAdmittedError
+from postroad.node.v1 import ledger_service_pb2 as pb
+from postroad.node.v1.ledger_service_pb2_grpc import LedgerServiceServicer
+
+Context = grpc.aio.ServicerContext[pb.ReportLedgerRequest, pb.ReportLedgerResponse]
+
+# As many batches as a node may have unanswered.
+_GATHERED = 8
+_CHECK_AGAIN = timedelta(seconds=30)
+
+
+class NodeLedgerServicer(LedgerServiceServicer):
+    """LedgerService; see the module."""
+
+    def __init__(
+        self, ingest: IngestService, fleet: FleetService, clock: Callable[[], datetime], report: Report
+    ) -> None:
+        self._ingest = ingest
+        self._fleet = fleet
+        self._clock = clock
+        self._report = report
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """Let every stream end after what it has in hand."""
+        self._draining.set()
+
+    async def ReportLedger(  # type: ignore[override] # the generated base is for both kinds of server
+        self, _: AsyncIterator[pb.ReportLedgerRequest], context: Context
+    ) -> None:
+        """One stream, from its opening to its end."""
+        try:
+            await self._serve(identity_of(context), context)
+        except PkiError as error:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        except NotAdmittedError:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the node's certificate is refused")
+        except SpoolOwnershipError:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the spool is another node's")
+        except BadMessageError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except UnavailableError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, error.text)
+
+    async def _serve(self, identity: NodeIdentity, context: Context) -> None:
+        gathered: asyncio.Queue[pb.ReportLedgerRequest | None] = asyncio.Queue(_GATHERED)
+        reader = asyncio.create_task(_read(context, gathered))
+        draining = asyncio.create_task(self._end_when_draining(gathered))
+        try:
+            checked = None
+            async for requests in _groups(gathered):
+                if checked is None or self._clock() - checked > _CHECK_AGAIN:
+                    await self._fleet.check(identity.node_id, identity.serial)
+                    checked = self._clock()
+                for answer in await self._answer(identity.node_id, requests):
+                    await context.write(answer)
+        finally:
+            reader.cancel()
+            draining.cancel()
+            await asyncio.gather(reader, draining, return_exceptions=True)
+
+    async def _answer(self, node_id: str, requests: list[pb.ReportLedgerRequest]) -> list[pb.ReportLedgerResponse]:
+        answers: list[Cursor | Refusal] = []
+        batches: list[RawBatch] = []
+        for request in requests:
+            match request.WhichOneof("message"):
+                case "batch":
+                    batches.append(_batch(request.batch))
+                case "open":
+                    answers += await self._ingest.store(node_id, batches)
+                    batches = []
+                    answers.append(await self._ingest.open_spool(node_id, _opening(request.open)))
+                case _:
+                    raise BadMessageError("a message says nothing")
+        answers += await self._ingest.store(node_id, batches)
+        return [self._response(node_id, answer) for answer in answers]
+
+    def _response(self, node_id: str, answer: Cursor | Refusal) -> pb.ReportLedgerResponse:
+        if isinstance(answer, Cursor):
+            return pb.ReportLedgerResponse(cursor=pb.LedgerCursor(spool=answer.spool, cursor=answer.cursor))
+        self._report("ledger.refused", node=node_id, spool=answer.spool, reason=answer.reason.name)
+        reason = pb.LedgerRefusal.Reason.ValueType(answer.reason)
+        return pb.ReportLedgerResponse(
+            refusal=pb.LedgerRefusal(spool=answer.spool, reason=reason, detail=answer.detail)
+        )
+
+    async def _end_when_draining(self, gathered: asyncio.Queue[Any]) -> None:
+        await self._draining.wait()
+        await gathered.put(None)
+
+
+async def _read(context: Context, gathered: asyncio.Queue[pb.ReportLedgerRequest | None]) -> None:
+    try:
+        request: Any = await context.read()
+        while request is not grpc.aio.EOF:
+            await gathered.put(request)
+            request = await context.read()
+    except Exception:
+        # Who waits for more must not wait for ever.
+        await gathered.put(None)
+        raise
+    await gathered.put(None)
+
+
+async def _groups(
+    gathered: asyncio.Queue[pb.ReportLedgerRequest | None],
+) -> AsyncIterator[list[pb.ReportLedgerRequest]]:
+    """What came while the last group was in work, at least one; ends with the stream."""
+    ended = False
+    while not ended:
+        requests = []
+        request = await gathered.get()
+        while request is not None:
+            requests.append(request)
+            if gathered.empty():
+                break
+            request = gathered.get_nowait()
+        ended = request is None
+        if requests:
+            yield requests
+
+
+def _batch(message: pb.LedgerBatch) -> RawBatch:
+    if not message.records or message.first_record < 1:
+        raise BadMessageError("a batch holds records, the first of which has a number above 0")
+    return RawBatch(uuid_text(message.spool), message.incarnation, message.first_record, message.records)
+
+
+def _opening(message: pb.LedgerOpen) -> SpoolOpening:
+    if min(message.incarnation, message.acknowledged, message.oldest_record, message.last_record) < 0:
+        raise BadMessageError("numbers of records begin at 0")
+    return SpoolOpening(
+        uuid_text(message.spool),
+        message.incarnation,
+        message.acknowledged,
+        message.oldest_record,
+        message.last_record,
+    )

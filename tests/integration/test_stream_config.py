@@ -1,0 +1,313 @@
+"""The config stream over mutual TLS and PostgreSQL: edits arrive, refusals stay refused, identities hold."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
+
+from controlplane.adapters.pki import create_authority
+from postroad.node.v1 import config_stream_service_pb2 as pb
+from support.databases import Database
+from support.fleet import execute, fetch
+from support.nodes_port import Certificate, NodesPort, NodeStream, certificate_for, nodes_port, now, put_bundle, until
+
+SETTINGS = "pools/default/settings"
+
+
+@pytest.fixture
+async def port(migrated_database: Database, tmp_path: Path) -> AsyncIterator[NodesPort]:
+    await put_bundle(migrated_database, SETTINGS, b"settings", kind=4)
+    async with nodes_port(migrated_database, tmp_path / "pki") as port:
+        yield port
+
+
+async def _synced(port: NodesPort, node: str = "edge-1", certificate: Certificate | None = None) -> NodeStream:
+    certificate = certificate or await port.enrolled(node)
+    stream = NodeStream(port.channel(certificate), node)
+    await stream.hello()
+    await stream.take(await stream.expect("snapshot"))
+    return stream
+
+
+async def _status(database: Database, node: str = "edge-1") -> tuple[int, str, bool]:
+    rows = await fetch(
+        database, "SELECT config_status, config_error, connected FROM postroad.node_status WHERE node = $1", node
+    )
+    return tuple(rows[0]) if rows else (0, "", False)
+
+
+async def test_a_new_node_gets_everything_and_is_synced(port: NodesPort, migrated_database: Database) -> None:
+    digest = await put_bundle(migrated_database, "accounts/a", b"one")
+
+    stream = await _synced(port)
+    if "accounts/a" not in stream.held:
+        await stream.take(await stream.expect("delta"))
+
+    assert stream.held == {"accounts/a": digest, SETTINGS: hashlib.sha256(b"settings").digest()}
+
+    async def is_synced() -> bool:
+        return await _status(migrated_database) == (1, "", True)
+
+    await until(is_synced)
+
+
+async def test_an_edit_reaches_the_node_well_under_a_second(port: NodesPort, migrated_database: Database) -> None:
+    stream = await _synced(port)
+    begun = time.monotonic()
+
+    digest = await put_bundle(migrated_database, "accounts/a", b"two")
+    delta = await stream.expect("delta")
+
+    assert time.monotonic() - begun < 0.8
+    assert [(one.name, one.hash, one.content) for one in delta.upserts] == [("accounts/a", digest, b"two")]
+
+
+async def test_a_deleted_bundle_is_named_and_nothing_else_goes(port: NodesPort, migrated_database: Database) -> None:
+    await put_bundle(migrated_database, "accounts/a", b"one")
+    await until(lambda: "accounts/a" in port.hub.cache.get("default").bundles)
+    stream = await _synced(port)
+
+    await execute(
+        migrated_database,
+        """
+        UPDATE postroad.config_bundles SET hash = NULL, content = NULL, change_xid = pg_current_xact_id()
+        WHERE bundle = 'accounts/a'
+        """,
+    )
+    delta = await stream.expect("delta")
+
+    assert (list(delta.removed), list(delta.upserts)) == (["accounts/a"], [])
+
+
+async def test_a_node_that_holds_everything_gets_progress(port: NodesPort) -> None:
+    stream = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
+    stream.held = {SETTINGS: hashlib.sha256(b"settings").digest()}
+    await stream.hello(denials_version=1)
+
+    assert (await stream.receive()).WhichOneof("message") == "progress"
+
+
+async def test_refused_content_is_recorded_and_comes_again_only_when_it_changed(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    certificate = await port.enrolled("edge-1")
+    stream = await _synced(port, certificate=certificate)
+    await put_bundle(migrated_database, "accounts/a", b"bad")
+    delta = await stream.expect("delta")
+    info = AnyMessage()
+    info.Pack(ErrorInfo(reason="BUNDLE_REFUSED"))
+    error = pb.Nack.BundleError(name="accounts/a", hash=delta.upserts[0].hash, status=Status(message="no such rule"))
+    nack = pb.Nack(nonce=delta.nonce, error_detail=Status(message="refused", details=[info]), bundle_errors=[error])
+    await stream.call.write(pb.StreamConfigRequest(nack=nack))
+
+    async def is_recorded() -> bool:
+        return await _status(migrated_database) == (4, "accounts/a: no such rule", True)
+
+    await until(is_recorded)
+
+    await put_bundle(migrated_database, "accounts/b", b"good")
+    other = await stream.expect("delta")
+    assert [one.name for one in other.upserts] == ["accounts/b"]
+    await stream.take(other)
+
+    again = NodeStream(port.channel(certificate), "edge-1")
+    again.held, again.denials_version = stream.held, 1
+    await again.hello()
+    assert (await again.receive()).WhichOneof("message") == "progress"
+
+    await put_bundle(migrated_database, "accounts/a", b"mended")
+    assert [one.content for one in (await again.expect("delta")).upserts] == [b"mended"]
+
+
+async def test_denials_have_a_lane_of_their_own(port: NodesPort, migrated_database: Database) -> None:
+    stream = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
+    await stream.hello(denials_version=1)
+    await stream.expect("snapshot")  # which stays unanswered
+
+    await execute(
+        migrated_database, "INSERT INTO postroad.denials (denial, kind, account) VALUES ('accounts/a', 1, 'a')"
+    )
+    await execute(migrated_database, "UPDATE postroad.denial_state SET version = 2")
+    await execute(migrated_database, "SELECT pg_notify('postroad_denials', '')")
+
+    denials = (await stream.receive()).denials
+    assert denials.denials.version == 2
+    assert [one.account for one in denials.denials.denials] == ["accounts/a"]
+    stream.denials_version = 2
+    await stream.ack(denials.nonce)
+
+    async def is_in_force() -> bool:
+        rows = await fetch(migrated_database, "SELECT denials_version FROM postroad.node_status")
+        return bool(rows) and rows[0][0] == 2
+
+    await until(is_in_force)
+
+
+async def test_a_newer_stream_of_a_node_closes_the_older(port: NodesPort) -> None:
+    certificate = await port.enrolled("edge-1")
+    older = await _synced(port, certificate=certificate)
+
+    newer = NodeStream(port.channel(certificate), "edge-1")
+    newer.held = older.held
+    await newer.hello()
+
+    assert await older.end_code() is grpc.StatusCode.ABORTED
+    assert (await newer.receive()).WhichOneof("message") in {"progress", "denials"}
+
+
+async def test_a_newer_stream_on_another_replica_closes_the_older(
+    port: NodesPort, migrated_database: Database, tmp_path: Path
+) -> None:
+    certificate = await port.enrolled("edge-1")
+    older = await _synced(port, certificate=certificate)
+    async with nodes_port(migrated_database, tmp_path / "other") as other:
+        foreign = certificate_for(other.authority, "edge-1")
+        await execute(
+            migrated_database, "UPDATE postroad.nodes SET certificate_serial = $1 WHERE node = 'edge-1'", foreign.serial
+        )
+        newer = NodeStream(other.channel(foreign), "edge-1")
+        newer.held = older.held
+        await newer.hello()
+
+        assert await older.end_code() in {grpc.StatusCode.ABORTED, grpc.StatusCode.UNAUTHENTICATED}
+        assert (await newer.receive()).WhichOneof("message") in {"progress", "denials"}
+
+
+async def test_another_nodes_name_in_hello_is_refused(port: NodesPort) -> None:
+    stream = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
+    await port.enrolled("edge-2")
+    await stream.hello(node="nodes/edge-2")
+
+    assert await stream.end_code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_another_nodes_spool_in_hello_is_refused(port: NodesPort, migrated_database: Database) -> None:
+    spool = str(uuid.uuid4())
+    first = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
+    await first.hello(spools=[pb.SpoolStatus(spool=spool, incarnation=1)])
+    await first.expect("snapshot")
+    second = NodeStream(port.channel(await port.enrolled("edge-2")), "edge-2")
+    await second.hello(spools=[pb.SpoolStatus(spool=spool, incarnation=1)])
+
+    assert await second.end_code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_anything_before_hello_is_refused(port: NodesPort) -> None:
+    stream = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
+    await stream.ack("c1")
+
+    assert await stream.end_code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_certificates_that_are_not_the_nodes_are_refused(port: NodesPort, tmp_path: Path) -> None:
+    await port.enrolled("edge-1")
+    other_ca = create_authority(tmp_path / "other-ca", now())
+    server_chain, server_key = port.authority.issue_server(["localhost"], now())
+    strangers = {
+        "none": None,
+        "of another CA": certificate_for(other_ca, "edge-1"),
+        "expired": certificate_for(port.authority, "edge-1", now() - timedelta(days=31)),
+        "a server's": Certificate(server_key, server_chain, ""),
+    }
+    for name, certificate in strangers.items():
+        stream = NodeStream(port.channel(certificate), "edge-1")
+        assert await stream.end_code() is grpc.StatusCode.UNAVAILABLE, name
+
+
+async def test_a_certificate_that_was_replaced_or_revoked_is_refused(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    await port.enrolled("edge-1")
+    former = NodeStream(port.channel(certificate_for(port.authority, "edge-1")), "edge-1")
+    assert await former.end_code() is grpc.StatusCode.UNAUTHENTICATED
+
+    unknown = NodeStream(port.channel(certificate_for(port.authority, "nobody")), "nobody")
+    assert await unknown.end_code() is grpc.StatusCode.UNAUTHENTICATED
+
+    revoked = await _synced(port, "edge-2")
+    await execute(migrated_database, "UPDATE postroad.nodes SET state = 3 WHERE node = 'edge-2'")
+    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
+    assert await revoked.end_code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_command_is_sent_until_its_result_is_known(port: NodesPort, migrated_database: Database) -> None:
+    spool, command, message = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
+    stream = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
+    await stream.hello(spools=[pb.SpoolStatus(spool=str(spool), incarnation=1)])
+    await stream.take(await stream.expect("snapshot"))
+    await execute(
+        migrated_database,
+        "INSERT INTO postroad.commands (command, account, verb, spool, message_ids) VALUES ($1, 'a', 1, $2, $3)",
+        command,
+        spool,
+        [message],
+    )
+    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
+
+    got = await stream.expect("command")
+    assert (got.command, got.spool, got.account) == (str(command), str(spool), "accounts/a")
+    assert list(got.message_ids) == [message.bytes]
+
+    port.hub.tick(port.hub.slots[0])
+    assert (await stream.expect("command")).command == str(command)
+
+    await execute(migrated_database, "UPDATE postroad.commands SET done_time = now()")
+    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
+    await until(lambda: not port.hub.slots[0].session._commands)
+
+
+async def test_a_spool_with_an_older_incarnation_is_refused_until_it_is_accepted(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    spool = str(uuid.uuid4())
+    certificate = await port.enrolled("edge-1")
+    await execute(
+        migrated_database,
+        "INSERT INTO postroad.spools (spool, node, incarnation) VALUES ($1, 'edge-1', 5)",
+        uuid.UUID(spool),
+    )
+    stream = NodeStream(port.channel(certificate), "edge-1")
+    await stream.hello(spools=[pb.SpoolStatus(spool=spool, incarnation=4)])
+
+    refused = await stream.expect("directive")
+    assert (refused.action, refused.spool) == (pb.Directive.ACTION_REFUSE_SPOOL, spool)
+
+    await stream.expect("snapshot")
+    await execute(migrated_database, "UPDATE postroad.spools SET accepted = true, incarnation = reported_incarnation")
+    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
+    accepted = await stream.expect("directive")
+    assert (accepted.action, accepted.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+
+
+async def test_draining_asks_every_node_to_come_back(port: NodesPort) -> None:
+    stream = await _synced(port)
+
+    port.hub.drain()
+
+    assert (await stream.expect("directive")).action == pb.Directive.ACTION_RECONNECT
+    assert await stream.end_code() is grpc.StatusCode.OK
+    late = NodeStream(port.channel(await port.enrolled("edge-2")), "edge-2")
+    await late.hello()
+    assert (await late.expect("directive")).action == pb.Directive.ACTION_RECONNECT
+
+
+async def test_a_stream_that_ends_leaves_the_node_not_connected(port: NodesPort, migrated_database: Database) -> None:
+    stream = await _synced(port)
+    stream.call.cancel()
+
+    async def is_gone() -> bool:
+        return (await _status(migrated_database))[2] is False
+
+    await until(is_gone)
+    assert len(port.hub) == 0
