@@ -27,6 +27,7 @@ class RecordForwarder:
         self._send = send
         self._log = log
         self._pulls: dict[str, int] = {}
+        self._served: set[str] = set()
         self._pulled = asyncio.Event()
         self._acknowledgements: set[asyncio.Future[None]] = set()
 
@@ -34,19 +35,22 @@ class RecordForwarder:
         """The agent wants what follows `after`."""
         if spool in self._spools:
             self._pulls[spool] = after
+            self._served.add(spool)
             self._pulled.set()
 
     def pause(self, spool: str) -> None:
         """The agent wants nothing of this spool."""
         self._pulls.pop(spool, None)
+        self._served.discard(spool)
 
     def agent_lost(self) -> None:
         """The agent is gone, and what it wanted with it."""
         self._pulls.clear()
+        self._served.clear()
 
-    def is_wanted(self, spool: str) -> bool:
-        """Whether somebody takes this spool's records."""
-        return spool in self._pulls
+    def is_served(self, spool: str) -> bool:
+        """Whether somebody takes this spool's records: between a pull's answer and the next one too."""
+        return spool in self._served
 
     def stored(self, spool: str, cursor: int) -> None:
         """Records up to `cursor` are stored by the control plane."""

@@ -107,7 +107,6 @@ class DeliverySettings(_Section):
 
     allowed_private_networks: tuple[IPv4Network | IPv6Network, ...] = ()
     handover_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
-    connect_timeout_s: Seconds = 30.0
 
 
 class MetricsSettings(_Section):

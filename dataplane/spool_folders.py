@@ -2,7 +2,8 @@
 
 A spool is a folder `spool/<uuid>/`. Their number is fixed when the first one is made: one a worker. When there are more
 spools than workers later, some workers own several; when there are fewer, there are only as many workers as spools. A
-folder with a file `quarantined` in it is set aside until the node starts again.
+folder with a file `quarantined` in it is set aside until the node starts again; one with a file `refused` came back
+older than the control plane knew it, and nothing is sent from it until it is accepted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from dataplane.files import write_durably
+
 QUARANTINE_FILE = "quarantined"
+REFUSED_FILE = "refused"
 
 
 def assign_spools(folder: Path, worker_count: int) -> list[list[str]]:
@@ -44,6 +48,19 @@ def lift_quarantines(folder: Path) -> list[str]:
             mark.unlink()
             lifted.append(name)
     return lifted
+
+
+def is_refused(spool: Path) -> bool:
+    """Whether the control plane refuses the spool."""
+    return (spool / REFUSED_FILE).exists()
+
+
+def mark_refused(spool: Path, *, refused: bool) -> None:
+    """Keep the control plane's verdict, durably: without it a restart would send what was sent before."""
+    if refused:
+        write_durably(spool / REFUSED_FILE, [b"came back older than the control plane knew it\n"])
+    else:
+        (spool / REFUSED_FILE).unlink(missing_ok=True)
 
 
 def _spool_names(folder: Path) -> Iterator[str]:

@@ -1,0 +1,181 @@
+"""The node's program: `postroad-node` or `python -m dataplane`.
+
+    run            start the node: the supervisor, an agent and the workers
+    enroll         get the node's certificate with a one-time token
+    check-config   print the settings in force, without secrets
+    agent, worker  the processes that `run` starts; of no use by hand
+
+Exit codes: 0 done, 1 the node could not be drained in time or a process failed, 2 wrong arguments, 69 something that is
+needed is in use or away, 78 settings or enrolment are wrong. An error is one line on standard error that says what to
+do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from dataplane.process import Child
+from dataplane.settings import Settings, SettingsError, load_settings, redacted
+from dataplane.telemetry import configure_logging, get_logger
+
+EXIT_UNAVAILABLE = 69
+EXIT_CONFIG = 78
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        settings = load_settings(parsed.config)
+    except SettingsError as error:
+        return _fail(str(error), EXIT_CONFIG)
+    command: Callable[[argparse.Namespace, Settings], int] = parsed.run
+    return command(parsed, settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="postroad-node", description="A node of Postroad.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, run: Callable[[argparse.Namespace, Settings], int], text: str | None) -> argparse.ArgumentParser:
+        # argparse shows a command only when it has a help text.
+        made = commands.add_parser(name, help=text) if text else commands.add_parser(name)
+        made.add_argument("--config", type=Path, help="node.yaml, or the folder it lies in")
+        made.set_defaults(run=run)
+        return made
+
+    add("run", _run, "start the node")
+    add("check-config", _check_config, "print the settings in force, without secrets")
+    enroll = add("enroll", _enroll, "get the node's certificate")
+    enroll.add_argument("--token", help="the one-time token; without, $POSTROAD_ENROLL_TOKEN")
+    enroll.add_argument("--server", help="host:port of the control plane's public port")
+    enroll.add_argument("--ca-file", type=Path, help="the CA of the public port's certificate")
+    for child in (add("agent", _agent, None), add("worker", _worker, None)):
+        child.add_argument("--lifeline-fd", type=int, default=-1)
+        child.add_argument("--ready-fd", type=int, default=-1)
+        child.add_argument("--parent-pid", type=int, default=0)
+        child.add_argument("--workers", type=int, default=1)
+        child.add_argument("--index", type=int, default=0)
+        child.add_argument("--spools", type=_comma_separated, default=[])
+        child.add_argument("--listener-fds", type=_numbers, default=[])
+    return parser
+
+
+def _comma_separated(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in _comma_separated(text)]
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"postroad-node: {text}", file=sys.stderr)
+    return code
+
+
+def _check_config(parsed: argparse.Namespace, settings: Settings) -> int:
+    del parsed
+    print(redacted(settings), end="")
+    return 0
+
+
+def _run(parsed: argparse.Namespace, settings: Settings) -> int:
+    from dataplane.supervisor import EXIT_NOT_ENROLLED, Supervisor, SupervisorError, lock_data_dir, prepare_data_dir
+
+    config_file = parsed.config.absolute() if parsed.config is not None else None
+    try:
+        prepare_data_dir(settings.data_dir)
+        lock_data_dir(settings.data_dir)
+    except (SupervisorError, OSError) as error:
+        return _fail(str(error), EXIT_UNAVAILABLE)
+    if not (settings.data_dir / "identity" / "certificate.pem").is_file():
+        return _fail("this node is not enrolled: run `postroad-node enroll --token …`", EXIT_NOT_ENROLLED)
+    configure_logging(settings.log_level, "supervisor")
+    here = Path.cwd()
+    os.chdir(settings.data_dir)
+    try:
+        return Supervisor(settings, here, config_file, get_logger("supervisor")).run()
+    except (SupervisorError, OSError) as error:
+        return _fail(str(error), EXIT_UNAVAILABLE)
+
+
+def _enroll(parsed: argparse.Namespace, settings: Settings) -> int:
+    from dataplane.agent.enrollment import enroll
+    from dataplane.agent.identity import IdentityError
+
+    token = parsed.token or os.environ.get("POSTROAD_ENROLL_TOKEN", "")
+    if not token:
+        return _fail("no token: give --token or set POSTROAD_ENROLL_TOKEN", EXIT_CONFIG)
+    server = parsed.server or settings.control_plane.enroll_address
+    ca_file = parsed.ca_file or settings.control_plane.ca_file
+    try:
+        identity = enroll(settings.data_dir, server, ca_file, token, version("postroad"))
+    except (IdentityError, OSError) as error:
+        return _fail(str(error), EXIT_UNAVAILABLE)
+    print(f"enrolled as {identity.node}, certificate good until {identity.not_after:%Y-%m-%d}")
+    return 0
+
+
+def _agent(parsed: argparse.Namespace, settings: Settings) -> int:
+    from dataplane.agent.identity import IdentityError
+    from dataplane.agent.ports import StoreError
+    from dataplane.agent_process import run_agent
+
+    configure_logging(settings.log_level, "agent")
+    log = get_logger("agent")
+    return _serve(
+        parsed,
+        settings,
+        lambda child: run_agent(settings, parsed.workers, child, log),
+        (IdentityError, StoreError),
+    )
+
+
+def _worker(parsed: argparse.Namespace, settings: Settings) -> int:
+    from dataplane.worker import WorkerError, run_worker
+
+    process = f"worker-{parsed.index}"
+    configure_logging(settings.log_level, process)
+    log = get_logger(process)
+    return _serve(
+        parsed,
+        settings,
+        lambda child: run_worker(settings, parsed.index, parsed.spools, parsed.listener_fds, child, log),
+        (WorkerError,),
+    )
+
+
+def _serve(
+    parsed: argparse.Namespace,
+    settings: Settings,
+    run: Callable[[Child], Awaitable[None]],
+    expected: tuple[type[Exception], ...],
+) -> int:
+    """Run a child on uvloop, tied to its supervisor; what cannot begin is one line and an exit code."""
+    import uvloop
+
+    cannot_begin: tuple[type[Exception], ...] = (OSError, *expected)
+    os.chdir(settings.data_dir)
+    child = Child(parsed.lifeline_fd, parsed.ready_fd, parsed.parent_pid)
+
+    async def tied() -> None:
+        child.tie()
+        await run(child)
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(tied())
+    except cannot_begin as error:
+        return _fail(str(error), EXIT_UNAVAILABLE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""What a worker does with the messages of the agent, and what it tells the agent of itself.
+
+Configuration and denials are read in a thread, each in a lane of its own and one after the other, and answered when
+they are in use: denials after delivery has cut what they stop. Commands run one at a time; one that fails is asked for
+again by the control plane. Everything else is a step on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dataplane.agent.ports import StoreError
+from dataplane.agent_link import AgentLink
+from dataplane.commands import CommandRunner
+from dataplane.forwarding import RecordForwarder
+from dataplane.link import (
+    ConfigApplied,
+    ConfigChanged,
+    ContactTime,
+    DenialsApplied,
+    DenialsChanged,
+    LedgerCursor,
+    LedgerPause,
+    LedgerPull,
+    Message,
+    RunCommand,
+    Sample,
+    SpoolState,
+    SpoolVerdict,
+    StatusRequest,
+    WorkerHello,
+    WorkerStatus,
+)
+from dataplane.ports import ConfigView, EventLog, Spool, SpoolError, SpoolStats
+from dataplane.spool_folders import is_refused, mark_refused
+from dataplane.telemetry import SampleRow
+
+FLUSH_LOOK_S = 0.02
+
+
+class SwappableView(ConfigView, Protocol):
+    """A ConfigView that is told when its files are new."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of what is in use."""
+        ...
+
+    def load(self) -> str:
+        """Put the configuration on disk in use. Blocks; StoreError."""
+        ...
+
+    def load_denials(self) -> int:
+        """Put the denials on disk in force. Blocks; StoreError."""
+        ...
+
+    def note_contact(self, wall_ms: int) -> None:
+        """The configuration was current then."""
+        ...
+
+
+class Delivery(Protocol):
+    """What this module needs of an engine."""
+
+    def config_changed(self) -> None:
+        """A new configuration is in use."""
+        ...
+
+    def denials_changed(self) -> None:
+        """New denials are in force."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """The worker. `samples` is what it counts, beside its spools; `restart` ends it, to be started anew."""
+
+    index: int
+    view: SwappableView
+    spools: Mapping[str, Spool]
+    engines: Mapping[str, Delivery]
+    samples: Callable[[], Iterable[SampleRow]]
+    restart: Callable[[str], None]
+    log: EventLog
+
+
+class WorkerSide:
+    """See the module."""
+
+    def __init__(self, parts: WorkerParts) -> None:
+        self._parts = parts
+        self._link: AgentLink
+        self._forwarder: RecordForwarder
+        self._runner: CommandRunner
+        self._config_news = asyncio.Event()
+        self._denials_news = asyncio.Event()
+        self._commands: asyncio.Queue[RunCommand] = asyncio.Queue()
+        self._status_requests: asyncio.Queue[int] = asyncio.Queue()
+        self.draining = False
+
+    def attach(self, link: AgentLink, forwarder: RecordForwarder, runner: CommandRunner) -> None:
+        """Hand over what was made with this object; before anything runs."""
+        self._link = link
+        self._forwarder = forwarder
+        self._runner = runner
+
+    def services(self) -> list[Coroutine[Any, Any, None]]:
+        """What must run for as long as the worker does."""
+        return [
+            self._link.run(),
+            self._forwarder.run(),
+            self._follow_config(),
+            self._follow_denials(),
+            self._run_commands(),
+            self._report_status(),
+        ]
+
+    # --- from the agent --------------------------------------------------------------------------------------
+
+    def received(self, message: Message) -> None:
+        """A message of the agent."""
+        match message:
+            case ConfigChanged():
+                self._config_news.set()
+            case DenialsChanged():
+                self._denials_news.set()
+            case ContactTime():
+                self._parts.view.note_contact(message.wall_ms)
+            case LedgerPull():
+                self._forwarder.pull(message.spool, message.after)
+            case LedgerPause():
+                self._forwarder.pause(message.spool)
+            case LedgerCursor():
+                self._forwarder.stored(message.spool, message.cursor)
+            case _:
+                self._received_rare(message)
+
+    def _received_rare(self, message: Message) -> None:
+        match message:
+            case RunCommand():
+                self._commands.put_nowait(message)
+            case SpoolVerdict():
+                self._judge(message)
+            case StatusRequest():
+                self._status_requests.put_nowait(message.number)
+            case _:
+                self._parts.log.warning("agent.unexpected", message=type(message).__name__)
+
+    def agent_lost(self) -> None:
+        """The agent is gone."""
+        self._forwarder.agent_lost()
+
+    def _judge(self, verdict: SpoolVerdict) -> None:
+        folder = Path("spool") / verdict.spool
+        if verdict.spool in self._parts.spools and is_refused(folder) != verdict.refused:
+            mark_refused(folder, refused=verdict.refused)
+            said = "refused" if verdict.refused else "accepted"
+            self._parts.restart(f"the control plane {said} spool {verdict.spool}")
+
+    # --- lanes -----------------------------------------------------------------------------------------------
+
+    async def _follow_config(self) -> None:
+        while True:
+            await self._config_news.wait()
+            self._config_news.clear()
+            error = ""
+            try:
+                await asyncio.to_thread(self._parts.view.load)
+            except StoreError as failed:
+                error = str(failed)
+                self._parts.log.warning("config.unreadable", error=error)
+            else:
+                for engine in self._parts.engines.values():
+                    engine.config_changed()
+                self._parts.log.info("config.in_use", digest=self._parts.view.digest[:16])
+            self._link.send(ConfigApplied(self._parts.view.digest, error))
+
+    async def _follow_denials(self) -> None:
+        while True:
+            await self._denials_news.wait()
+            self._denials_news.clear()
+            error = ""
+            try:
+                await asyncio.to_thread(self._parts.view.load_denials)
+            except StoreError as failed:
+                error = str(failed)
+                self._parts.log.warning("denials.unreadable", error=error)
+            else:
+                for engine in self._parts.engines.values():
+                    engine.denials_changed()
+                self._parts.log.info("denials.in_force", version=self._parts.view.denials.version)
+            self._link.send(DenialsApplied(self._parts.view.denials.version, error))
+
+    async def _run_commands(self) -> None:
+        while True:
+            command = await self._commands.get()
+            try:
+                await self._runner.run(command)
+            except SpoolError as error:
+                self._parts.log.warning("command.failed", command=command.command, error=str(error))
+
+    async def _report_status(self) -> None:
+        while True:
+            number = await self._status_requests.get()
+            try:
+                self._link.send(await self.status(number))
+            except SpoolError as error:
+                self._parts.log.warning("status.failed", error=str(error))
+
+    # --- to the agent ----------------------------------------------------------------------------------------
+
+    async def hello(self) -> WorkerHello:
+        """What this worker has in use and open."""
+        parts = self._parts
+        spools = [spool_state(spool, await spool.stats()) for spool in parts.spools.values()]
+        return WorkerHello(parts.index, os.getpid(), parts.view.digest, parts.view.denials.version, tuple(spools))
+
+    async def status(self, number: int) -> WorkerStatus:
+        """How this worker is."""
+        stats = {name: await spool.stats() for name, spool in self._parts.spools.items()}
+        return WorkerStatus(
+            number=number,
+            draining=self.draining,
+            waiting_count=sum(each.waiting_count for each in stats.values()),
+            oldest_accepted_ms=min(
+                (each.oldest_accepted_ms for each in stats.values() if each.oldest_accepted_ms), default=0
+            ),
+            spools=tuple(spool_state(self._parts.spools[name], each) for name, each in stats.items()),
+            samples=tuple(self._samples(list(stats.values()))),
+        )
+
+    def _samples(self, stats: list[SpoolStats]) -> Iterator[Sample]:
+        for row in self._parts.samples():
+            yield Sample(*row)
+        yield Sample("queue_depth", ("waiting",), sum(each.waiting_count for each in stats))
+        yield Sample("spool_bytes", ("database",), sum(each.database_bytes for each in stats))
+        yield Sample("spool_bytes", ("wal",), sum(each.wal_bytes for each in stats))
+        yield Sample("spool_commits_total", (), sum(each.commits for each in stats))
+        yield Sample("config_stale", (), float(self._parts.view.stale))
+
+    async def flush(self, timeout_s: float) -> None:
+        """Wait while the agent still takes records and there are some, at most `timeout_s`.
+
+        Cancellation leaves the rest for the next start.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                for name, spool in self._parts.spools.items():
+                    while self._forwarder.is_served(name):
+                        stats = await spool.stats()
+                        if stats.acknowledged >= stats.outbox_last:
+                            break
+                        await asyncio.sleep(FLUSH_LOOK_S)
+        except TimeoutError:
+            self._parts.log.warning("ledger.not_flushed", timeout_s=timeout_s)
+
+
+def spool_state(spool: Spool, stats: SpoolStats) -> SpoolState:
+    """A spool as the agent hears of it."""
+    return SpoolState(
+        spool=spool.identity.spool,
+        incarnation=spool.identity.incarnation,
+        acknowledged=stats.acknowledged,
+        oldest_record=stats.outbox_first,
+        last_record=stats.outbox_last,
+        waiting_count=stats.waiting_count,
+    )

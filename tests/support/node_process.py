@@ -1,0 +1,113 @@
+"""A node as processes: its settings in a folder, started as people start it, watched by what it says on standard output."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+READY_S = 30.0
+
+
+def write_settings(folder: Path, control_plane: str, **more: Any) -> Path:
+    """A node.yaml for loopback with ports of the system's choice."""
+    values: dict[str, Any] = {
+        "data_dir": "data",
+        "hostname": "node.example",
+        "control_plane": {"address": control_plane},
+        "listeners": [{"address": "127.0.0.1", "port": 0, "mode": "plain"}],
+        "metrics": {"port": 0},
+        "delivery": {"allowed_private_networks": ["127.0.0.0/8"]},
+        **more,
+    }
+    file = folder / "node.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return file
+
+
+class NodeProcess:
+    """A running node; `ready` is what its `node.ready` line said."""
+
+    def __init__(self, process: asyncio.subprocess.Process, data_dir: Path) -> None:
+        self.process = process
+        self.data_dir = data_dir
+        self.ready: dict[str, Any] = {}
+
+    @property
+    def smtp_port(self) -> int:
+        port: int = self.ready["listeners"][0]["port"]
+        return port
+
+    @property
+    def metrics_port(self) -> int:
+        port: int = self.ready["metrics"]["port"]
+        return port
+
+    async def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        async with asyncio.timeout(READY_S):
+            line = await self.process.stdout.readline()
+        assert line, "the node ended before it was ready"
+        self.ready = json.loads(line)
+
+    def state(self) -> Mapping[str, Any]:
+        """What run/ready.json says now; empty while it is not there."""
+        with contextlib.suppress(FileNotFoundError):
+            found: dict[str, Any] = json.loads((self.data_dir / "run" / "ready.json").read_text())
+            return found
+        return {}
+
+    async def wait_state(self, holds: Any) -> Mapping[str, Any]:
+        """Look at run/ready.json until `holds` is true of it."""
+        async with asyncio.timeout(READY_S):
+            while not ((state := self.state()) and holds(state)):
+                await asyncio.sleep(0.02)
+        return state
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return await self.ended()
+
+    async def ended(self) -> int:
+        async with asyncio.timeout(READY_S):
+            return await self.process.wait()
+
+
+@contextlib.asynccontextmanager
+async def running(settings_file: Path, **environment: str) -> AsyncIterator[NodeProcess]:
+    """Start a node and wait until it serves; ends it whatever happens. Its log goes to `node.log` beside the settings."""
+    async with starting(settings_file, **environment) as node:
+        await node.wait_ready()
+        yield node
+
+
+@contextlib.asynccontextmanager
+async def starting(settings_file: Path, **environment: str) -> AsyncIterator[NodeProcess]:
+    """As `running`, without waiting."""
+    log = os.open(settings_file.parent / "node.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "dataplane",
+        "run",
+        "--config",
+        str(settings_file),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=log,
+        env={**os.environ, **environment},
+    )
+    os.close(log)
+    try:
+        yield NodeProcess(process, settings_file.parent / "data")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
