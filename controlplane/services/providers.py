@@ -19,13 +19,15 @@ from controlplane.domain.masks import merge
 from controlplane.domain.paging import PageTokens, coerce_page_size
 from controlplane.domain.resources import PROVIDER_FIELDS, Meta, Provider, ProviderState, SmtpSettings
 from controlplane.ports import Database, ProbeResult, ProviderProbe, Random, Sealer, Work, scope_of
-from controlplane.services.compile import PASSWORD_PLACE, BundleCompiler, Edited
+from controlplane.services.compile import PASSWORD_PLACE, BundleCompiler, Edited, provider_config, refuse
 from controlplane.services.limits import check_display_name, check_reason
 from controlplane.services.mutations import Mutation, Patch, Replay, mutate
-from dataplane.core.config import TlsPolicy
+from dataplane.core.config import SealedValue, TlsPolicy, validate_provider
 
 DENIAL_PROVIDER = 3
 _PASSWORD_PATH = "smtp.password"  # noqa: S105 - the path of a field
+# Stands for whatever the pool's key will make of the password: only its shape is looked at.
+_SOME_PASSWORD = SealedValue("-", bytes(64))
 _SUBMISSION_PORT, _SUBMISSIONS_PORT = 587, 465
 
 
@@ -209,11 +211,11 @@ class ProvidersService:
         """Put the password that was sent, if any, where it is stored."""
         smtp = provider.smtp
         if not smtp.password:
-            return provider
+            return _valid(provider)
         table, column = PASSWORD_PLACE
         place = (provider.account or "", table, provider.meta.uid, column)
         sealed = self._sealer.seal(smtp.password.encode(), *place)
-        return replace(provider, smtp=replace(smtp, password="", password_sealed=sealed))
+        return _valid(replace(provider, smtp=replace(smtp, password="", password_sealed=sealed)))
 
     def _password(self, provider: Provider) -> str:
         if provider.smtp.password_sealed is None:
@@ -221,6 +223,13 @@ class ProvidersService:
         table, column = PASSWORD_PLACE
         place = (provider.account or "", table, provider.meta.uid, column)
         return self._sealer.unseal(provider.smtp.password_sealed, *place).decode()
+
+
+def _valid(provider: Provider) -> Provider:
+    """Return the provider; InvalidArgumentError when a node would refuse it."""
+    sealed = None if provider.smtp.password_sealed is None else _SOME_PASSWORD
+    refuse(validate_provider(provider_config(provider, sealed)), Edited("", "provider"))
+    return provider
 
 
 def _with_defaults(smtp: SmtpSettings) -> SmtpSettings:

@@ -5,8 +5,8 @@ scope is told to row-level security by set_config(…, true), so that it ends wi
 become errors of the domain: constraints by `constraints.py`, lost races AbortedError, a database that cannot be reached
 or answers too slowly UnavailableError. Nothing here ever ends the process.
 
-    cancelled, or the body raised     ROLLBACK; the connection goes back clean
-    timeout, lost connection          the connection is doubtful: it is terminated, never reused
+    the body raised                   ROLLBACK; the connection goes back clean
+    cancelled, timed out, lost        the connection is doubtful: it is terminated, never reused
     COMMIT's answer lost              UnavailableError; a caller with a request_id finds out by asking again
 """
 
@@ -24,6 +24,7 @@ from controlplane.adapters.postgres.accounts import AccountsRepository
 from controlplane.adapters.postgres.bundles import BundlesRepository
 from controlplane.adapters.postgres.constraints import domain_error
 from controlplane.adapters.postgres.credentials import ApiKeysRepository, SmtpCredentialsRepository
+from controlplane.adapters.postgres.fleet_database import AWAY
 from controlplane.adapters.postgres.idempotency import IdempotencyRepository
 from controlplane.adapters.postgres.messages import MessagesRepository
 from controlplane.adapters.postgres.nodes import NodesRepository
@@ -49,17 +50,8 @@ Observer = Callable[[str, float, bool], None]
 """Told of each query: its name, its seconds, whether it failed."""
 
 _RETRY_AFTER_S = 2.0
+_ROLLBACK_TIMEOUT_S = 2.0
 _LOST_RACES = (asyncpg.SerializationError, asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError)
-_AWAY = (
-    OSError,
-    TimeoutError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.ReadOnlySQLTransactionError,
-    asyncpg.InvalidAuthorizationSpecificationError,
-)
 
 
 async def open_api_pool(
@@ -67,8 +59,8 @@ async def open_api_pool(
 ) -> asyncpg.Pool[Any]:
     """Return a pool of role `postroad_api` that opens connections as they are needed, none now.
 
-    The server ends a statement after `statement_timeout_s`, and a transaction that nobody speaks in after twice that; the
-    client gives up a little later, for the case that the server does not answer at all.
+    The server ends a statement after `statement_timeout_s`, and a transaction that nobody speaks in after twice that;
+    the client gives up a little later, for the case that the server does not answer at all.
     """
     limits_ms = {
         "statement_timeout": round(statement_timeout_s * 1000),
@@ -144,42 +136,54 @@ class PostgresDatabase:
         try:
             async with self._connection() as connection, asyncio.timeout(self._transaction_timeout_s):
                 session = Session(connection, self._observe)
-                async with connection.transaction():
-                    await connection.execute(
-                        "SELECT set_config(name, value, true) FROM unnest($1::text[], $2::text[]) AS s (name, value)",
-                        list(settings),
-                        list(settings.values()),
-                    )
-                    yield session
+                await session.run("begin", "BEGIN")
+                await session.run(
+                    "scope",
+                    "SELECT set_config(name, value, true) FROM unnest($1::text[], $2::text[]) AS s (name, value)",
+                    *(list(settings), list(settings.values())),
+                )
+                yield session
+                await session.run("commit", "COMMIT")
         except ControlPlaneError:
             raise
         except _LOST_RACES as error:
             raise AbortedError(Reason.CONCURRENT_EDIT) from error
         except asyncpg.IntegrityConstraintViolationError as error:
-            name = session.subject if session is not None else ""
-            known = domain_error(error.constraint_name or "", name)
+            known = domain_error(error.constraint_name or "", session.subject if session is not None else "")
             if known is None:
                 raise
             raise known from error
-        except _AWAY as error:
+        except AWAY as error:
             raise UnavailableError(
                 Reason.DATABASE_UNAVAILABLE, "the database cannot be reached", retry_after_s=_RETRY_AFTER_S
             ) from error
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[Connection]:
-        connection = await self._pool.acquire(timeout=self._acquire_timeout_s)
+        async with asyncio.timeout(self._acquire_timeout_s):
+            connection = await self._pool.acquire()
+        clean = False
         try:
-            yield connection
-        except (TimeoutError, OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError):
-            connection.terminate()
-            raise
+            try:
+                yield connection
+                clean = True
+            except AWAY:
+                raise
+            except Exception:
+                # Refused by us or by the server, which still answers: the transaction can be ended in words.
+                clean = await _roll_back(connection)
+                raise
         finally:
-            # A release may wait for a server that no longer answers; it must not take the caller along.
-            await asyncio.shield(self._release(connection))
+            # Cancelled or doubtful: what the connection is in the middle of is not known.
+            if not clean:
+                connection.terminate()
+            await self._pool.release(connection)
 
-    async def _release(self, connection: Connection) -> None:
-        try:
-            await self._pool.release(connection, timeout=self._acquire_timeout_s)
-        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            connection.terminate()
+
+async def _roll_back(connection: Connection) -> bool:
+    try:
+        async with asyncio.timeout(_ROLLBACK_TIMEOUT_S):
+            await connection.execute("ROLLBACK")
+    except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        return False
+    return True
