@@ -181,7 +181,7 @@ class Session(Dialog):
                     return
                 line = data[position : line_end - 1]
                 if line_end == position or data[line_end - 1] != _CR or b"\r" in line:
-                    self.refuse(replies.NOT_CRLF)
+                    self._refuse_stray(data[position:line_end])
                     return
                 position = line_end + 1
                 must_be_last = self._take_line(line)
@@ -197,7 +197,7 @@ class Session(Dialog):
     def _keep_partial(self, data: bytes) -> None:
         """Keep the beginning of a line; forget it where it is too long already."""
         if b"\r" in data[:-1]:
-            self.refuse(replies.NOT_CRLF)
+            self._refuse_stray(data)
             return
         if self._overlong_bytes or len(data) > self._line_limit(data):
             kept = b"\r" if data.endswith(b"\r") else b""
@@ -207,6 +207,12 @@ class Session(Dialog):
                 self.refuse(replies.COMMAND_TOO_LONG)
                 return
         self._buffer = data
+
+    def _refuse_stray(self, line: bytes) -> None:
+        """End the session for a bare CR or LF, or for what came before it where that was too much already."""
+        before = self._overlong_bytes + len(line.partition(b"\r")[0])
+        overlong = before > self._limits.overlong_bytes
+        self.refuse(replies.COMMAND_TOO_LONG if overlong else replies.NOT_CRLF)
 
     def _line_limit(self, line: bytes) -> int:
         auth = self._login.active or line[:5].upper() == b"AUTH "
