@@ -61,6 +61,7 @@ class Child:
         self._stop_steps = stop_steps
         self._start_timeout_s = start_timeout_s
         self._process: asyncio.subprocess.Process | None = None
+        self._log_start = 0
 
     @property
     def is_running(self) -> bool:
@@ -112,6 +113,12 @@ class Child:
         """The last lines of the log."""
         return tail(self._layout.log(self.name))
 
+    def has_said(self, words: str) -> bool:
+        """Whether the newest process wrote `words` to its log; for programs that say when they are ready."""
+        with self._layout.log(self.name).open(encoding="utf-8", errors="replace") as log:
+            log.seek(self._log_start)
+            return words in log.read()
+
     async def end_orphan(self) -> None:
         """End the process that a killed stack left behind, if there is one."""
         try:
@@ -144,6 +151,7 @@ class Child:
         if log.exists() and log.stat().st_size > _LOG_LIMIT_BYTES:
             log.replace(log.with_suffix(".log.1"))
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._log_start = os.fstat(descriptor).st_size
         try:
             return await asyncio.create_subprocess_exec(
                 sys.executable,

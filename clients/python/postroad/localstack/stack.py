@@ -68,7 +68,7 @@ class Stack:
             "inbox",
             ["-m", "postroad.inbox", "--dir", str(layout / "inbox"), "--port", str(ports["inbox"])],
             layout,
-            ready=self._inbox_answers,
+            ready=self._inbox_listens,
             stop_steps=[(signal.SIGTERM, 10.0)],
         )
         self._controlplane = Child(
@@ -186,15 +186,9 @@ class Stack:
             f"{LOOPBACK}:{self._ports['grpc']}", setup.operator_key(self._layout), setup.ca_file(self._layout)
         )
 
-    async def _inbox_answers(self) -> bool:
-        with contextlib.suppress(OSError, TimeoutError):
-            async with asyncio.timeout(1.0):
-                reader, writer = await asyncio.open_connection(LOOPBACK, self._ports["inbox"])
-                try:
-                    return (await reader.readline()).startswith(b"220 ")
-                finally:
-                    writer.close()
-        return False
+    async def _inbox_listens(self) -> bool:
+        # Its own word: whoever answers on the port could be a stranger.
+        return self._inbox.has_said('"inbox.ready"')
 
     def _write_cli_file(self, credential: dict[str, str]) -> None:
         ports = self._ports
