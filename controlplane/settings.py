@@ -56,7 +56,7 @@ class DatabaseSettings(_Section):
 
     api_dsn: Dsn
     fleet_dsn: Dsn
-    # Only `migrate` and `bootstrap` use it: a serving process need not know it.
+    # Only `migrate` uses it: a serving process need not know it.
     owner_dsn: Dsn | None = None
     api_connections: Annotated[int, Field(ge=1, le=500)] = 10
     fleet_connections: Annotated[int, Field(ge=1, le=500)] = 6

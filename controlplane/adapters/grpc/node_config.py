@@ -78,6 +78,9 @@ class NodeConfigServicer:
         self._report = report
         self._progress_s = progress_s
         self._encoder = StreamEncoder(clock)
+        self._open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a server is given. Responses are bytes already: they are shared between streams."""
@@ -86,8 +89,14 @@ class NodeConfigServicer:
         )
         return grpc.method_handlers_generic_handler(_SERVICE, {"StreamConfig": method})
 
+    async def wait_idle(self) -> None:
+        """Return when no stream is open."""
+        await self._idle.wait()
+
     async def stream_config(self, _: AsyncIterator[pb.StreamConfigRequest], context: Context) -> None:
         """One stream, from its opening to its end."""
+        self._open += 1
+        self._idle.clear()
         try:
             identity = identity_of(context)
             await self._serve(identity, context)
@@ -95,6 +104,10 @@ class NodeConfigServicer:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         except _StreamEndedError as end:
             await context.abort(end.code, end.text)
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._idle.set()
 
     async def _serve(self, identity: NodeIdentity, context: Context) -> None:
         wake, changed = asyncio.Event(), asyncio.Event()
