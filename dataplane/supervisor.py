@@ -1,8 +1,8 @@
 """The first process of a node: opens the listening sockets, starts the others, keeps them running, ends them in order.
 
 It knows neither gRPC nor mail, so that nothing in those can take it down. Inputs are the settings; outputs are the
-processes, `run/ready.json` (rewritten whenever a process comes or goes) and one line `node.ready` on standard output
-once every process serves. It ends with
+processes, `run/ready.json` (rewritten whenever a process comes or goes) and a line `node.ready` on standard output
+whenever every process has come to serve. It ends with
 
     0   drained
     1   a child could not be drained in time and was killed
@@ -309,8 +309,8 @@ class Supervisor:
         temporary = READY_FILE.with_suffix(".new")
         temporary.write_text(json.dumps(state) + "\n", encoding="utf-8")
         temporary.replace(READY_FILE)
-        if ready and not self._announced:
-            self._announced = True
+        newly, self._announced = ready and not self._announced, ready
+        if newly:
             sys.stdout.write(json.dumps(state) + "\n")
             sys.stdout.flush()
 

@@ -1,4 +1,6 @@
-"""A node as processes: its settings in a folder, started as people start it, watched by what it says on standard output."""
+"""A node as processes: its settings in a folder, started as people start it, watched by what it says on standard
+output.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +54,12 @@ class NodeProcess:
         return port
 
     async def wait_ready(self) -> None:
+        """Wait for the next `node.ready`: the node serves, or serves again."""
         assert self.process.stdout is not None
         async with asyncio.timeout(READY_S):
             line = await self.process.stdout.readline()
         assert line, "the node ended before it was ready"
         self.ready = json.loads(line)
-
-    def state(self) -> Mapping[str, Any]:
-        """What run/ready.json says now; empty while it is not there."""
-        with contextlib.suppress(FileNotFoundError):
-            found: dict[str, Any] = json.loads((self.data_dir / "run" / "ready.json").read_text())
-            return found
-        return {}
-
-    async def wait_state(self, holds: Any) -> Mapping[str, Any]:
-        """Look at run/ready.json until `holds` is true of it."""
-        async with asyncio.timeout(READY_S):
-            while not ((state := self.state()) and holds(state)):
-                await asyncio.sleep(0.02)
-        return state
 
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -81,9 +70,26 @@ class NodeProcess:
             return await self.process.wait()
 
 
+async def wait_gone(pid: int) -> None:
+    """Return when the process has ended; it need not be our child."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(descriptor, ended.set)
+    try:
+        async with asyncio.timeout(READY_S):
+            await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
 @contextlib.asynccontextmanager
 async def running(settings_file: Path, **environment: str) -> AsyncIterator[NodeProcess]:
-    """Start a node and wait until it serves; ends it whatever happens. Its log goes to `node.log` beside the settings."""
+    """Start a node and wait until it serves; ends it whatever happens. Its log goes to node.log beside the settings."""
     async with starting(settings_file, **environment) as node:
         await node.wait_ready()
         yield node

@@ -1,0 +1,264 @@
+"""A node as processes: ports, locks, restarts, drains, and mail from end to end without the rest of the system."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import smtplib
+import socket
+from collections.abc import AsyncIterator
+from email.message import EmailMessage
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiosmtpd.smtp import SMTP
+
+from dataplane.settings import ListenerSettings
+from dataplane.supervisor import SupervisorError, bind_listeners, lock_data_dir
+from postroad.config.v1 import bundle_pb2 as pb
+from postroad.config.v1.denials_pb2 import Denial, DenialSet
+from postroad.node.v1.config_stream_service_pb2 import Denials, Snapshot, StreamConfigResponse
+from postroad.node.v1.ledger_pb2 import RECIPIENT_STATE_SENT, LedgerRecord
+from support.node_plane import WAIT_S, ControlPlane, Pki, Stream, control_plane
+from support.node_process import NodeProcess, running, starting, wait_gone, write_settings
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def bundle(name: str, kind: pb.BundleKind.ValueType, content: bytes) -> pb.Bundle:
+    return pb.Bundle(name=name, kind=kind, revision=1, hash=hashlib.sha256(content).digest(), content=content)
+
+
+def demo_snapshot(sink_port: int) -> StreamConfigResponse:
+    account = pb.AccountBundle(
+        account="accounts/demo", uid="3b1c1bb0-29f5-4d6c-8f0c-0d6d1f2a7c11", sender_domains=["example.com"]
+    )
+    account.retry_policy.base.seconds = 1
+    account.retry_policy.factor = 1
+    account.retry_policy.cap.seconds = 1
+    account.retry_policy.lifetime.seconds = 432_000
+    provider = account.providers.add(name="accounts/demo/providers/out")
+    provider.smtp.endpoints.add(host="127.0.0.1", port=sink_port)
+    provider.smtp.tls_policy = pb.SmtpProvider.TLS_POLICY_NONE
+    provider.smtp.max_connections = 20
+    provider.smtp.max_messages_per_connection = 100
+    rule = account.rules.add(name="accounts/demo/routingRules/default", priority=1)
+    rule.targets.add(provider="accounts/demo/providers/out")
+    networks = pb.NetworksBundle(bindings=[pb.NetworksBundle.Binding(network="127.0.0.0/8", account="accounts/demo")])
+    settings = pb.NodeSettingsBundle(max_message_bytes=26_214_400, max_recipients=1_000, node_count=1)
+    bundles = [
+        bundle("accounts/demo", pb.BUNDLE_KIND_ACCOUNT, account.SerializeToString()),
+        bundle("pools/default/networks", pb.BUNDLE_KIND_NETWORKS, networks.SerializeToString()),
+        bundle("pools/default/settings", pb.BUNDLE_KIND_NODE_SETTINGS, settings.SerializeToString()),
+    ]
+    return StreamConfigResponse(
+        snapshot=Snapshot(nonce="n1", complete=True, bundle_count=3, bundles=bundles, node_pool="nodePools/default")
+    )
+
+
+class Sink:
+    """An SMTP server that takes everything."""
+
+    def __init__(self) -> None:
+        self.received: asyncio.Queue[bytes] = asyncio.Queue()
+        self.port = 0
+
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+        self.received.put_nowait(envelope.content)
+        return "250 taken"
+
+    async def next(self) -> bytes:
+        async with asyncio.timeout(WAIT_S):
+            return await self.received.get()
+
+
+@pytest.fixture
+async def sink() -> AsyncIterator[Sink]:
+    made = Sink()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: SMTP(made, loop=loop), "127.0.0.1", 0)
+    made.port = server.sockets[0].getsockname()[1]
+    yield made
+    server.close()
+
+
+@pytest.fixture
+async def plane() -> AsyncIterator[ControlPlane]:
+    async with control_plane(Pki()) as made:
+        yield made
+
+
+@pytest.fixture
+def settings_file(tmp_path: Path, plane: ControlPlane) -> Path:
+    plane.pki.write_identity(tmp_path / "data")
+    return write_settings(tmp_path, plane.address)
+
+
+async def configure(plane: ControlPlane, sink: Sink) -> Stream:
+    stream = await plane.next_stream()
+    stream.send(demo_snapshot(sink.port))
+    await stream.ack("n1")
+    return stream
+
+
+def send_now(port: int, subject: str) -> None:
+    message = EmailMessage()
+    message["From"] = "app@example.com"
+    message["To"] = "someone@example.net"
+    message["Subject"] = subject
+    message.set_content("Hello")
+    with smtplib.SMTP("127.0.0.1", port, local_hostname="client.example", timeout=WAIT_S) as client:
+        client.send_message(message)
+
+
+async def send(node: NodeProcess, subject: str) -> None:
+    await asyncio.to_thread(send_now, node.smtp_port, subject)
+
+
+async def test_mail_goes_through_a_node_and_is_reported(settings_file: Path, plane: ControlPlane, sink: Sink) -> None:
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        await send(node, "first")
+        assert b"Subject: first" in await sink.next()
+        (spool,) = [folder.name for folder in (node.data_dir / "spool").iterdir()]
+        (encoded,) = await plane.wait_for_records(spool, 1)
+        record = LedgerRecord.FromString(encoded)
+        assert record.accepted.recipients == ["someone@example.net"]
+        assert [update.state for update in record.recipients] == [RECIPIENT_STATE_SENT]
+        assert await node.stop() == 0
+    assert not (node.data_dir / "run" / "ready.json").exists()
+
+
+async def test_a_node_starts_and_delivers_without_its_control_plane(
+    settings_file: Path, plane: ControlPlane, sink: Sink
+) -> None:
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        await node.stop()
+    await plane.stop()
+    async with running(settings_file) as node:
+        await send(node, "alone")
+        assert b"Subject: alone" in await sink.next()
+        assert await node.stop() == 0
+    await plane.start(plane.port)
+
+
+async def test_denials_stop_submission_at_the_next_mail(settings_file: Path, plane: ControlPlane, sink: Sink) -> None:
+    async with running(settings_file) as node:
+        stream = await configure(plane, sink)
+        denied = DenialSet(version=1, denials=[Denial(account="accounts/demo")])
+        stream.send(StreamConfigResponse(denials=Denials(nonce="d1", denials=denied)))
+        await stream.ack("d1")
+        with pytest.raises(smtplib.SMTPSenderRefused):
+            await send(node, "never")
+        await node.stop()
+
+
+async def test_a_killed_worker_and_a_killed_agent_are_started_again(
+    settings_file: Path, plane: ControlPlane, sink: Sink
+) -> None:
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        for name in ("worker-0", "agent"):
+            before = node.ready
+            os.kill(before["processes"][name], signal.SIGKILL)
+            await node.wait_ready()
+            assert node.ready["processes"][name] != before["processes"][name]
+            assert node.ready["listeners"] == before["listeners"]
+            await send(node, name)
+            assert f"Subject: {name}".encode() in await sink.next()
+        assert await node.stop() == 0
+
+
+async def test_nobody_outlives_a_killed_supervisor_and_the_node_starts_again_at_once(
+    settings_file: Path, plane: ControlPlane, sink: Sink
+) -> None:
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        children = node.ready["processes"].values()
+        await node.stop(signal.SIGKILL)
+        for pid in children:
+            await wait_gone(pid)
+    fixed = [{"address": "127.0.0.1", "port": node.smtp_port, "mode": "plain"}]
+    write_settings(settings_file.parent, plane.address, listeners=fixed)
+    async with running(settings_file) as node:
+        await node.stop(signal.SIGKILL)
+        async with running(settings_file) as again:
+            await send(again, "again")
+            assert b"Subject: again" in await sink.next()
+            assert await again.stop() == 0
+
+
+async def failure(settings_file: Path) -> tuple[int, str]:
+    async with starting(settings_file) as node:
+        code = await node.ended()
+    return code, (settings_file.parent / "node.log").read_text()
+
+
+async def test_a_taken_port_is_a_clear_error(settings_file: Path, plane: ControlPlane) -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:
+        port = other.getsockname()[1]
+        write_settings(
+            settings_file.parent,
+            plane.address,
+            listeners=[{"address": "127.0.0.1", "port": port, "mode": "plain"}],
+        )
+        code, said = await failure(settings_file)
+    assert code == 69
+    assert f"cannot listen on 127.0.0.1 port {port}" in said
+    assert len(said.splitlines()) == 1
+
+
+async def test_a_second_node_in_the_same_folder_is_refused(settings_file: Path) -> None:
+    async with running(settings_file) as node:
+        async with starting(settings_file) as second:
+            assert await second.ended() == 69
+        assert "in use by another node" in (settings_file.parent / "node.log").read_text()
+        await node.stop()
+
+
+async def test_a_node_that_is_not_enrolled_is_told_so(tmp_path: Path) -> None:
+    code, said = await failure(write_settings(tmp_path, "127.0.0.1:1"))
+    assert code == 78
+    assert "enroll --token" in said
+
+
+async def test_damaged_last_known_good_does_not_keep_a_node_from_coming_back(
+    settings_file: Path, plane: ControlPlane, sink: Sink
+) -> None:
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        await node.stop()
+    file = node.data_dir / "last-known-good" / "config"
+    file.write_bytes(file.read_bytes()[:-7])
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        await send(node, "after damage")
+        assert b"Subject: after damage" in await sink.next()
+        await node.stop()
+    events = [json.loads(line)["event"] for line in (settings_file.parent / "node.log").read_text().splitlines()]
+    assert "config.unreadable" in events
+
+
+def test_every_worker_gets_a_socket_of_its_own_on_the_same_port() -> None:
+    listeners = [ListenerSettings(port=0, mode="plain"), ListenerSettings(port=0, mode="plain")]
+    by_worker = bind_listeners(listeners, 3)
+    try:
+        ports = [[bound.getsockname()[1] for bound in sockets] for sockets in by_worker]
+        assert ports[0] == ports[1] == ports[2]
+        assert len(set(ports[0])) == 2
+    finally:
+        for bound in (bound for sockets in by_worker for bound in sockets):
+            bound.close()
+
+
+def test_a_data_directory_is_locked_until_its_holder_ends(tmp_path: Path) -> None:
+    descriptor = lock_data_dir(tmp_path)
+    with pytest.raises(SupervisorError, match="another node"):
+        lock_data_dir(tmp_path)
+    os.close(descriptor)
+    os.close(lock_data_dir(tmp_path))

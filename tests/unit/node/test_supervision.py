@@ -1,0 +1,88 @@
+"""Restarts, spool folders and waits: the decisions of the supervisor without processes."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from dataplane.backoff import Backoff
+from dataplane.restarts import LONGEST_WAIT_S, Restarts
+from dataplane.spool_folders import (
+    assign_spools,
+    is_refused,
+    lift_quarantines,
+    mark_refused,
+    quarantine_spool,
+)
+
+
+def test_waits_double_up_to_a_bound_while_it_ends_quickly() -> None:
+    restarts = Restarts()
+    waits = [restarts.ended(1.0) for _ in range(12)]
+    assert waits[:4] == [0.1, 0.2, 0.4, 0.8]
+    assert waits[-1] == LONGEST_WAIT_S
+
+
+def test_three_quick_ends_are_failing_and_a_long_run_clears_them() -> None:
+    restarts = Restarts()
+    seen = [(restarts.ended(ran_for_s), restarts.is_failing) for ran_for_s in (1.0, 29.0, 1.0, 31.0)]
+    assert seen == [(0.1, False), (0.2, False), (0.4, True), (0.1, False)]
+
+
+def test_the_first_start_makes_a_spool_for_each_worker(tmp_path: Path) -> None:
+    spools = assign_spools(tmp_path / "spool", 3)
+    assert [len(names) for names in spools] == [1, 1, 1]
+    assert all((tmp_path / "spool" / str(uuid.UUID(names[0]))).is_dir() for names in spools)
+    assert assign_spools(tmp_path / "spool", 3) == spools
+
+
+def test_their_number_stays_whatever_the_number_of_workers_becomes(tmp_path: Path) -> None:
+    names = sorted(name for names in assign_spools(tmp_path / "spool", 3) for name in names)
+    fewer = assign_spools(tmp_path / "spool", 2)
+    assert [len(names) for names in fewer] == [2, 1]
+    assert sorted(name for names in fewer for name in names) == names
+    assert [len(names) for names in assign_spools(tmp_path / "spool", 5)] == [1, 1, 1]
+
+
+def test_a_first_start_that_was_cut_short_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "spool.new" / str(uuid.uuid4())).mkdir(parents=True)
+    assert len(assign_spools(tmp_path / "spool", 2)) == 2
+
+
+def test_files_and_foreign_folders_are_no_spools(tmp_path: Path) -> None:
+    assign_spools(tmp_path / "spool", 1)
+    (tmp_path / "spool" / "lost+found").mkdir()
+    (tmp_path / "spool" / str(uuid.uuid4())).write_text("")
+    assert len(assign_spools(tmp_path / "spool", 9)) == 1
+
+
+def test_a_quarantine_lasts_until_the_next_start(tmp_path: Path) -> None:
+    ((name,),) = assign_spools(tmp_path / "spool", 1)
+    quarantine_spool(tmp_path / "spool" / name, "ended three times")
+    assert lift_quarantines(tmp_path / "spool") == [name]
+    assert lift_quarantines(tmp_path / "spool") == []
+
+
+def test_a_refusal_lasts_until_it_is_lifted(tmp_path: Path) -> None:
+    mark_refused(tmp_path, refused=True)
+    assert is_refused(tmp_path)
+    mark_refused(tmp_path, refused=False)
+    mark_refused(tmp_path, refused=False)
+    assert not is_refused(tmp_path)
+
+
+@pytest.mark.parametrize("random", [0.0, 0.5, 1.0])
+def test_backoff_is_full_jitter_under_a_growing_bound_and_never_nothing(random: float) -> None:
+    backoff = Backoff(lambda: random, base_s=1.0, cap_s=60.0)
+    waits = [backoff.next_wait_s(0.0) for _ in range(9)]
+    bounds = [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert waits == [max(bound * random, 0.1) for bound in bounds]
+
+
+def test_backoff_is_forgotten_after_a_minute_of_health_and_not_before() -> None:
+    backoff = Backoff(lambda: 1.0, base_s=1.0, cap_s=60.0)
+    backoff.next_wait_s(0.0)
+    assert backoff.next_wait_s(59.0) == 2.0
+    assert backoff.next_wait_s(60.0) == 1.0
