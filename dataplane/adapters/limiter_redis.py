@@ -23,6 +23,7 @@ comes. Cost: 41 to 59 µs for a lone call, 4 µs for each take of a full batch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -137,7 +138,8 @@ class RedisLimiter:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._answer_locally(self._pending)
         self._pending = []
-        await self._drop_connection()
+        with contextlib.suppress(RedisError, OSError):
+            await self._drop_connection(nowait=False)
 
     def _take_locally(self, takes: Sequence[Take]) -> Grant:
         self.local_count += 1
@@ -167,8 +169,8 @@ class RedisLimiter:
                 for wish, wait_us, refused in zip(batch, answers[::2], answers[1::2], strict=True):
                     if not wish.answer.done():
                         wish.answer.set_result(_grant(wish.takes, wait_us, refused))
-        except (RedisError, OSError, TimeoutError, TypeError, ValueError) as error:
-            # The last two: an answer that is none of ours.
+        except (RedisError, OSError, TimeoutError, LookupError, TypeError, ValueError) as error:
+            # The last three: an answer that is none of ours.
             self.trip_count += 1
             await self._drop_connection()
             self._begin_probing(error)
@@ -188,10 +190,10 @@ class RedisLimiter:
         self._probe_delay_s = _FIRST_PROBE_S
         self._tell(shared=True, reason="")
 
-    async def _drop_connection(self) -> None:
+    async def _drop_connection(self, *, nowait: bool = True) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            await connection.disconnect(nowait=True)
+            await connection.disconnect(nowait=nowait)
 
     def _begin_probing(self, error: BaseException | None) -> None:
         if error is not None:

@@ -1,0 +1,332 @@
+"""What the shared limiter does when its server forgets, falls silent, dies or refuses (hazards, section 1.5)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from dataplane.adapters.limiter_local import LocalLimiter
+from dataplane.adapters.limiter_redis import RedisLimiter, function_library
+from dataplane.ports import Take
+from postroad.localstack import ValkeyServer
+
+PATIENT_S = 5.0
+
+
+class Gate:
+    """A sleep that lasts until the test opens it; remembers what was asked."""
+
+    def __init__(self) -> None:
+        self.asked_s: list[float] = []
+        self.asleep = asyncio.Event()
+        self._open = asyncio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        self.asked_s.append(seconds)
+        self.asleep.set()
+        await self._open.wait()
+        self._open.clear()
+        self.asleep.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+
+class Changes:
+    """Hears the limiter and lets a test wait for what it says."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[bool, str]] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, shared: bool, reason: str) -> None:  # noqa: FBT001 - the limiter's signature
+        self.heard.append((shared, reason))
+        self._news.set()
+
+    async def wait_for(self, count: int) -> None:
+        async with asyncio.timeout(20):
+            while len(self.heard) < count:
+                self._news.clear()
+                await self._news.wait()
+
+
+class Proxy:
+    """Stands between limiter and server; while stopped it reads and passes nothing on."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        assert parts.port is not None
+        self._target = (parts.hostname, parts.port)
+        self._parts = parts
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        assert self._parts.port is not None
+        self.url = self._parts.geturl().replace(f":{self._parts.port}/", f":{port}/")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
+
+    def stop(self) -> None:
+        self._flowing.clear()
+
+    def flow(self) -> None:
+        self._flowing.set()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there_reader, there_writer = await asyncio.open_connection(*self._target)
+        self._writers += [writer, there_writer]
+        for source, target in ((reader, there_writer), (there_reader, writer)):
+            task = asyncio.create_task(self._pump(source, target))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65_536):
+                await self._flowing.wait()
+                target.write(data)
+        except ConnectionError:
+            pass
+        finally:
+            target.close()
+
+
+@pytest.fixture
+def local() -> LocalLimiter:
+    return LocalLimiter(lambda: 0.0, lambda: 4)
+
+
+Start = Callable[..., Awaitable[RedisLimiter]]
+
+
+@pytest.fixture
+async def start(local: LocalLimiter) -> AsyncIterator[Start]:
+    """Starts limiters, and closes them whatever the test comes to: uvloop waits for ever for an open transport."""
+    started: list[RedisLimiter] = []
+
+    async def start(url: str, **options: Any) -> RedisLimiter:
+        limiter = RedisLimiter(url, local, **{"timeout_s": PATIENT_S, **options})
+        started.append(limiter)
+        await limiter.start()
+        return limiter
+
+    yield start
+    for limiter in started:
+        await limiter.close()
+
+
+@pytest.fixture
+async def limiter(valkey_url: str, start: Start) -> RedisLimiter:
+    return await start(valkey_url)
+
+
+def bucket(key: str = "messages", *, capacity: int = 12, cost: int = 1) -> Take:
+    return Take(key, "a:demo", capacity, 0.001, cost)
+
+
+def server(url: str) -> redis.Redis:
+    return redis.Redis.from_url(url)
+
+
+async def test_a_node_loads_the_library_where_it_is_missing(limiter: RedisLimiter, valkey_url: str) -> None:
+    assert limiter.shared
+    with server(valkey_url) as client:
+        assert [library[1] for library in client.function_list()] == [b"postroad"]
+
+
+async def test_function_flush_costs_no_take_its_shared_answer(limiter: RedisLimiter, valkey_url: str) -> None:
+    await limiter.take([bucket(cost=12)])
+    with server(valkey_url) as client:
+        client.function_flush("SYNC")
+    grant = await limiter.take([bucket()])
+    assert (grant.allowed, grant.local) == (False, False)
+
+
+async def test_flushall_gives_one_capacity_more_and_no_other_harm(limiter: RedisLimiter, valkey_url: str) -> None:
+    await limiter.take([bucket(cost=12)])
+    with server(valkey_url) as client:
+        client.flushall()
+    grants = [await limiter.take([bucket()]) for _ in range(13)]
+    assert [grant.allowed for grant in grants] == [True] * 12 + [False]
+    assert not any(grant.local for grant in grants)
+
+
+async def test_keys_expire_by_themselves_when_the_bucket_would_be_full(limiter: RedisLimiter, valkey_url: str) -> None:
+    await limiter.take([Take("quick", "a:demo", 10, 1.0, 4), Take("still", "a:demo", 10, 0.0, 4)])
+    with server(valkey_url) as client:
+        assert 3_000 < client.pttl("postroad:{a:demo}quick") <= 4_000
+        assert 86_000_000 < client.pttl("postroad:{a:demo}still") <= 86_400_000
+
+
+async def test_a_library_that_is_there_is_used_and_not_replaced(valkey_url: str, start: Start) -> None:
+    marked = function_library() + "\n-- another version's\n"
+    with server(valkey_url) as client:
+        client.function_load(marked)
+    limiter = await start(valkey_url)
+    assert not (await limiter.take([bucket()])).local
+    await limiter.close()
+    with server(valkey_url) as client:
+        assert b"another version's" in client.function_list(withcode=True)[0][-1]
+
+
+async def test_an_acl_that_allows_only_the_call_is_enough(valkey_url: str, start: Start) -> None:
+    with server(valkey_url) as client:
+        client.function_load(function_library())
+        client.execute_command("ACL", "SETUSER", "node", "on", ">secret", "~postroad:*", "-@all", "+fcall")
+        # What the function itself does is held to the caller's rights.
+        client.execute_command("ACL", "SETUSER", "node", "+time", "+get", "+set")
+    parts = urlsplit(valkey_url)
+    limiter = await start(f"redis://node:secret@{parts.hostname}:{parts.port}/0")
+    assert (await limiter.take([bucket()])).local is False
+    with server(valkey_url) as client:
+        client.function_flush("SYNC")
+    # It may not load: the leader will; until then the local share decides.
+    assert (await limiter.take([bucket()])).local is True
+    assert not limiter.shared
+    with server(valkey_url) as client:
+        client.execute_command("ACL", "DELUSER", "node")
+
+
+async def test_without_a_server_the_local_share_decides_at_once(start: Start) -> None:
+    gate, changes = Gate(), Changes()
+    limiter = await start("redis://127.0.0.1:1/0", sleep=gate.sleep, on_change=changes)
+    grants = [await limiter.take([bucket()]) for _ in range(4)]
+    assert [(grant.allowed, grant.local) for grant in grants] == [(True, True)] * 3 + [(False, True)]
+    assert [shared for shared, _ in changes.heard] == [False]
+
+
+async def test_probes_come_later_and_later_and_never_more_than_one_at_a_time(start: Start) -> None:
+    gate = Gate()
+    limiter = await start("redis://127.0.0.1:1/0", sleep=gate.sleep)
+    for _ in range(8):
+        await limiter.take([bucket(cost=0)])
+        async with asyncio.timeout(10):
+            await gate.asleep.wait()
+        gate.open()
+        await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await gate.asleep.wait()
+    assert gate.asked_s[:8] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+
+
+async def test_a_silent_server_trips_the_breaker_and_a_probe_finds_the_way_back(valkey_url: str, start: Start) -> None:
+    gate, changes = Gate(), Changes()
+    async with Proxy(valkey_url) as proxy:
+        limiter = await start(proxy.url, sleep=gate.sleep, on_change=changes)
+        assert not (await limiter.take([bucket()])).local
+        proxy.stop()
+        limiter._timeout_s = 0.03
+        waiting = [asyncio.ensure_future(limiter.take([bucket()])) for _ in range(3)]
+        assert [grant.local for grant in await asyncio.gather(*waiting)] == [True] * 3
+        assert limiter.trip_count == 1
+        # While it is open nobody waits: not one turn of the loop is needed.
+        with pytest.raises(StopIteration) as stopped:
+            limiter.take([bucket(cost=0)]).send(None)
+        assert stopped.value.value.local
+        limiter._timeout_s = PATIENT_S
+        proxy.flow()
+        gate.open()
+        await changes.wait_for(3)
+        assert [shared for shared, _ in changes.heard] == [True, False, True]
+        assert not (await limiter.take([bucket()])).local
+
+
+async def test_what_was_decided_locally_is_never_sent_later(valkey_url: str, start: Start) -> None:
+    gate, changes = Gate(), Changes()
+    async with Proxy(valkey_url) as proxy:
+        limiter = await start(proxy.url, sleep=gate.sleep, on_change=changes)
+        await limiter._drop_connection()
+        assert (await limiter.take([bucket(cost=3)])).local
+        gate.open()
+        await changes.wait_for(2)
+        assert (await limiter.take([bucket(cost=12)])) == (True, 0.0, "", False)
+
+
+async def test_cancelled_callers_do_not_shift_the_answers_of_others(limiter: RedisLimiter) -> None:
+    await limiter.take([bucket("empty", cost=12)])
+    for turn in range(30):
+        cancelled = [asyncio.ensure_future(limiter.take([bucket("empty")])) for _ in range(5)]
+        for _ in range(turn % 4):
+            await asyncio.sleep(0)
+        kept = asyncio.ensure_future(limiter.take([bucket(f"fresh-{turn}")]))
+        refused = asyncio.ensure_future(limiter.take([bucket("empty")]))
+        for task in cancelled:
+            task.cancel()
+        assert (await kept).allowed
+        grant = await refused
+        assert (grant.allowed, grant.refused_key, grant.local) == (False, "empty", False)
+        await asyncio.gather(*cancelled, return_exceptions=True)
+
+
+async def test_a_take_cancelled_before_it_left_is_not_charged(limiter: RedisLimiter) -> None:
+    task = asyncio.ensure_future(limiter.take([bucket(cost=12)]))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert (await limiter.take([bucket(cost=12)])).allowed
+
+
+async def test_a_turn_of_the_loop_is_one_call(limiter: RedisLimiter, valkey_url: str) -> None:
+    with server(valkey_url) as client:
+        client.config_resetstat()
+        await asyncio.gather(*(limiter.take([bucket(f"key-{number}")]) for number in range(50)))
+        assert client.info("commandstats")["cmdstat_fcall"]["calls"] == 1
+
+
+async def test_a_restarted_server_is_found_again_with_its_library_gone(passable_folder: Path, start: Start) -> None:
+    gate, changes = Gate(), Changes()
+    folder = passable_folder / "valkey"
+    own = ValkeyServer(folder).start()
+    try:
+        limiter = await start(own.url(), sleep=gate.sleep, on_change=changes)
+        assert not (await limiter.take([bucket(cost=12)])).local
+        own.stop()
+        assert (await limiter.take([bucket()])).local
+        own = ValkeyServer(folder, own.port).start()
+        gate.open()
+        await changes.wait_for(3)
+        grant = await limiter.take([bucket()])
+        assert (grant.allowed, grant.local) == (True, False)
+    finally:
+        own.destroy()
+
+
+async def test_an_answer_that_is_none_of_ours_trips_the_breaker(valkey_url: str, start: Start) -> None:
+    liar = function_library().replace("return answers", "return {1, 2, 3, 4, 5}")
+    with server(valkey_url) as client:
+        client.function_load(liar)
+        limiter = await start(valkey_url)
+        assert (await limiter.take([bucket()])).local
+        assert not limiter.shared
+
+
+async def test_closing_answers_whoever_waits(valkey_url: str, start: Start) -> None:
+    async with Proxy(valkey_url) as proxy:
+        limiter = await start(proxy.url, timeout_s=60.0)
+        proxy.stop()
+        waiting = [asyncio.ensure_future(limiter.take([bucket()])) for _ in range(100)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await limiter.close()
+        assert all(grant.local for grant in await asyncio.gather(*waiting))
+        assert (await limiter.take([bucket(cost=0)])).local
