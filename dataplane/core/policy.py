@@ -23,6 +23,8 @@ from dataplane.core.routing import CompiledRules, compile_rules
 # Compared when there is no credential of that name, so that a wrong name takes the same way as a wrong secret.
 _NO_SECRET = bytes(32)
 
+_MAX_FOUND = 4_096
+
 
 class Denied(Enum):
     """Which denial stops a transaction or an attempt."""
@@ -115,12 +117,13 @@ def is_denied(names: dict[str, int], name: str, now_ms: int) -> bool:
 
 
 class NetworkTable:
-    """Accounts by network; the longest prefix that holds an address decides."""
+    """Accounts by network; the longest prefix that holds an address decides. Answers are remembered: asked per MAIL."""
 
-    __slots__ = ("_by_prefix", "_prefixes")
+    __slots__ = ("_by_prefix", "_found", "_prefixes")
 
     def __init__(self, bindings: Sequence[tuple[IPv4Network | IPv6Network, str]]) -> None:
         self._by_prefix: dict[tuple[int, int, int], str] = {}
+        self._found: dict[str, str | None] = {}
         for network, account in bindings:
             key = (network.version, network.prefixlen, int(network.network_address))
             self._by_prefix[key] = account
@@ -136,6 +139,14 @@ class NetworkTable:
         """
         if not self._by_prefix:
             return None
+        if address in self._found:
+            return self._found[address]
+        if len(self._found) >= _MAX_FOUND:
+            self._found.clear()
+        self._found[address] = account = self._search(address)
+        return account
+
+    def _search(self, address: str) -> str | None:
         try:
             parsed = ip_address(address.partition("%")[0])
         except ValueError:

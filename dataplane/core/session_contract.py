@@ -7,6 +7,7 @@ it cannot take, never with an exception.
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from dataplane.core import replies
@@ -90,6 +91,7 @@ class Policy(Protocol):
 NO_PARAMETERS = MailParameters()
 
 
+@lru_cache(maxsize=256)
 def parse_parameters(text: str) -> MailParameters | Reply:
     """Return the parameters of MAIL, or why they cannot be taken (RFC 1870, 6152, 6531, 4954)."""
     size_bytes, body_8bit, smtputf8 = 0, False, False

@@ -231,29 +231,30 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         """Write and do what the machine asks, until it wants octets or somebody must be waited for."""
         session = self.session
         while True:
-            self._write()
             action = session.action
+            if action is Action.PERMIT:
+                # The replies before it wait for its own: the client reads them together or not at all.
+                if not self._permit_at_once():
+                    return
+                continue
+            self._write()
             if action is Action.NONE:
                 self._charge(session.held_bytes)
                 self._await_octets()
                 return
-            if action is Action.PERMIT:
-                if not self._permit_at_once():
-                    return
-            elif action is Action.COMMIT:
+            if action is Action.COMMIT:
                 self._begin_commit()
                 return
-            elif action is Action.MORE:
+            if action is Action.MORE:
                 self._pause_reading()
                 asyncio.get_running_loop().call_soon(self._next_turn)
                 return
-            elif action is Action.START_TLS:
+            if action is Action.START_TLS:
                 self._pause_reading()
                 self._begin_handshake()
                 return
-            else:
-                self._close()
-                return
+            self._close()
+            return
 
     def _await_octets(self) -> None:
         if self._half_closed:

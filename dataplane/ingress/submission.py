@@ -29,7 +29,7 @@ from dataplane.core.address import Mailbox
 from dataplane.core.config import NodeSettings
 from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
 from dataplane.core.headers import HeaderScan, Receipt, format_date, prepare, received_line, scan
-from dataplane.core.ids import MessageId, format_message_id, new_message_id
+from dataplane.core.ids import format_message_id, new_message_id
 from dataplane.core.policy import CompiledAccount, denied, secret_matches, split_username
 from dataplane.core.queue import State
 from dataplane.core.replies import Reply
@@ -247,7 +247,8 @@ class Submitter:
         now_ms = shared.clock.wall_ms()
         message_id = new_message_id(now_ms, shared.random(_RANDOM_OCTETS))
         body_8bit = self._parameters.body_8bit or not content.isascii()
-        stored, header_message_id = self._complete(content, scanned, hello, now_ms, message_id)
+        identifier = format_message_id(message_id)
+        stored, header_message_id = self._complete(content, scanned, hello, now_ms, identifier)
         envelope = Envelope(
             message_id=message_id,
             account=self._account_name,
@@ -273,14 +274,15 @@ class Submitter:
             return
         rows, handed_over = self._rows(keys, envelope)
         future = shared.spool.accept(envelope, stored, rows)
-        future.add_done_callback(partial(self._stored, envelope, stored if handed_over else b"", rows, answer))
+        future.add_done_callback(
+            partial(self._stored, envelope, identifier, stored if handed_over else b"", rows, answer)
+        )
 
     def _complete(
-        self, content: bytes, scanned: HeaderScan, hello: Hello, now_ms: int, message_id: MessageId
+        self, content: bytes, scanned: HeaderScan, hello: Hello, now_ms: int, identifier: str
     ) -> tuple[bytes, str]:
         """Return the content with the headers that are added, and the value of its Message-ID."""
         hostname = self._shared.hostname
-        identifier = format_message_id(message_id)
         date = format_date(now_ms)
         receipt = Receipt(
             helo=hello.helo,
@@ -333,6 +335,7 @@ class Submitter:
     def _stored(
         self,
         envelope: Envelope,
+        identifier: str,
         content: bytes,
         rows: list[RecipientRow],
         answer: Answer,
@@ -345,7 +348,6 @@ class Submitter:
             answer(self._storage_refusal(error))
             return
         shared.counters.messages_enqueued += 1
-        identifier = format_message_id(envelope.message_id)
         try:
             if rows[0].state is State.SENDING:
                 shared.handover.deliver(envelope, content, rows)
