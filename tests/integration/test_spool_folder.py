@@ -277,6 +277,23 @@ async def test_the_tail_counts_from_the_restart(folder: Path, clock: ManualClock
     await spool.close()
 
 
+async def test_a_mark_taken_back_in_the_midst_of_trimming_keeps_what_is_above_it(
+    folder: Path, clock: ManualClock
+) -> None:
+    spool = await open_durable(folder, clock)
+    for number in range(1, 101):
+        await spool.write_record(b"%d" % number)
+    await spool.acknowledge(100)
+    clock.advance(700)
+    await spool.acknowledge(100)
+    assert (await spool.stats()).outbox_first == 65, "so many at a time"
+    await spool.acknowledge(70)
+    for _ in range(3):
+        await spool.acknowledge(70)
+    assert await spool.records(70, 100, 1_000) == (71, [b"%d" % number for number in range(71, 101)])
+    await spool.close()
+
+
 # --- contents ---
 
 

@@ -30,6 +30,7 @@ from dataplane.ports import RecipientChange, Settlement, SpoolError
 
 # So many rows at a time between yields: some 100 to 200 µs.
 _SLICE_ROWS = 32
+_SLICE_BYTES = 256 * 1024
 _SLICE_SETTLEMENTS = 8
 # Records of a commit share a row up to this size.
 _PACK_BYTES = 256 * 1024
@@ -218,8 +219,8 @@ class Transaction:
         yield from self._finish(vacuum=False)
 
     def _store(self, accepts: list[Accept]) -> Iterator[None]:
-        for start in range(0, len(accepts), _SLICE_ROWS):
-            rows = [accept.row for accept in accepts[start : start + _SLICE_ROWS]]
+        for part in _slices(accepts):
+            rows = [accept.row for accept in part]
             self._connection.executemany(_INSERT_MESSAGE, rows)
             yield
             self._connection.executemany(_INSERT_UNREPORTED, [row[:1] for row in rows])
@@ -383,12 +384,27 @@ class Transaction:
         first = self._first
         for pack_first, count, end_bytes in fetch(self._connection, _OLDEST_PACKS, (_TRIM_PACKS,)):
             last = pack_first + count - 1
+            # `expired` may lie above a mark that was taken back.
             if last > self._acknowledged or (last > expired and mark[0][0] - end_bytes < TAIL_BYTES):
                 break
             first = last + 1
         if first > self._first:
             self._execute(_TRIM, (first,))
             self._first = first
+
+
+def _slices(accepts: Sequence[Accept]) -> Iterator[list[Accept]]:
+    """Cut where rows or bytes get too many for a turn."""
+    part: list[Accept] = []
+    size_bytes = 0
+    for accept in accepts:
+        part.append(accept)
+        size_bytes += accept.size_bytes
+        if len(part) == _SLICE_ROWS or size_bytes > _SLICE_BYTES:
+            yield part
+            part, size_bytes = [], 0
+    if part:
+        yield part
 
 
 def _is_plain(operation: Operation) -> bool:
