@@ -1,6 +1,7 @@
 """How a process of the node hears that it must end, and what it says while something is still held.
 
-`StopSignals`: the first SIGTERM or SIGINT asks for a drain, the second one for haste; both are events to wait
+`StopSignals`: the first SIGTERM or SIGINT asks for a drain, the second one for haste, and so does SIGUSR1, which the
+supervisor sends because two signals of one number may arrive as one; both are events to wait
 for. `report_held` says every 15 s what still holds a drain up, by label. `die_with_parent` and
 `watch_lifeline` end a child whose supervisor is gone, however it went: the kernel's signal where there is
 one, and in any case the end of a pipe that only the supervisor holds the other end of.
@@ -31,9 +32,14 @@ class StopSignals:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._received)
+        loop.add_signal_handler(signal.SIGUSR1, self._hurried)
 
     def _received(self) -> None:
         (self.hurry if self.drain.is_set() else self.drain).set()
+
+    def _hurried(self) -> None:
+        self.drain.set()
+        self.hurry.set()
 
 
 async def report_held(

@@ -2,7 +2,7 @@
 
 It knows neither gRPC nor mail, so that nothing in those can take it down. Inputs are the settings; outputs are the
 processes, `run/ready.json` (rewritten whenever a process comes or goes) and a line `node.ready` on standard output
-whenever every process has come to serve. It ends with
+whenever every process has come to serve, one `node.draining` when it begins to end. It ends with
 
     0   drained
     1   a child could not be drained in time and was killed
@@ -27,7 +27,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -311,14 +311,14 @@ class Supervisor:
         temporary.replace(READY_FILE)
         newly, self._announced = ready and not self._announced, ready
         if newly:
-            sys.stdout.write(json.dumps(state) + "\n")
-            sys.stdout.flush()
+            _say(state)
 
     # --- stopping --------------------------------------------------------------------------------------------
 
     def _stop(self) -> int:
         self._log.info("node.draining", timeout_s=self._settings.drain_timeout_s)
         READY_FILE.unlink(missing_ok=True)
+        _say({"event": "node.draining", "pid": os.getpid()})
         for worker in self._workers:
             for bound in worker.sockets:
                 bound.close()
@@ -334,7 +334,7 @@ class Supervisor:
         self._signal(children, signal.SIGTERM)
         hurried = self._stop_requests > 1
         if hurried:
-            self._signal(children, signal.SIGTERM)
+            self._signal(children, signal.SIGUSR1)
         while left := [child for child in children if child.process is not None]:
             now = time.monotonic()
             if now >= deadline:
@@ -349,7 +349,7 @@ class Supervisor:
             self._wait(min(deadline, report_at) - now)
             if self._stop_requests > 1 and not hurried:
                 hurried = True
-                self._signal(left, signal.SIGTERM)
+                self._signal(left, signal.SIGUSR1)
             self._reap(restart=False)
         return True
 
@@ -387,6 +387,13 @@ class Supervisor:
     def _stop_requested(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self._stop_requests += 1
+
+
+def _say(state: Mapping[str, object]) -> None:
+    """Tell whoever started us; that they no longer listen is no reason to end."""
+    with contextlib.suppress(OSError):
+        sys.stdout.write(json.dumps(state) + "\n")
+        sys.stdout.flush()
 
 
 def _child_ended(number: int, frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -18,10 +19,17 @@ import pytest
 from aiosmtpd.smtp import SMTP
 
 from dataplane.settings import ListenerSettings
+from dataplane.spool_folders import assign_spools
 from dataplane.supervisor import SupervisorError, bind_listeners, lock_data_dir
 from postroad.config.v1 import bundle_pb2 as pb
 from postroad.config.v1.denials_pb2 import Denial, DenialSet
-from postroad.node.v1.config_stream_service_pb2 import Denials, Snapshot, StreamConfigResponse
+from postroad.node.v1.config_stream_service_pb2 import (
+    Command,
+    Denials,
+    Directive,
+    Snapshot,
+    StreamConfigResponse,
+)
 from postroad.node.v1.ledger_pb2 import RECIPIENT_STATE_SENT, LedgerRecord
 from support.node_plane import WAIT_S, ControlPlane, Pki, Stream, control_plane
 from support.node_process import NodeProcess, running, starting, wait_gone, write_settings
@@ -66,10 +74,11 @@ class Sink:
     def __init__(self) -> None:
         self.received: asyncio.Queue[bytes] = asyncio.Queue()
         self.port = 0
+        self.reply = "250 taken"
 
     async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
         self.received.put_nowait(envelope.content)
-        return "250 taken"
+        return self.reply
 
     async def next(self) -> bytes:
         async with asyncio.timeout(WAIT_S):
@@ -262,3 +271,104 @@ def test_a_data_directory_is_locked_until_its_holder_ends(tmp_path: Path) -> Non
         lock_data_dir(tmp_path)
     os.close(descriptor)
     os.close(lock_data_dir(tmp_path))
+
+
+async def test_a_worker_that_cannot_keep_going_is_left_out_and_the_others_serve(
+    settings_file: Path, plane: ControlPlane, sink: Sink
+) -> None:
+    write_settings(settings_file.parent, plane.address, workers=2)
+    (bad,), (good,) = assign_spools(settings_file.parent / "data" / "spool", 2)
+    (settings_file.parent / "data" / "spool" / bad / "identity").write_text("of somebody else")
+    async with running(settings_file) as node:
+        assert node.ready["quarantined"] == [bad]
+        assert set(node.ready["processes"]) == {"agent", "worker-1"}
+        await configure(plane, sink)
+        for number in range(5):
+            await send(node, f"message {number}")
+            assert f"Subject: message {number}".encode() in await sink.next()
+        await plane.wait_for_records(good, 5)
+        assert list(plane.records) == [good]
+        assert await node.stop() == 0
+
+
+@contextlib.asynccontextmanager
+async def connected(node: NodeProcess) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", node.smtp_port)
+    try:
+        async with asyncio.timeout(WAIT_S):
+            yield reader, writer
+    finally:
+        writer.close()
+
+
+async def test_an_idle_session_is_told_at_a_drain(settings_file: Path, plane: ControlPlane, sink: Sink) -> None:
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        async with connected(node) as (reader, _):
+            assert (await reader.readline()).startswith(b"220")
+            node.process.send_signal(signal.SIGTERM)
+            assert (await reader.readline()).startswith(b"421")
+        assert await node.ended() == 0
+
+
+async def test_a_second_signal_does_not_wait_for_a_message_in_progress(
+    settings_file: Path, plane: ControlPlane, sink: Sink
+) -> None:
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        async with connected(node) as (reader, writer):
+            for line in (b"EHLO client.example", b"MAIL FROM:<app@example.com>", b"RCPT TO:<x@example.net>", b"DATA"):
+                while (await reader.readline())[3:4] == b"-":
+                    pass
+                writer.write(line + b"\r\n")
+            assert (await reader.readline()).startswith(b"354")
+            node.process.send_signal(signal.SIGTERM)
+            await node.wait_said("node.draining")
+            node.process.send_signal(signal.SIGTERM)
+            assert await node.ended() == 0
+
+
+async def test_a_refused_spool_sends_and_takes_nothing_until_it_is_accepted(
+    settings_file: Path, plane: ControlPlane, sink: Sink
+) -> None:
+    async with running(settings_file) as node:
+        stream = await configure(plane, sink)
+        (spool,) = [folder.name for folder in (node.data_dir / "spool").iterdir()]
+        refuse = Directive(action=Directive.ACTION_REFUSE_SPOOL, spool=spool)
+        stream.send(StreamConfigResponse(directive=refuse))
+        await node.wait_ready()
+        with pytest.raises(smtplib.SMTPSenderRefused) as refused:
+            await send(node, "never")
+        assert refused.value.smtp_code == 451
+        accept = Directive(action=Directive.ACTION_ACCEPT_SPOOL, spool=spool)
+        stream.send(StreamConfigResponse(directive=accept))
+        await node.wait_ready()
+        await send(node, "taken again")
+        assert b"Subject: taken again" in await sink.next()
+        assert await node.stop() == 0
+
+
+async def test_waiting_mail_is_cancelled_by_a_command(settings_file: Path, plane: ControlPlane, sink: Sink) -> None:
+    async with running(settings_file) as node:
+        stream = await configure(plane, sink)
+        sink.reply = "451 later"
+        await send(node, "cancelled")
+        await sink.next()
+        (spool,) = [folder.name for folder in (node.data_dir / "spool").iterdir()]
+        (encoded,) = await plane.wait_for_records(spool, 1)
+        message_id = LedgerRecord.FromString(encoded).message_id
+        command = Command(
+            command="c1", spool=spool, verb=Command.VERB_CANCEL, account="accounts/demo", message_ids=[message_id]
+        )
+        stream.send(StreamConfigResponse(command=command))
+        async with asyncio.timeout(WAIT_S):
+            count = 1
+            while not (results := command_results(await plane.wait_for_records(spool, count))):
+                count += 1
+        assert results[0].command == "c1"
+        assert await node.stop() == 0
+
+
+def command_results(records: list[bytes]) -> list[Any]:
+    decoded = map(LedgerRecord.FromString, records)
+    return [record.command_result for record in decoded if record.HasField("command_result")]

@@ -55,11 +55,17 @@ class NodeProcess:
 
     async def wait_ready(self) -> None:
         """Wait for the next `node.ready`: the node serves, or serves again."""
+        self.ready = await self.wait_said("node.ready")
+
+    async def wait_said(self, event: str) -> dict[str, Any]:
+        """Wait for the next line on standard output, which must be this event."""
         assert self.process.stdout is not None
         async with asyncio.timeout(READY_S):
             line = await self.process.stdout.readline()
-        assert line, "the node ended before it was ready"
-        self.ready = json.loads(line)
+        assert line, f"the node ended before {event}"
+        said: dict[str, Any] = json.loads(line)
+        assert said["event"] == event
+        return said
 
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)
