@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import resource
 import smtplib
 import ssl
+import statistics
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -314,3 +317,39 @@ async def test_refusals_before_a_tls_session_say_nothing_in_clear(certificate: t
     async with running(made, Mode.TLS):
         peer = await made.connect(Mode.TLS)
         assert await peer.end() == b""
+
+
+@pytest.mark.nightly
+async def test_a_login_takes_as_long_whoever_it_names(node: Node) -> None:
+    """Difference of medians against the spread within one kind, over 20,000 timings."""
+    submitter = node.ingress.service.submission.submitter("192.0.2.1")
+    node.admission._max_auth_failures = 1_000_000_000
+    names = {"wrong secret": USER, "no credential": "demo.nobody", "no account": "nobody.app"}
+    times: dict[str, list[int]] = {kind: [] for kind in names}
+    for _ in range(20_000):
+        for kind, username in names.items():
+            begin = time.perf_counter_ns()
+            submitter.authenticate(username, "prs_some-secret-or-other")
+            times[kind].append(time.perf_counter_ns() - begin)
+    medians = {kind: statistics.median(taken) for kind, taken in times.items()}
+    quartiles = statistics.quantiles(times["wrong secret"], n=4)
+    noise = max(quartiles[2] - quartiles[0], 1_000)
+    assert max(medians.values()) - min(medians.values()) < noise, medians
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+async def test_aborted_handshakes_leave_nothing_behind(node: Node) -> None:
+    async def abort_some(count: int) -> None:
+        for _ in range(count):
+            peer = await node.connect(Mode.TLS)
+            peer.writer.write(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 40)
+            peer.reset()
+            node.peers.clear()
+        await until(lambda: node.admission.total == 0)
+
+    await abort_some(1_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    await abort_some(10_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
+    await until(lambda: not node.ingress.service._tasks)
