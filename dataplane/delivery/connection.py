@@ -1,0 +1,206 @@
+"""A connection to a next hop: the client machine on a transport, without a task.
+
+The dial (`transports`) opens it and waits on `opening` for READY or START_TLS; from READY on the pool gives it
+transactions by `send` and hears of each end by `on_done`, and of the connection's own end by `on_closed`, exactly once,
+after the last `on_done`. Timers are the machine's, renewed by each reply and not by each byte, so that a reply that
+drips does not hold the connection; a transaction as a whole has TRANSACTION_LIMIT_S, whatever its parts were allowed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import cast
+
+from dataplane.core.client import BLOCK_TIMEOUT_S, Client, Phase, Signal
+from dataplane.core.transaction import Transaction, Verdict, VerdictKind
+from dataplane.delivery.deadlines import NEVER, Deadlines
+from dataplane.ports import Clock
+
+IDLE_S = 30.0
+TRANSACTION_LIMIT_S = 3_600.0
+
+
+class ConnectionFailedError(Exception):
+    """The session could not be opened. `verdict` says why, fit to be stored."""
+
+    def __init__(self, verdict: Verdict, remote_host: str = "") -> None:
+        super().__init__(verdict.text)
+        self.verdict = verdict
+        self.remote_host = remote_host
+
+
+class Connection(asyncio.Protocol):
+    """One connection. `remote_host` is `host[address]:port`, `tls` the TLS version or empty."""
+
+    def __init__(self, client: Client, remote_host: str, clock: Clock, deadlines: Deadlines) -> None:
+        self.deadline_s = NEVER
+        self.remote_host = remote_host
+        self.tls = ""
+        self.connecting_ms = 0  # what opening it took
+        self.transaction_count = 0
+        self.on_done: Callable[[Connection, tuple[Verdict, ...]], None] | None = None
+        self.on_closed: Callable[[Connection], None] | None = None
+        self.opening: asyncio.Future[Signal] = asyncio.get_running_loop().create_future()
+        self._client = client
+        self._clock = clock
+        self._deadlines = deadlines
+        self._transport: asyncio.Transport | None = None
+        self._limit_s = NEVER  # of the transaction under way
+        self._writing_paused = False
+        self._unsent_bytes = 0  # seen at the last look while writing is paused
+        self._replies_seen = 0
+        self._closed = False
+
+    # --- what dial and pool call
+
+    @property
+    def reusable(self) -> bool:
+        """Whether another transaction may follow."""
+        return self._client.reusable and not self._closed
+
+    @property
+    def answered(self) -> bool:
+        """Whether the last transaction got any reply: without one, an old connection may just have been stale."""
+        return self._client.answered
+
+    @property
+    def dot_is_here(self) -> bool:
+        """Whether a transaction is under way whose final dot has certainly not left."""
+        return self._client.phase is Phase.ENVELOPE or (self._client.phase is Phase.CONTENT and self._writing_paused)
+
+    def wait_for_tls(self) -> asyncio.Transport:
+        """Return the transport to be upgraded; what comes in clear from now on ends the session."""
+        self.opening = asyncio.get_running_loop().create_future()
+        return cast("asyncio.Transport", self._transport)
+
+    def tls_started(self, transport: asyncio.Transport, version: str, *, verified: bool) -> None:
+        """Go on over the upgraded transport."""
+        self._transport = transport
+        self.tls = version
+        self._after(self._client.tls_started(verified=verified))
+
+    def send(self, transaction: Transaction) -> None:
+        """Begin a transaction; only when `reusable`. `on_done` may be called before this returns."""
+        self.transaction_count += 1
+        now_s = self._clock.monotonic()
+        self._limit_s = now_s + TRANSACTION_LIMIT_S
+        self._after(self._client.begin(transaction), moved=True)
+
+    def rest(self) -> None:
+        """Nothing to send now: close after IDLE_S."""
+        self.deadline_s = self._clock.monotonic() + IDLE_S
+
+    def leave(self) -> None:
+        """Say QUIT where that is possible, and close."""
+        if self._client.phase is Phase.READY and not self._closed:
+            self._after(self._client.quit(), moved=True)
+        else:
+            self.abort("closed by us")
+
+    def abort(self, reason: str) -> None:
+        """End at once; a transaction under way ends as the machine knows it."""
+        if not self._closed:
+            signal = self._client.lost(reason, dot_may_have_left=not self._writing_paused)
+            if self._transport is not None:
+                self._transport.abort()
+            self._after(signal)
+
+    # --- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The dial succeeded."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._deadlines.watch(self)
+        self.deadline_s = self._clock.monotonic() + self._client.timeout_s
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the remote."""
+        signal = self._client.receive(data)
+        replies = self._client.reply_count
+        moved = replies != self._replies_seen
+        self._replies_seen = replies
+        self._after(signal, moved=moved)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The remote or the network ended it."""
+        if not self._closed:
+            self._after(self._client.lost("connection lost", dot_may_have_left=not self._writing_paused))
+            self._close()
+
+    def pause_writing(self) -> None:
+        """The remote does not read: the time for a block counts, as long as nothing moves."""
+        self._writing_paused = True
+        self._unsent_bytes = self._unsent()
+        self.deadline_s = min(self._clock.monotonic() + BLOCK_TIMEOUT_S, self._limit_s)
+
+    def resume_writing(self) -> None:
+        """All but little has left: the reply is what is waited for."""
+        self._writing_paused = False
+        self._move_deadline()
+
+    def deadline_passed(self, now_s: float) -> None:
+        """A timer ran out."""
+        if self._writing_paused and now_s < self._limit_s and self._unsent() != self._unsent_bytes:
+            self._unsent_bytes = self._unsent()
+            self.deadline_s = min(now_s + BLOCK_TIMEOUT_S, self._limit_s)
+        elif self._client.phase is Phase.READY:
+            self.leave()
+        else:
+            self.abort(f"timeout in {self._client.phase.name}")
+
+    # --- inside
+
+    def _after(self, signal: Signal, *, moved: bool = True) -> None:
+        output = self._client.take_output()
+        if output and self._transport is not None:
+            if len(output) == 1:
+                self._transport.write(output[0])
+            else:
+                self._transport.writelines(output)
+        if signal is Signal.NOTHING:
+            if moved and not self._writing_paused:
+                self._move_deadline()
+        elif signal is Signal.DONE:
+            self._finish()
+        elif signal is Signal.CLOSE:
+            self._close()
+        elif not self.opening.done():
+            self._move_deadline()
+            self.opening.set_result(signal)
+
+    def _move_deadline(self) -> None:
+        timeout_s = self._client.timeout_s
+        if timeout_s:
+            self.deadline_s = min(self._clock.monotonic() + timeout_s, self._limit_s)
+        else:
+            self.deadline_s = NEVER
+
+    def _finish(self) -> None:
+        self._limit_s = self.deadline_s = NEVER
+        outcome = self._client.outcome
+        reusable = self._client.reusable
+        if self.on_done is not None and outcome is not None:
+            self.on_done(self, outcome)
+        if not reusable:
+            self._close()
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._deadlines.forget(self)
+        if self._transport is not None and self._writing_paused:
+            self._transport.abort()  # `close` would wait for a remote that does not read
+        elif self._transport is not None:
+            self._transport.close()
+        if not self.opening.done():
+            verdict = self._client.failure or Verdict(VerdictKind.TEMPORARY, 0, "4.4.2", "connection lost")
+            self.opening.set_exception(ConnectionFailedError(verdict, self.remote_host))
+            # A dial that was given up has nobody left to look at it.
+            self.opening.exception()
+        if self.on_closed is not None:
+            self.on_closed(self)
+
+    def _unsent(self) -> int:
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0

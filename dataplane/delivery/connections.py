@@ -1,0 +1,402 @@
+"""Connections kept for each provider: jobs come in, each is given to a connection, and it hears how it ended.
+
+A `Pool` belongs to one provider, `Pools` to the worker. Jobs wait in two lines, those just accepted and those read
+back from the spool, which take turns, so that neither starves. A job ends in exactly one of its methods: `done`,
+`unreachable`, `rerouted`, or in nothing when `prepare` took it back by returning None. Connections are opened as jobs
+wait, at most the provider's number and the worker's; they close after their number of messages, when idle, when the
+provider's settings changed, and at anything the machine finds odd. A used connection that ended before it answered at
+all had been closed by the remote while idle: its job starts once more on another one.
+
+Only failures to open a connection touch the destination's state (core/shaping). When it is found dead, every waiting
+job is told; the first one learns that the attempt was its own (`probed`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Protocol
+
+from dataplane.core.config import SmtpProvider
+from dataplane.core.shaping import Destination, Flow
+from dataplane.core.transaction import Transaction, Verdict, VerdictKind
+from dataplane.delivery.connection import Connection, ConnectionFailedError
+from dataplane.delivery.counters import DeliveryCounters
+from dataplane.ports import Clock, EventLog
+
+Dialer = Callable[[SmtpProvider], Coroutine[Any, Any, Connection]]
+
+WORKER_CONNECTION_LIMIT = 1_000
+
+_BROKEN = Verdict(VerdictKind.TEMPORARY, 0, "4.3.0", "the connection could not be opened")
+_LOST = Verdict(VerdictKind.TEMPORARY, 0, "4.4.2", "connection lost")
+
+
+class Job(Protocol):
+    """A message for recipients of one provider."""
+
+    restarted: bool
+
+    def prepare(self, connection: Connection) -> Transaction | None:
+        """Last look before the first byte: what to send, or None when the job was taken back."""
+        ...
+
+    def done(self, connection: Connection, verdicts: tuple[Verdict, ...]) -> None:
+        """The transaction ended."""
+        ...
+
+    def unreachable(self, failure: Verdict, remote_host: str, *, probed: bool) -> None:
+        """No connection can be had."""
+        ...
+
+    def rerouted(self) -> None:
+        """This provider can no longer be used: gone from the configuration, or stopped."""
+        ...
+
+
+class Pools:
+    """All pools of a worker. `on_usable` hears the name of a provider that was dead and is not any more."""
+
+    def __init__(
+        self,
+        dialer: Dialer,
+        clock: Clock,
+        random: Callable[[], float],
+        counters: DeliveryCounters,
+        log: EventLog,
+        *,
+        connection_limit: int = WORKER_CONNECTION_LIMIT,
+    ) -> None:
+        self.dialer = dialer
+        self.clock = clock
+        self.random = random
+        self.counters = counters
+        self.log = log
+        self.on_usable: Callable[[str], None] = lambda _: None  # set by who schedules
+        self._pools: dict[str, Pool] = {}
+        self._connection_limit = connection_limit
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.stopping = False
+
+    def find(self, name: str) -> Pool | None:
+        """The pool of a provider, if there is one."""
+        return self._pools.get(name)
+
+    def get(self, provider: SmtpProvider) -> Pool:
+        """The pool of a provider, made at first use and brought up to date."""
+        pool = self._pools.get(provider.name)
+        if pool is None:
+            pool = self._pools[provider.name] = Pool(self, provider)
+        elif pool.provider is not provider:
+            pool.update(provider)
+        return pool
+
+    def __iter__(self) -> Iterator[Pool]:
+        return iter(list(self._pools.values()))
+
+    def make_room(self) -> bool:
+        """Whether one more connection may be opened; closes somebody's idle one when there is no room."""
+        if self.stopping:
+            return False
+        if self.counters.connections_now < self._connection_limit:
+            return True
+        for pool in self._pools.values():
+            if pool.close_one_idle():
+                break
+        return False
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a dial as a task of ours."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def connection_closed(self, pool: Pool) -> None:
+        """Give the place to whoever waits for one, and forget a pool that nothing is known of."""
+        if pool.is_blank:
+            self._pools.pop(pool.provider.name, None)
+        if self.counters.connections_now == self._connection_limit - 1:
+            for other in list(self._pools.values()):
+                other.pump()
+
+    def stop(self) -> list[Job]:
+        """Open and begin nothing any more; returns the jobs that had not begun."""
+        self.stopping = True
+        jobs = [job for pool in self for job in pool.take_waiting()]
+        for pool in self:
+            pool.close_idle()
+        return jobs
+
+    def abort(self) -> None:
+        """Cut what is left."""
+        for pool in self:
+            pool.abort()
+
+    async def join(self) -> None:
+        """Wait for dials that were cut. Cancellation leaves them cut."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def busy_count(self) -> int:
+        """Transactions under way."""
+        return sum(pool.busy_count for pool in self._pools.values())
+
+
+class Pool:
+    """Connections of one provider. `provider` is its settings now."""
+
+    def __init__(self, pools: Pools, provider: SmtpProvider) -> None:
+        self.provider = provider
+        self.destination = Destination(provider.max_connections)
+        self._pools = pools
+        self._lines: tuple[deque[Job], deque[Job]] = (deque(), deque())  # accepted just now, read back
+        self._turn = 0
+        self._jobs: dict[Connection, Job | None] = {}
+        self._made_for: dict[Connection, SmtpProvider] = {}
+        self._idle: list[Connection] = []
+        self._feeding: set[Connection] = set()
+        self._opening_count = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def waiting_count(self) -> int:
+        """Jobs that have no connection yet."""
+        return len(self._lines[0]) + len(self._lines[1])
+
+    @property
+    def read_back_count(self) -> int:
+        """Jobs read back from the spool that have no connection yet."""
+        return len(self._lines[1])
+
+    @property
+    def accepted_now_count(self) -> int:
+        """Jobs just accepted that have no connection yet."""
+        return len(self._lines[0])
+
+    @property
+    def busy_count(self) -> int:
+        """Transactions under way."""
+        return sum(job is not None for job in self._jobs.values())
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether forgetting this pool loses nothing."""
+        nothing = not self._jobs and not self._opening_count and not self.waiting_count
+        return nothing and self.destination.flow is Flow.OPEN and self._timer is None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the destination is neither dead nor stopped."""
+        return self.destination.flow is Flow.OPEN
+
+    def usable(self) -> bool:
+        """Whether a job given now will be looked at before something changes."""
+        return self.destination.usable(self._pools.clock.monotonic())
+
+    def submit(self, job: Job, *, accepted_now: bool) -> None:
+        """Take a job. It may have ended when this returns."""
+        self._lines[0 if accepted_now else 1].append(job)
+        self.pump()
+
+    def update(self, provider: SmtpProvider) -> None:
+        """Use new settings: what is idle closes now, what is busy after its message."""
+        changed = provider != self.provider
+        self.provider = provider
+        self.destination.window = provider.max_connections
+        if changed:
+            self.close_idle()
+
+    def retire(self) -> None:
+        """The provider is gone or stopped: nothing new begins, what is under way ends as it does."""
+        self.close_idle()
+        self._turn_away()
+
+    def cut(self, unwanted: Callable[[Job], bool]) -> None:
+        """Cut transactions of unwanted jobs whose dot has not left."""
+        for connection, job in list(self._jobs.items()):
+            if job is not None and connection.dot_is_here and unwanted(job):
+                connection.abort("stopped by a denial")
+
+    def take_waiting(self) -> list[Job]:
+        """Give up all jobs that wait."""
+        jobs = [*self._lines[0], *self._lines[1]]
+        self._lines = (deque(), deque())
+        return jobs
+
+    def close_idle(self) -> None:
+        """Close what is idle."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.leave()
+
+    def close_one_idle(self) -> bool:
+        """Close the connection that was idle longest; False when none is."""
+        if not self._idle:
+            return False
+        self._idle.pop(0).leave()
+        return True
+
+    def abort(self) -> None:
+        """Cut every connection; their jobs are told."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for connection in list(self._jobs):
+            connection.abort("stopped")
+
+    def pump(self) -> None:
+        """Give jobs to idle connections and open more for those that wait."""
+        while self._idle and self.waiting_count:
+            self._feed(self._idle.pop())
+        self._dial_more()
+
+    # --- opening
+
+    def _dial_more(self) -> None:
+        pools = self._pools
+        while self.waiting_count > self._opening_count and not pools.stopping:
+            now_s = pools.clock.monotonic()
+            if not self.destination.may_connect(now_s):
+                self._dial_later(now_s)
+                return
+            if not pools.make_room():
+                return
+            self.destination.connect(now_s)
+            self._opening_count += 1
+            pools.counters.connections_now += 1
+            pools.run(self._dial())
+
+    def _turn_away(self) -> None:
+        for job in self.take_waiting():
+            job.rerouted()
+
+    def _dial_later(self, now_s: float) -> None:
+        """Without connections nobody else comes back to the jobs that wait."""
+        if self.destination.connections:
+            return
+        if self.destination.flow is not Flow.OPEN:
+            self._turn_away()
+        elif self._timer is None:
+            delay_s = max(0.0, self.destination.retry_at_s - now_s)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._dial_now)
+
+    def _dial_now(self) -> None:
+        self._timer = None
+        self._dial_more()
+
+    async def _dial(self) -> None:
+        pools, provider = self._pools, self.provider
+        started_s = pools.clock.monotonic()
+        try:
+            connection = await pools.dialer(provider)
+        except ConnectionFailedError as error:
+            self._dial_failed(error.verdict, error.remote_host)
+        except asyncio.CancelledError:
+            self._dial_failed(_BROKEN, "")
+            raise
+        except Exception as error:  # noqa: BLE001 - jobs wait for this dial, so that it must end in one way or the other
+            pools.log.warning("delivery.dial_broken", provider=provider.name, error=repr(error))
+            self._dial_failed(_BROKEN, "")
+        else:
+            connection.connecting_ms = int((pools.clock.monotonic() - started_s) * 1000)
+            self._opened(connection, provider)
+
+    def _dial_failed(self, failure: Verdict, remote_host: str) -> None:
+        pools = self._pools
+        self._opening_count -= 1
+        pools.counters.connections_now -= 1
+        pools.counters.connections_failed += 1
+        throttled = self.destination.failed(pools.clock.monotonic(), pools.random())
+        if throttled:
+            pools.counters.throttled += 1
+            pools.log.warning(
+                "delivery.throttled",
+                provider=self.provider.name,
+                remote_host=remote_host,
+                reply_code=failure.code,
+                reply=failure.text,
+            )
+        if self.destination.connections == 0:
+            for place, job in enumerate(self.take_waiting()):
+                job.unreachable(failure, remote_host, probed=place == 0)
+        pools.connection_closed(self)
+
+    def _opened(self, connection: Connection, provider: SmtpProvider) -> None:
+        if not connection.reusable:
+            self._dial_failed(_LOST, connection.remote_host)
+            return
+        self._opening_count -= 1
+        self._pools.counters.connections_opened += 1
+        was_dead = self.destination.flow is Flow.THROTTLED
+        self.destination.succeeded()
+        self._jobs[connection] = None
+        self._made_for[connection] = provider
+        connection.on_done = self._done
+        connection.on_closed = self._closed
+        self._feed(connection)
+        if was_dead:
+            self._pools.on_usable(provider.name)
+
+    # --- using
+
+    def _feed(self, connection: Connection) -> None:
+        """Give jobs to a connection that has none. Jobs that end at once are followed by the next one in this loop."""
+        if connection in self._feeding:
+            return
+        self._feeding.add(connection)
+        while connection.reusable and self._jobs.get(connection) is None and not self._is_used_up(connection):
+            job = self._next_job()
+            if job is None:
+                self._idle.append(connection)
+                connection.rest()
+                break
+            transaction = job.prepare(connection)
+            if transaction is not None:
+                self._jobs[connection] = job
+                self._pools.counters.attempts += 1
+                connection.send(transaction)
+        self._feeding.discard(connection)
+        if connection.reusable and self._jobs.get(connection) is None and connection not in self._idle:
+            connection.leave()
+
+    def _is_used_up(self, connection: Connection) -> bool:
+        provider = self._made_for[connection]
+        stale = provider is not self.provider and provider != self.provider
+        return stale or self._pools.stopping or connection.transaction_count >= provider.max_messages_per_connection
+
+    def _next_job(self) -> Job | None:
+        self._turn ^= 1
+        line = self._lines[self._turn] or self._lines[self._turn ^ 1]
+        return line.popleft() if line else None
+
+    def _done(self, connection: Connection, verdicts: tuple[Verdict, ...]) -> None:
+        job = self._jobs.get(connection)
+        self._jobs[connection] = None
+        if job is None:
+            return
+        if self._was_stale(connection, verdicts) and not job.restarted and not self._pools.stopping:
+            job.restarted = True
+            self._lines[0].appendleft(job)
+            self.pump()
+        else:
+            job.done(connection, verdicts)
+        if connection.reusable:
+            self._feed(connection)
+
+    def _was_stale(self, connection: Connection, verdicts: tuple[Verdict, ...]) -> bool:
+        if connection.transaction_count == 1 or connection.answered:
+            return False
+        return all(verdict.kind is VerdictKind.INTERRUPTED for verdict in verdicts)
+
+    def _closed(self, connection: Connection) -> None:
+        self._jobs.pop(connection, None)
+        self._made_for.pop(connection, None)
+        if connection in self._idle:
+            self._idle.remove(connection)
+        self.destination.disconnected()
+        self._pools.counters.connections_now -= 1
+        self.pump()
+        self._pools.connection_closed(self)

@@ -1,0 +1,372 @@
+"""Attempts from their beginning to their settlement: offers them to targets, gives out transactions, concludes.
+
+A message enters by `begin` with rows that are `sending` in the spool already; every attempt ends in exactly one
+settlement, by `_conclude` or `_put_back`. How targets are chosen:
+
+    target is                                   then
+    unknown here, or another account's          the next one
+    denied                                      the next one; if none is left: back to the queue, not an attempt
+    throttled, or found dead by somebody else   the next one; if none is left: back to the queue, not an attempt
+    found dead by this attempt                  the next one; if none is left: deferred
+    lost before the dot, or cannot take it      the next one; if none is left: the verdict
+    none left, all of them unknown              deferred, never failed
+
+Denials of account, credential and provider are looked at once more before the first byte of MAIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from dataplane.core.config import RetryPolicy, SmtpProvider, Target
+from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.ids import format_message_id
+from dataplane.core.ledger import AttemptEvent
+from dataplane.core.policy import denied, is_denied
+from dataplane.core.queue import EventType, State
+from dataplane.core.shaping import Flow
+from dataplane.core.transaction import Transaction, Verdict, VerdictKind
+from dataplane.delivery.attempt import Attempt, Message
+from dataplane.delivery.connection import Connection
+from dataplane.delivery.connections import Job, Pools
+from dataplane.delivery.counters import DeliveryCounters
+from dataplane.delivery.outcome import Concluder, Facts, Moment, put_back
+from dataplane.delivery.planning import Group
+from dataplane.delivery.settler import Done, Settler
+from dataplane.delivery.transforms import Transform, apply_transforms
+from dataplane.ports import Clock, ConfigView, EventLog
+
+_NO_TARGET = Verdict(VerdictKind.TEMPORARY, 0, "4.3.5", "no target of the rule is known here")
+_NEXT_TARGET = (VerdictKind.INTERRUPTED, VerdictKind.REFUSED)
+_DEFAULT_RETRY = RetryPolicy()
+
+_EVENTS: dict[EventType, tuple[str, str]] = {
+    EventType.SENT: ("delivery.sent", "sent"),
+    EventType.DEFERRED: ("delivery.deferred", "deferred"),
+    EventType.BOUNCED: ("delivery.bounced", "bounced"),
+    EventType.FAILED: ("delivery.failed", "failed"),
+    EventType.EXPIRED: ("delivery.expired", "expired"),
+    EventType.UNCERTAIN: ("delivery.uncertain", "uncertain"),
+    EventType.INTERRUPTED: ("delivery.interrupted", "interrupted"),
+}
+
+
+class Follower(NamedTuple):
+    """Who is told what follows: rows put back and committed, rows due later, places and memory that became free."""
+
+    requeued: Callable[[str], None]
+    expected: Callable[[str, int], None]
+    place_free: Callable[[str], None]
+    window_free: Callable[[], None]
+
+
+class Tools(NamedTuple):
+    """What a dispatcher works with."""
+
+    config: ConfigView
+    pools: Pools
+    settler: Settler
+    concluder: Concluder
+    clock: Clock
+    moment: Callable[[], Moment]
+    random: Callable[[], float]
+    counters: DeliveryCounters
+    log: EventLog
+    transforms: tuple[Transform, ...]
+
+
+class Outlook(NamedTuple):
+    """Whether an attempt makes sense now, and if not, when to look again (steady milliseconds, 0: when told)."""
+
+    usable: bool
+    again_ms: int
+
+
+class Dispatcher:
+    """State: attempts live in pools; here is only what they share."""
+
+    def __init__(self, tools: Tools) -> None:
+        (
+            self._config,
+            self._pools,
+            self._settler,
+            self._concluder,
+            self._clock,
+            self._moment,
+            self._random,
+            self._counters,
+            self._log,
+            self._transforms,
+        ) = tools
+        self.follower = Follower(_nothing, _nothing, _nothing, _nothing)
+        self.stopping = False
+
+    # --- entrance
+
+    def hold(self, message: Message, attempt_count: int) -> None:
+        """The message's content is in memory for that many attempts."""
+        if message.open_count == 0:
+            self._counters.window_bytes += len(message.content)
+        message.open_count += attempt_count
+
+    def begin(self, message: Message, group: Group, bundle_revision: int, *, accepted_now: bool) -> None:
+        """Start an attempt of a message that is held; the group's rows are `sending`."""
+        now = self._moment()
+        attempt = Attempt(
+            owner=self,
+            message=message,
+            rows=group.rows,
+            rule=group.rule,
+            targets=group.targets,
+            bundle_revision=bundle_revision,
+            queue_key=group.queue_key,
+            accepted_now=accepted_now,
+            queued_ms=max(0, now.steady_ms - group.rows[0].due_ms) if not accepted_now else 0,
+            begun_s=self._clock.monotonic(),
+        )
+        self.offer(attempt)
+
+    def refuse(
+        self,
+        message: Message,
+        refused: Sequence[tuple[RecipientRow, Verdict]],
+        bundle_revision: int,
+        done: Done | None = None,
+    ) -> None:
+        """Settle recipients that the plan refused."""
+        self._conclude(message, refused, Facts(bundle_revision=bundle_revision), done)
+
+    def outlook(self, targets: Sequence[Target], account: str) -> Outlook:
+        """Whether one of these targets would take an attempt now. Targets that are all unknown make an attempt, too."""
+        moment = self._moment()
+        known = False
+        again_ms = 0
+        for target in targets:
+            provider = self._provider(target, account)
+            if provider is None:
+                continue
+            known = True
+            if is_denied(self._config.denials.providers, provider.name, moment.wall_ms):
+                continue
+            pool = self._pools.find(provider.name)
+            if pool is None or pool.usable() or pool.destination.flow is Flow.SUSPENDED:
+                return Outlook(usable=True, again_ms=0)
+            wait_s = pool.destination.retry_at_s - self._clock.monotonic()
+            retry_ms = moment.steady_ms + max(0, int(wait_s * 1000) + 1)
+            again_ms = min(again_ms or retry_ms, retry_ms)
+        return Outlook(not known, again_ms)
+
+    # --- attempts.Owner
+
+    def offer(self, attempt: Attempt) -> None:
+        """Give the attempt to the first usable target from its place on, or end it."""
+        if self.stopping:
+            self.put_back(attempt)
+            return
+        account = attempt.message.envelope.account
+        wall_ms = self._clock.wall_ms()
+        while attempt.place < len(attempt.targets):
+            provider = self._provider(attempt.targets[attempt.place], account)
+            if provider is not None:
+                if self._is_stopped(provider, wall_ms):
+                    attempt.waits = True
+                else:
+                    pool = self._pools.get(provider)
+                    if pool.usable():
+                        attempt.provider = provider.name
+                        pool.submit(attempt, accepted_now=attempt.accepted_now)
+                        return
+                    attempt.waits = True
+            attempt.place += 1
+        self._end_without_target(attempt)
+
+    def prepare(self, attempt: Attempt, connection: Connection) -> Transaction | None:
+        """See `connections.Job`."""
+        envelope = attempt.message.envelope
+        wall_ms = self._clock.wall_ms()
+        denials = self._config.denials
+        if denied(denials, envelope.account, envelope.credential, wall_ms):
+            self.put_back(attempt)
+            return None
+        if is_denied(denials.providers, attempt.provider, wall_ms):
+            attempt.waits = True
+            attempt.place += 1
+            self.offer(attempt)
+            return None
+        attempt.sending_s = self._clock.monotonic()
+        attempt.remote_host = connection.remote_host
+        attempt.connecting_ms = connection.connecting_ms if connection.transaction_count == 0 else 0
+        return Transaction(
+            envelope.sender,
+            tuple([row.address for row in attempt.rows]),
+            apply_transforms(self._transforms, envelope, attempt.message.content),
+            envelope.smtputf8,
+            envelope.body_8bit,
+        )
+
+    def done(self, attempt: Attempt, connection: Connection, verdicts: tuple[Verdict, ...]) -> None:
+        """See `connections.Job`."""
+        kind = verdicts[0].kind
+        if kind in _NEXT_TARGET and all(verdict.kind is kind for verdict in verdicts):
+            if self.is_denied(attempt):
+                self.put_back(attempt)
+                return
+            if attempt.place + 1 < len(attempt.targets) and not self.stopping:
+                attempt.failure = verdicts[0]
+                attempt.probed = True
+                attempt.place += 1
+                self.offer(attempt)
+                return
+        self._end(attempt, list(zip(attempt.rows, verdicts, strict=True)), connection.tls)
+
+    # --- ends
+
+    def is_denied(self, job: Job) -> bool:
+        """Whether a denial stops this attempt now."""
+        if not isinstance(job, Attempt):
+            return False
+        envelope = job.message.envelope
+        found = denied(
+            self._config.denials,
+            envelope.account,
+            envelope.credential,
+            self._clock.wall_ms(),
+            provider=job.provider,
+        )
+        return found is not None
+
+    def put_back(self, attempt: Attempt) -> None:
+        """Return the recipients to the queue: this was no attempt."""
+        queue_key = attempt.queue_key
+        self._counters.put_back += len(attempt.rows)
+        settlement = put_back(attempt.message, attempt.rows, self._moment().steady_ms)
+        self._settler.settle(settlement, lambda _: self.follower.requeued(queue_key))
+        self._release(attempt)
+
+    def put_back_rows(self, message: Message, rows: Sequence[RecipientRow]) -> None:
+        """The same for recipients that no attempt was made for."""
+        self._counters.put_back += len(rows)
+        settlement = put_back(message, rows, self._moment().steady_ms)
+        queue_keys = {row.queue_key for row in rows}
+
+        def requeued(_: int) -> None:
+            for queue_key in queue_keys:
+                self.follower.requeued(queue_key)
+
+        self._settler.settle(settlement, requeued)
+
+    def _end_without_target(self, attempt: Attempt) -> None:
+        if attempt.probed and attempt.failure is not None:
+            failure = attempt.failure
+        elif attempt.waits:
+            self.put_back(attempt)
+            return
+        else:
+            failure = _NO_TARGET
+        self._end(attempt, [(row, failure) for row in attempt.rows], "")
+
+    def _end(self, attempt: Attempt, ends: Sequence[tuple[RecipientRow, Verdict]], tls: str) -> None:
+        now_s = self._clock.monotonic()
+        sent_s = attempt.sending_s or now_s
+        facts = Facts(
+            attempt.bundle_revision,
+            attempt.rule,
+            attempt.provider,
+            attempt.remote_host,
+            tls,
+            attempt.queued_ms,
+            max(0, int((sent_s - attempt.begun_s) * 1000) - attempt.connecting_ms),
+            attempt.connecting_ms,
+            int((now_s - sent_s) * 1000),
+        )
+        self._conclude(attempt.message, ends, facts, None)
+        self._release(attempt)
+
+    def _conclude(
+        self, message: Message, ends: Sequence[tuple[RecipientRow, Verdict]], facts: Facts, done: Done | None
+    ) -> None:
+        envelope = message.envelope
+        conclusion = self._concluder.conclude(
+            message, ends, facts, self.retry_policy(envelope), self._moment(), self._random()
+        )
+        self._settler.settle(conclusion.settlement, done)
+        if conclusion.waits:
+            for change in conclusion.settlement.changes:
+                if change.state is State.DEFERRED:
+                    self.follower.expected(change.queue_key, change.due_ms)
+        for event in conclusion.events:
+            self._tell(envelope, event)
+
+    def retry_policy(self, envelope: Envelope) -> RetryPolicy:
+        """The account's retry policy of this moment."""
+        compiled = self._config.account(envelope.account)
+        return compiled.account.retry_policy if compiled is not None else _DEFAULT_RETRY
+
+    def _tell(self, envelope: Envelope, event: AttemptEvent) -> None:
+        name, counter = _EVENTS[event.type]
+        counters = self._counters
+        setattr(counters, counter, getattr(counters, counter) + len(event.indexes))
+        self._log.info(
+            name,
+            session=envelope.session,
+            message=format_message_id(envelope.message_id),
+            recipients=event.indexes,
+            attempt=event.attempt,
+            account=envelope.account,
+            bundle_revision=event.bundle_revision,
+            provider=event.provider,
+            remote_host=event.remote_host,
+            tls=event.tls,
+            reply_code=event.reply_code,
+            enhanced_code=event.enhanced_code,
+            reply=event.reply_text,
+            queued_ms=event.queued_ms,
+            waiting_ms=event.waiting_ms,
+            connecting_ms=event.connecting_ms,
+            transferring_ms=event.transferring_ms,
+        )
+
+    def _release(self, attempt: Attempt) -> None:
+        self.let_go(attempt.message)
+        self.follower.place_free(attempt.provider)
+
+    def let_go(self, message: Message) -> None:
+        """One attempt less holds the message's content."""
+        message.open_count -= 1
+        if message.open_count == 0:
+            self._counters.window_bytes -= len(message.content)
+            message.content = b""
+            self.follower.window_free()
+
+    # --- targets
+
+    def _provider(self, target: Target, account: str) -> SmtpProvider | None:
+        """The target's provider, unless it is unknown or belongs to another account."""
+        provider = self._config.provider(target.provider)
+        if provider is not None and provider.account in ("", account):
+            return provider
+        return None
+
+    def _is_stopped(self, provider: SmtpProvider, wall_ms: int) -> bool:
+        """Whether the provider is denied; brings its pool in line with that."""
+        stopped = is_denied(self._config.denials.providers, provider.name, wall_ms)
+        pool = self._pools.find(provider.name)
+        if pool is not None and stopped is not (pool.destination.flow is Flow.SUSPENDED):
+            if stopped:
+                pool.destination.suspend()
+                pool.retire()
+            else:
+                pool.destination.resume()
+        return stopped
+
+    def follow_denials(self) -> None:
+        """Denials changed: stop and resume destinations, cut what is denied and has not been sent."""
+        wall_ms = self._clock.wall_ms()
+        for pool in self._pools:
+            self._is_stopped(pool.provider, wall_ms)
+            pool.cut(self.is_denied)
+
+
+def _nothing(*_: object) -> None:
+    """What nobody follows."""

@@ -1,0 +1,336 @@
+"""The delivery engine of a worker: takes accepted mail, finds its way, gives it to connections, settles the outcome.
+
+It is what ingress sees as `ports.Handover`. A message comes in memory (`deliver`) or from the spool (`scheduler`), is
+planned by the configuration of that moment (`planning`), offered to the targets of its rule and concluded
+(`dispatch`), sent by a pooled connection (`connections`), and its outcome becomes one settlement (`outcome`,
+`settler`).
+
+Content in memory is bounded by the window and one message: when it is full nothing is handed over or read back. What
+a denial holds back stays in the spool, is looked at again when denials change, and once a minute. `failed` is done
+when the engine can go on no more; the worker must end then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from dataplane.core.envelope import Envelope, RecipientRow, split_queue_key
+from dataplane.core.ids import MessageId
+from dataplane.core.policy import Denied
+from dataplane.core.retry import RetryClock
+from dataplane.delivery.attempt import Message
+from dataplane.delivery.connections import Pools
+from dataplane.delivery.counters import DeliveryCounters
+from dataplane.delivery.deadlines import Deadlines
+from dataplane.delivery.dispatch import Dispatcher, Follower, Tools
+from dataplane.delivery.outcome import Concluder, Moment, claim, claimed
+from dataplane.delivery.planning import Group, Plan, make_plan
+from dataplane.delivery.recovery import Recovery
+from dataplane.delivery.reporter import Reporter
+from dataplane.delivery.scheduler import Scheduler, Taken
+from dataplane.delivery.settler import Done, Settler
+from dataplane.delivery.transforms import NO_TRANSFORMS, Transform
+from dataplane.delivery.transports.smtp import SmtpTransport
+from dataplane.ports import (
+    Clock,
+    ConfigView,
+    EventLog,
+    RecipientChange,
+    RecordEncoder,
+    Resolver,
+    Settlement,
+    Spool,
+    StoredMessage,
+)
+
+WINDOW_BYTES = 64 * 1024 * 1024
+HANDED_OVER_LIMIT = 1_000  # messages just accepted that may wait for one provider
+UNROUTED_ROOM = 32  # messages a turn of a key whose provider is unknown: they are planned anew
+SCOUTS = 4  # messages a turn of a key whose provider is dead: they may have other targets
+LOOK_AGAIN_MS = 60_000
+DENIED_DELAY_MS = 300_000
+DENIED_LIMIT = 10_000
+SETTLE_GRACE_S = 5.0
+
+
+class Surroundings(NamedTuple):
+    """What the engine works with. `hostname` is what EHLO says; `random` draws from [0, 1)."""
+
+    spool: Spool
+    config: ConfigView
+    resolver: Resolver
+    encode: RecordEncoder
+    clock: Clock
+    random: Callable[[], float]
+    log: EventLog
+    hostname: str
+
+
+class DeliveryEngine:
+    """`ports.Handover`, and the life of delivery in a worker."""
+
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        *,
+        window_bytes: int = WINDOW_BYTES,
+        transforms: tuple[Transform, ...] = NO_TRANSFORMS,
+    ) -> None:
+        spool, config, resolver, encode, clock, random, log, hostname = surroundings
+        self.counters = DeliveryCounters()
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._spool = spool
+        self._config = config
+        self._clock = clock
+        self._window_bytes = window_bytes
+        self._stopping = False
+        self._retry_clock = RetryClock(clock.wall_ms(), clock.monotonic())
+        self._denied: deque[tuple[MessageId, tuple[RecipientRow, ...]]] = deque(maxlen=DENIED_LIMIT)
+        self._deadlines = Deadlines(clock)
+        transport = SmtpTransport(resolver, config, hostname, clock, self._deadlines)
+        self._pools = Pools(transport.open, clock, random, self.counters, log)
+        self._settler = Settler(spool, self.counters, log)
+        concluder = Concluder(encode)
+        self._reporter = Reporter(self._settler, concluder, clock, self.counters)
+        self._dispatcher = Dispatcher(
+            Tools(
+                config,
+                self._pools,
+                self._settler,
+                concluder,
+                clock,
+                self.moment,
+                random,
+                self.counters,
+                log,
+                transforms,
+            )
+        )
+        self._scheduler = Scheduler(spool, self, self._steady_ms, self.counters, log)
+        self._recovery = Recovery(
+            spool, self._settler, concluder, self.counters, log, self.moment, random, self._dispatcher.retry_policy
+        )
+        self._pools.on_usable = self._scheduler.release
+        self._dispatcher.follower = Follower(
+            self._scheduler.wake, self._scheduler.expect, self._place_free, self._window_free
+        )
+        self._quiet = asyncio.Event()
+
+    # --- life
+
+    async def start(self) -> None:
+        """Recover what a former process left, then begin. SpoolError when the spool cannot be read."""
+        await self._recovery.recover_interrupted()
+        await self._recovery.report_unreported()
+        await self._scheduler.start(self._scheduler_ended)
+
+    async def stop(self, grace_s: float) -> None:
+        """Begin nothing, let what is under way finish for `grace_s` seconds, cut the rest and settle it.
+
+        Cancellation leaves the rest to the next start.
+        """
+        self._stopping = self._dispatcher.stopping = True
+        await self._scheduler.stop()
+        for job in self._pools.stop():
+            job.rerouted()
+        try:
+            async with asyncio.timeout(grace_s):
+                while self._pools.busy_count:
+                    self._quiet.clear()
+                    await self._quiet.wait()
+        except TimeoutError:
+            self._pools.abort()
+        await self._pools.join()
+        self._reporter.close()
+        try:
+            async with asyncio.timeout(SETTLE_GRACE_S):
+                await self._settler.drained()
+        except TimeoutError:
+            self._settler.close()
+        self._pools.abort()
+        self._deadlines.close()
+
+    def held(self) -> Mapping[str, int]:
+        """What keeps `stop` waiting, by label."""
+        return {"transactions": self._pools.busy_count, "settlements": self._settler.pending_count}
+
+    def config_changed(self) -> None:
+        """A new configuration is in use."""
+        for pool in self._pools:
+            provider = self._config.provider(pool.provider.name)
+            if provider is None:
+                pool.retire()
+            else:
+                pool.update(provider)
+        self._scheduler.release()
+
+    def denials_changed(self) -> None:
+        """New denials are in force: what they stop is cut before its dot, what they stopped is looked at again."""
+        self._dispatcher.follow_denials()
+        due_ms = self._steady_ms()
+        held, self._denied = self._denied, deque(maxlen=DENIED_LIMIT)
+        for message_id, rows in held:
+            self._settler.settle(_move_due(message_id, rows, due_ms), self._woken(rows))
+        self._scheduler.release()
+
+    def moment(self) -> Moment:
+        """Both clocks, now."""
+        wall_ms = self._clock.wall_ms()
+        return Moment(wall_ms, self._retry_clock.read(wall_ms, self._clock.monotonic()))
+
+    # --- ports.Handover
+
+    def admit(self, size_bytes: int, queue_key: str) -> bool:
+        """Whether a message of this size may be handed on in memory."""
+        if self._stopping or self.counters.window_bytes + size_bytes > self._window_bytes:
+            return False
+        next_hop = split_queue_key(queue_key)[1]
+        if not next_hop:
+            return True
+        pool = self._pools.find(next_hop)
+        if pool is None:
+            return self._config.provider(next_hop) is not None
+        return pool.usable() and pool.accepted_now_count < HANDED_OVER_LIMIT
+
+    def deliver(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> None:
+        """Deliver a message whose rows are committed as `sending`, attempt 1."""
+        message = Message(envelope, content, tuple([row.address for row in recipients]), reported=False)
+        plan = make_plan(self._config, envelope, recipients, self._clock.wall_ms())
+        if plan.held is not None or self._stopping:
+            self._reporter.watch(message)
+            self._dispatcher.put_back_rows(message, recipients)
+            return
+        if plan.refused:
+            self._dispatcher.refuse(message, plan.refused, plan.bundle_revision)
+        if plan.groups:
+            self._dispatcher.hold(message, len(plan.groups))
+        for group in plan.groups:
+            self._dispatcher.begin(message, group, plan.bundle_revision, accepted_now=True)
+        self._reporter.watch(message)
+
+    def queued(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> None:
+        """Record a message that was committed as `queued` soon, and read it back when its turn comes."""
+        message = Message(envelope, b"", tuple([row.address for row in recipients]), reported=False)
+        self._reporter.watch(message)
+        for queue_key in dict.fromkeys([row.queue_key for row in recipients]):
+            self._scheduler.wake(queue_key)
+
+    def wake(self, queue_key: str) -> None:
+        """Look at this key anew."""
+        self._scheduler.wake(queue_key)
+
+    # --- scheduler.Work
+
+    def room(self, queue_key: str) -> int:
+        """How many messages of this key may be claimed now."""
+        provider = self._config.provider(split_queue_key(queue_key)[1])
+        if provider is None:
+            return UNROUTED_ROOM
+        pool = self._pools.find(provider.name)
+        if pool is None:
+            return provider.max_connections
+        if not pool.usable():
+            return SCOUTS
+        if not pool.is_open:
+            return 1
+        return provider.max_connections - pool.read_back_count
+
+    def window_open(self) -> bool:
+        """Whether more content may be read into memory."""
+        return self.counters.window_bytes < self._window_bytes
+
+    def take(self, stored: StoredMessage, rows: Sequence[RecipientRow]) -> Taken:
+        """Claim and start what may go of these waiting recipients."""
+        envelope = stored.envelope
+        plan = make_plan(self._config, envelope, rows, self._clock.wall_ms())
+        if plan.held is Denied.ACCOUNT:
+            return Taken([], self._steady_ms() + LOOK_AGAIN_MS)
+        if plan.held is not None:
+            return Taken([self._hold_back(envelope.message_id, tuple(rows))])
+        outlooks = [self._dispatcher.outlook(group.targets, envelope.account) for group in plan.groups]
+        groups = [group for group, outlook in zip(plan.groups, outlooks, strict=True) if outlook.usable]
+        if not groups and not plan.refused:
+            now_ms = self._steady_ms()
+            return Taken([], min(outlook.again_ms or now_ms + LOOK_AGAIN_MS for outlook in outlooks))
+        return Taken(self._claim(stored, plan, groups))
+
+    # --- inside
+
+    def _claim(self, stored: StoredMessage, plan: Plan, groups: list[Group]) -> list[asyncio.Future[None]]:
+        message_id = stored.envelope.message_id
+        reported = stored.reported or self._reporter.is_reported(message_id)
+        self._reporter.take(message_id)
+        addresses = () if reported else tuple([row.address for row in stored.recipients])
+        message = Message(stored.envelope, stored.content, addresses, reported)
+        futures: list[asyncio.Future[None]] = []
+        if plan.refused:
+            future = asyncio.get_running_loop().create_future()
+            futures.append(future)
+            self._dispatcher.refuse(message, plan.refused, plan.bundle_revision, _resolver(future))
+        if groups:
+            self._dispatcher.hold(message, len(groups))
+        for group in groups:
+            future = asyncio.get_running_loop().create_future()
+            futures.append(future)
+            self._settler.settle(claim(message, group.rows), self._claimed(message, group, plan, future))
+        self._reporter.watch(message)
+        return futures
+
+    def _claimed(self, message: Message, group: Group, plan: Plan, future: asyncio.Future[None]) -> Done:
+        def done(changed_count: int) -> None:
+            _resolver(future)(changed_count)
+            if changed_count == len(group.rows):
+                started = group._replace(rows=claimed(group.rows))
+                self._dispatcher.begin(message, started, plan.bundle_revision, accepted_now=False)
+            else:
+                self._dispatcher.let_go(message)
+
+        return done
+
+    def _hold_back(self, message_id: MessageId, rows: tuple[RecipientRow, ...]) -> asyncio.Future[None]:
+        """A denied credential's mail steps aside, so that the rest of its queue goes on."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        due_ms = self._steady_ms() + DENIED_DELAY_MS
+        self._settler.settle(_move_due(message_id, rows, due_ms), _resolver(future))
+        self._denied.append((message_id, rows))
+        return future
+
+    def _woken(self, rows: Sequence[RecipientRow]) -> Done:
+        queue_keys = {row.queue_key for row in rows}
+
+        def done(_: int) -> None:
+            for queue_key in queue_keys:
+                self._scheduler.wake(queue_key)
+
+        return done
+
+    def _steady_ms(self) -> int:
+        return self.moment().steady_ms
+
+    def _place_free(self, next_hop: str) -> None:
+        self._quiet.set()
+        self._scheduler.kick(next_hop)
+
+    def _window_free(self) -> None:
+        self._scheduler.nudge()
+
+    def _scheduler_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None and not self.failed.done():
+            self.failed.set_exception(error)
+
+
+def _resolver(future: asyncio.Future[None]) -> Done:
+    def done(_: int) -> None:
+        if not future.done():
+            future.set_result(None)
+
+    return done
+
+
+def _move_due(message_id: MessageId, rows: Sequence[RecipientRow], due_ms: int) -> Settlement:
+    """Change when rows are due, and nothing else."""
+    changes = [RecipientChange(row.index, row.attempt, row.state, row.attempt, due_ms, row.queue_key) for row in rows]
+    return Settlement(message_id, changes, None, reported=False)

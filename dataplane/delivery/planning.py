@@ -1,0 +1,86 @@
+"""What is to become of a message's recipients now: refused, held back, or grouped by the rule that routes them.
+
+Pure: the configuration of this moment goes in, a plan comes out. It is made anew at each attempt, and its bundle
+revision and rule are recorded with the outcome.
+
+    the account is unknown here, or another one of the same name      all refused, 5.7.1
+    account or credential denied                                      all held until denials change
+    no rule matches a recipient                                       refused, 5.4.4
+    otherwise                                                         grouped by rule and attempt number
+
+No group is larger than MAX_RECIPIENTS: every server takes that many (RFC 5321, section 4.5.3.1.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dataplane.core.config import RetryPolicy, Target
+from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
+from dataplane.core.policy import Denied, denied
+from dataplane.core.routing import MessageRouter
+from dataplane.core.transaction import Verdict, VerdictKind
+from dataplane.ports import ConfigView
+
+NO_ACCOUNT = Verdict(VerdictKind.REFUSED, 0, "5.7.1", "the account does not exist any more")
+NO_ROUTE = Verdict(VerdictKind.REFUSED, 0, "5.4.4", "no routing rule matches")
+
+MAX_RECIPIENTS = 100
+
+_DEFAULT_RETRY = RetryPolicy()
+
+
+class Group(NamedTuple):
+    """Recipients that share rule and attempt number. `queue_key` is where they wait if they must."""
+
+    rule: str
+    targets: tuple[Target, ...]
+    queue_key: str
+    rows: tuple[RecipientRow, ...]
+
+
+class Plan(NamedTuple):
+    """`held` says which denial holds all of them back; then nothing else is set."""
+
+    held: Denied | None
+    refused: list[tuple[RecipientRow, Verdict]]
+    groups: list[Group]
+    bundle_revision: int
+    retry_policy: RetryPolicy
+
+
+def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRow], now_ms: int) -> Plan:
+    """Return the plan for these recipients by the configuration of this moment; `now_ms` is wall clock."""
+    compiled = config.account(envelope.account)
+    if compiled is None or compiled.account.uid != envelope.account_uid:
+        return Plan(None, [(row, NO_ACCOUNT) for row in rows], [], 0, _DEFAULT_RETRY)
+    account = compiled.account
+    held = denied(config.denials, envelope.account, envelope.credential, now_ms)
+    if held is not None:
+        return Plan(held, [], [], account.revision, account.retry_policy)
+    router = MessageRouter(compiled.rules, envelope.sender, envelope.size_bytes, envelope.headers, envelope.message_id)
+    refused: list[tuple[RecipientRow, Verdict]] = []
+    groups: dict[tuple[str, int], tuple[tuple[Target, ...], list[RecipientRow]]] = {}
+    for row in rows:
+        decision = router.route(row.address)
+        if decision is None:
+            refused.append((row, NO_ROUTE))
+        else:
+            groups.setdefault((decision.rule, row.attempt), (decision.targets, []))[1].append(row)
+    return Plan(
+        None,
+        refused,
+        [
+            _group(envelope.account, rule, targets, found[start : start + MAX_RECIPIENTS])
+            for (rule, _), (targets, found) in groups.items()
+            for start in range(0, len(found), MAX_RECIPIENTS)
+        ],
+        account.revision,
+        account.retry_policy,
+    )
+
+
+def _group(account: str, rule: str, targets: tuple[Target, ...], rows: list[RecipientRow]) -> Group:
+    queue_key = make_queue_key(account, targets[0].provider if targets else "")
+    return Group(rule, targets, queue_key, tuple(row._replace(queue_key=queue_key) for row in rows))

@@ -1,0 +1,1 @@
+"""Ways to next hops: each opens sessions of its kind for the pools."""

@@ -1,0 +1,458 @@
+"""The delivery engine against next hops on loopback: what is sent, what is settled, what is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from dataplane.core.config import Denials, RetryPolicy
+from dataplane.core.queue import State
+from support.delivery import ACCOUNT, CONTENT, KEY_A, A, B, Bench, delivery_bench
+from support.next_hop import STALL, Behaviour, next_hop
+
+
+async def waiting(bench: Bench) -> list[State]:
+    """States of all recipients that the spool still has."""
+    found = []
+    for head in await bench.spool.keys():
+        for due in await bench.spool.heads(head.queue_key, None, 100):
+            stored = await bench.spool.load(due.message_id)
+            assert stored is not None
+            found += [row.state for row in stored.recipients if row.index == due.index]
+    return found
+
+
+async def test_a_message_settled_in_time_is_one_record() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        envelope = await bench.submit("b@example.net", "c@example.net")
+        (event,) = await bench.events_come(1)
+        (taken,) = hop.messages
+        assert taken.content == CONTENT
+        assert (taken.sender, taken.recipients) == ("app@example.com", ["b@example.net", "c@example.net"])
+        (record,) = bench.records
+        assert record.accepted is envelope
+        assert record.recipients_accepted == ("b@example.net", "c@example.net")
+        assert bench.states() == ["SENT", "SENT"]
+        assert event.indexes == (0, 1)
+        assert (event.attempt, event.provider, event.rule) == (1, A, f"{ACCOUNT}/routingRules/r")
+        assert (event.bundle_revision, event.reply_code) == (7, 250)
+        assert event.remote_host == f"127.0.0.1[127.0.0.1]:{hop.port}"
+        assert await bench.spool.load(envelope.message_id) is None
+        assert bench.engine.counters.window_bytes == 0
+
+
+async def test_messages_follow_each_other_on_one_connection_up_to_its_limit() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port, max_connections=1, max_messages_per_connection=3)
+        bench.config.route_to(A)
+        for _ in range(7):
+            await bench.submit()
+        await bench.events_come(7)
+        assert hop.connections == 3
+        assert bench.engine.counters.sent == 7
+
+
+async def test_an_acceptance_that_is_not_settled_in_time_is_recorded_alone_and_once() -> None:
+    async with next_hop(Behaviour(final=lambda _: STALL)) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        envelope = await bench.submit()
+        await hop.stalled.wait()
+        bench.clock.advance(0.4)
+        await bench.until(lambda: bool(bench.records))
+        assert bench.records[0].accepted is envelope
+        assert bench.records[0].events == ()
+        await bench.engine.stop(0.0)
+        assert bench.types() == ["UNCERTAIN"]
+        assert [record.accepted for record in bench.records[1:]] == [None]
+
+
+async def test_a_queued_message_is_recorded_and_read_back_when_there_is_room() -> None:
+    async with next_hop() as hop, delivery_bench(window_bytes=0) as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        envelope = await bench.submit()
+        bench.clock.advance(0.4)
+        await bench.until(lambda: bool(bench.records))
+        assert bench.records[0].accepted is envelope
+        assert await waiting(bench) == [State.QUEUED]
+        assert hop.messages == []
+
+
+async def test_the_window_bounds_what_is_handed_over_and_what_is_read_back() -> None:
+    size = len(CONTENT)
+    async with next_hop() as hop, delivery_bench(window_bytes=2 * size) as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        peak = 0
+        for _ in range(20):
+            await bench.submit()
+            peak = max(peak, bench.engine.counters.window_bytes)
+        await bench.events_come(20)
+        assert len(hop.messages) == 20
+        assert peak <= 3 * size  # the window and the one message that was being read back
+        assert bench.engine.counters.window_bytes == 0
+
+
+async def test_each_recipient_gets_its_own_end_and_only_the_deferred_one_is_tried_again() -> None:
+    replies = {"sent": b"250 ok\r\n", "later": b"450 4.2.1 later\r\n", "never": b"550 5.1.1 who\r\n"}
+    behaviour = Behaviour(recipient=lambda address: replies[address.partition("@")[0]])
+    async with next_hop(behaviour) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit("sent@x.test", "later@x.test", "never@x.test")
+        await bench.events_come(3)
+        assert dict(zip([event.indexes for event in bench.events], bench.types(), strict=True)) == {
+            (0,): "SENT",
+            (1,): "DEFERRED",
+            (2,): "BOUNCED",
+        }
+        assert len(bench.records) == 1
+        replies["later"] = b"250 ok\r\n"
+        await bench.retry()
+        await bench.events_come(4)
+        assert [taken.recipients for taken in hop.messages] == [["sent@x.test"], ["later@x.test"]]
+        assert (bench.events[3].indexes, bench.events[3].attempt) == ((1,), 2)
+        assert bench.records[-1].accepted is None
+        assert await bench.spool.keys() == []
+
+
+async def test_a_deferred_recipient_waits_as_the_retry_policy_says() -> None:
+    async with next_hop(Behaviour(mail=lambda _: b"451 4.3.0 later\r\n")) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        await bench.events_come(1)
+        (update,) = bench.updates
+        assert update.next_attempt_ms == bench.clock.wall_ms() + 30_000
+        await bench.retry(29.0)
+        assert len(bench.events) == 1
+        await bench.retry(1.0)
+        await bench.events_come(2)
+        assert bench.events[1].attempt == 2
+        assert bench.updates[1].next_attempt_ms == bench.clock.wall_ms() + 60_000
+
+
+async def test_lifetime_over_at_the_end_of_a_failed_attempt_is_expired() -> None:
+    async with next_hop(Behaviour(mail=lambda _: b"451 4.3.0 later\r\n")) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        envelope = await bench.submit()
+        await bench.events_come(1)
+        await bench.retry(RetryPolicy().lifetime_s)
+        await bench.events_come(2)
+        assert bench.types() == ["DEFERRED", "EXPIRED"]
+        assert bench.events[1].reply_code == 451
+        assert await bench.spool.load(envelope.message_id) is None
+
+
+async def test_a_jump_of_the_wall_clock_neither_expires_nor_sends_early() -> None:
+    async with next_hop(Behaviour(mail=lambda _: b"451 4.3.0 later\r\n")) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        await bench.events_come(1)
+        bench.clock.now_ms += 400 * 86_400_000
+        bench.engine.wake(KEY_A)
+        await bench.until(lambda: not bench.engine._scheduler._active)
+        assert len(bench.events) == 1
+        await bench.retry(60.0)
+        await bench.events_come(2)
+        assert bench.types() == ["DEFERRED", "DEFERRED"]
+
+
+async def test_cut_after_the_dot_is_uncertain_and_tried_again() -> None:
+    behaviour = Behaviour(final=lambda _: None)
+    async with next_hop(behaviour) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        await bench.events_come(1)
+        assert (bench.types(), bench.states()) == (["UNCERTAIN"], ["DEFERRED"])
+        behaviour.final = lambda _: b"250 ok\r\n"
+        await bench.retry()
+        await bench.events_come(2)
+        assert bench.types() == ["UNCERTAIN", "SENT"]
+
+
+async def test_cut_before_the_dot_is_interrupted_and_tried_again_with_one_copy() -> None:
+    behaviour = Behaviour(data=None)
+    async with next_hop(behaviour) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        await bench.events_come(1)
+        assert (bench.types(), bench.states()) == (["INTERRUPTED"], ["DEFERRED"])
+        behaviour.data = b"354 go\r\n"
+        await bench.retry()
+        await bench.events_come(2)
+        assert len(hop.messages) == 1
+
+
+async def test_a_connection_closed_while_idle_costs_no_attempt() -> None:
+    async with next_hop(Behaviour(hang_up_after_final=True)) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port, max_connections=1)
+        bench.config.route_to(A)
+        for _ in range(5):
+            await bench.submit()
+        await bench.events_come(5)
+        assert bench.types() == ["SENT"] * 5
+        assert len(hop.messages) == 5
+
+
+@pytest.mark.parametrize("stray", [b"250 2.0.0 ok\r\n", b"421 bye\r\n", b"550 no\r\n", b"\0"])
+async def test_a_stray_line_never_becomes_the_verdict_of_the_next_message(stray: bytes) -> None:
+    behaviour = Behaviour(
+        after_final=stray,
+        final=lambda number: b"250 2.0.0 queued as %d\r\n" % number,
+        recipient=lambda address: b"550 5.1.1 who\r\n" if address.startswith("bad") else b"250 ok\r\n",
+    )
+    async with next_hop(behaviour) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port, max_connections=1)
+        bench.config.route_to(A)
+        wanted = {}
+        for number in range(12):
+            name = f"{'bad' if number % 3 == 1 else 'good'}{number}@x.test"
+            envelope = await bench.submit(name)
+            wanted[envelope.message_id] = "BOUNCED" if name.startswith("bad") else "SENT"
+        for _ in range(4):
+            await bench.until(lambda: bench.engine._pools.busy_count == 0)
+            await bench.retry()
+        await bench.until(lambda: sum(name in ("SENT", "BOUNCED") for name in bench.types()) == 12)
+        ends = {record.message_id: record.events[-1].type.name for record in bench.records if record.events}
+        assert ends == wanted
+        assert len({taken.recipients[0] for taken in hop.messages}) == len(hop.messages)
+
+
+async def test_a_refused_connection_fails_over_to_the_next_target_at_once() -> None:
+    async with next_hop() as hop, next_hop() as gone, delivery_bench() as bench:
+        bench.config.add_provider(B, hop.port)
+        bench.config.route_to(A, B)
+        closed = gone.port
+        bench.config.add_provider(A, closed)
+        async with next_hop(Behaviour(greeting=b"421 4.3.2 no\r\n")) as full:
+            bench.config.add_provider(A, full.port)
+            await bench.submit()
+            (event,) = await bench.events_come(1)
+        assert (event.type.name, event.provider, event.attempt) == ("SENT", B, 1)
+        assert len(hop.messages) == 1
+
+
+async def test_all_targets_dead_is_deferred_by_one_probe_and_the_rest_is_not_even_tried() -> None:
+    async with next_hop(Behaviour(greeting=b"554 5.3.2 no\r\n")) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        for _ in range(10):
+            await bench.submit()
+        await bench.events_come(1)
+        await bench.until(lambda: bench.engine._settler.pending_count == 0)
+        assert bench.types() == ["DEFERRED"]
+        assert bench.events[0].reply_code == 554
+        assert sorted(await waiting(bench)) == sorted([State.QUEUED] * 9 + [State.DEFERRED])
+        assert not bench.engine.admit(1, KEY_A)
+        assert hop.connections <= 20
+
+
+async def test_a_destination_that_comes_back_takes_everything_that_waited() -> None:
+    behaviour = Behaviour(greeting=b"421 4.3.2 no\r\n")
+    async with next_hop(behaviour) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port, max_connections=2)
+        bench.config.route_to(A)
+        for _ in range(30):
+            await bench.submit()
+        await bench.events_come(1)
+        behaviour.greeting = b"220 sink\r\n"
+        bench.clock.advance(100.0)
+        bench.engine.config_changed()
+        await bench.until(lambda: bench.engine.counters.sent == 30)
+        assert await bench.spool.keys() == []
+
+
+async def test_a_rule_that_names_nothing_known_defers_and_never_fails() -> None:
+    async with delivery_bench() as bench:
+        bench.config.route_to("providers/unknown")
+        await bench.submit()
+        await bench.events_come(1)
+        assert (bench.types(), bench.states()) == (["DEFERRED"], ["DEFERRED"])
+
+
+async def test_another_accounts_provider_is_no_target() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        provider = bench.config.add_provider(A, hop.port)
+        bench.config.providers[A] = type(provider)(A, "accounts/other", provider.endpoints, provider.tls_policy)
+        bench.config.route_to(A)
+        await bench.submit()
+        await bench.events_come(1)
+        assert bench.types() == ["DEFERRED"]
+        assert hop.connections == 0
+
+
+async def test_no_rule_fails_those_recipients_and_delivers_to_the_others() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A, recipients=("@x.test",))
+        await bench.submit("a@x.test", "b@y.test")
+        await bench.events_come(2)
+        by_index = {event.indexes: event for event in bench.events}
+        assert by_index[0,].type.name == "SENT"
+        assert (by_index[1,].type.name, by_index[1,].enhanced_code) == ("FAILED", "5.4.4")
+        assert [record.accepted is not None for record in bench.records] == [True, False]
+
+
+@pytest.mark.parametrize("uid", [None, "another"])
+async def test_mail_of_an_account_that_is_gone_fails(uid: str | None) -> None:
+    async with delivery_bench() as bench:
+        if uid is not None:
+            bench.config.route_to(A)
+        await bench.submit(envelope=bench.envelope(account_uid="former"))
+        (event,) = await bench.events_come(1)
+        assert (event.type.name, event.enhanced_code) == ("FAILED", "5.7.1")
+
+
+@pytest.mark.parametrize(
+    "denials",
+    [
+        Denials(1, accounts={ACCOUNT: 0}),
+        Denials(1, credentials={f"{ACCOUNT}/smtpCredentials/app": 0}),
+        Denials(1, providers={A: 0}),
+    ],
+)
+async def test_denied_mail_waits_without_an_attempt_until_denials_change(denials: Denials) -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        bench.config.denials = denials
+        bench.engine.denials_changed()
+        await bench.submit()
+        await bench.until(lambda: not bench.engine._scheduler._active and bench.engine._settler.pending_count == 0)
+        assert await waiting(bench) == [State.QUEUED]
+        assert (hop.connections, bench.events) == (0, [])
+        bench.config.denials = Denials(2)
+        bench.engine.denials_changed()
+        (event,) = await bench.events_come(1)
+        assert (event.type.name, event.attempt) == ("SENT", 1)
+
+
+async def test_a_denial_between_the_dial_and_mail_stops_the_attempt() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        bench.config.denials = Denials(1, accounts={ACCOUNT: 0})
+        await bench.until(lambda: bench.engine.counters.put_back == 1)
+        assert not any(command.startswith("MAIL") for command in hop.commands)
+        assert bench.events == []
+
+
+async def test_a_denial_cuts_a_transaction_whose_dot_has_not_left() -> None:
+    async with next_hop(Behaviour(data=STALL)) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        await hop.stalled.wait()
+        bench.config.denials = Denials(1, accounts={ACCOUNT: 0})
+        bench.engine.denials_changed()
+        await bench.until(lambda: bench.engine.counters.put_back == 1)
+        assert (hop.messages, bench.events) == ([], [])
+
+
+async def test_a_changed_provider_is_used_by_the_next_message() -> None:
+    async with next_hop() as old, next_hop() as new, delivery_bench() as bench:
+        bench.config.add_provider(A, old.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        await bench.events_come(1)
+        bench.config.add_provider(A, new.port)
+        bench.engine.config_changed()
+        await bench.submit()
+        await bench.events_come(2)
+        assert (len(old.messages), len(new.messages)) == (1, 1)
+
+
+async def test_a_key_whose_provider_left_the_rules_is_routed_anew() -> None:
+    refusing = Behaviour(mail=lambda _: b"451 later\r\n")
+    async with next_hop(refusing) as first, next_hop() as second, delivery_bench() as bench:
+        bench.config.add_provider(A, first.port)
+        bench.config.add_provider(B, second.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        await bench.events_come(1)
+        del bench.config.providers[A]
+        bench.config.route_to(B)
+        bench.engine.config_changed()
+        await bench.retry()
+        await bench.events_come(2)
+        assert (bench.events[1].provider, len(second.messages)) == (B, 1)
+
+
+async def test_a_silent_next_hop_is_left_when_its_timer_runs_out() -> None:
+    async with next_hop(Behaviour(final=lambda _: STALL)) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        await hop.stalled.wait()
+        bench.clock.advance(599.0)
+        bench.engine._deadlines.sweep()
+        assert bench.events == []
+        bench.clock.advance(2.0)
+        bench.engine._deadlines.sweep()
+        (event,) = await bench.events_come(1)
+        assert (event.type.name, event.reply_text) == ("UNCERTAIN", "timeout in CONTENT")
+
+
+async def test_stop_lets_a_transaction_finish_and_puts_back_what_had_not_begun() -> None:
+    async with next_hop(Behaviour(final=lambda _: STALL)) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port, max_connections=1)
+        bench.config.route_to(A)
+        await bench.submit()
+        await hop.stalled.wait()
+        for _ in range(3):
+            await bench.submit()
+        await bench.engine.stop(0.01)
+        assert bench.types() == ["UNCERTAIN"]
+        assert sorted(await waiting(bench)) == sorted([State.QUEUED] * 3 + [State.DEFERRED])
+        assert bench.engine.counters.window_bytes == 0
+        assert {record.message_id for record in bench.records if record.accepted} == {
+            record.message_id for record in bench.records
+        }
+
+
+async def test_a_forbidden_address_is_never_dialled() -> None:
+    async with next_hop() as hop, delivery_bench(allowed=()) as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        (event,) = await bench.events_come(1)
+        assert event.type.name == "DEFERRED"
+        assert hop.connections == 0
+
+
+@pytest.mark.parametrize(
+    "text", [b"250 \0\xff\xfe\r\n", b"250 " + b"x" * 9_000 + b"\r\n", b"250-a\r\n250 \x1b[31m\r\n"]
+)
+async def test_whatever_the_remote_says_the_outcome_is_stored_once(text: bytes) -> None:
+    async with next_hop(Behaviour(final=lambda _: text)) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        (event,) = await bench.events_come(1)
+        assert event.type.name == "SENT"
+        assert event.reply_text.isprintable()
+        assert len(hop.messages) == 1
+
+
+async def test_mail_that_a_target_cannot_take_goes_to_the_next_one() -> None:
+    content = "Subject: ü\r\n\r\n".encode()
+    async with next_hop(Behaviour(capabilities=())) as plain, next_hop() as able, delivery_bench() as bench:
+        bench.config.add_provider(A, plain.port)
+        bench.config.add_provider(B, able.port)
+        bench.config.route_to(A, B)
+        envelope = bench.envelope(content, smtputf8=True, body_8bit=True)
+        await bench.submit(content=content, envelope=envelope)
+        (event,) = await bench.events_come(1)
+        assert (event.type.name, event.provider) == ("SENT", B)
+        bench.config.route_to(A)
+        await bench.submit(content=content, envelope=bench.envelope(content, smtputf8=True))
+        await bench.events_come(2)
+        assert (bench.types()[1], bench.events[1].enhanced_code) == ("FAILED", "5.6.7")
