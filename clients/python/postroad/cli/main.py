@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from postroad.cli import accounts, contexts, credentials, inbox, messages, nodes, providers, rules
 from postroad.cli.connection import ConnectionSettingsError, Flags
-from postroad.cli.output import Output, Printer
+from postroad.cli.output import Output, make_printer
 from postroad.cli.problems import CommandError, report
 from postroad.cli.send import send
 from postroad.cli.session import Session
@@ -87,7 +86,7 @@ def entrance(
     output: Annotated[Output, typer.Option("--output", "-o", help="For people, or for programs")] = Output.TEXT,
 ) -> None:
     """Postroad: a self-hosted SMTP relay. `postroad up` starts it here, `postroad send --to …` tries it."""
-    printer = Printer(output, Console(highlight=False), Console(stderr=True, highlight=False))
+    printer = make_printer(output)
     flags = Flags(server=server, api_key=api_key, ca_file=ca_file, account=account, context=context_)
     session = Session(flags, printer)
     context.obj = session
@@ -103,7 +102,7 @@ def run(arguments: list[str]) -> int:
     """Run the command line; returns the exit status."""
     words = hoist(arguments)
     output = Output.JSON if any(word in words for word in ("--output=json", "-ojson")) else Output.TEXT
-    printer = Printer(output, Console(highlight=False), Console(stderr=True, highlight=False))
+    printer = make_printer(output)
     try:
         app(args=words, prog_name="postroad")
     except SystemExit as end:  # usage errors, too: typer has explained them

@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_PIPE_COLUMNS = 10_000
+
 
 class Output(StrEnum):
     """The two forms of output."""
@@ -75,16 +77,15 @@ class Printer:
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table of cells; text from elsewhere is printed as it is, never as markup."""
-        # Cut off from a terminal rows are whole lines, whatever their length: for grep and awk.
         table = Table(box=None, pad_edge=False, header_style="bold")
         for heading in headings:
-            table.add_column(heading, overflow="fold", no_wrap=not self.console.is_terminal)
+            table.add_column(heading, overflow="fold")
         count = 0
         for row in rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
             count += 1
         if count:
-            self.console.print(table, crop=self.console.is_terminal)
+            self.console.print(table)
         else:
             self.remark("Nothing there.")
 
@@ -100,6 +101,15 @@ class Printer:
     def remark(self, text: str, style: str = "") -> None:
         """A line on standard error."""
         self.errors.print(Text(printable(text)), style=style or None, soft_wrap=True)
+
+
+def make_printer(output: Output) -> Printer:
+    """A printer on standard output and standard error."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # Nobody sees the right edge of a pipe or file: a row is a line, for grep and awk, however long it is.
+        console = Console(highlight=False, width=_PIPE_COLUMNS)
+    return Printer(output, console, Console(stderr=True, highlight=False))
 
 
 def printable(text: str) -> str:

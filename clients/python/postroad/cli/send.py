@@ -15,13 +15,15 @@ from google.protobuf.json_format import MessageToDict
 from postroad.cli.connection import SmtpSettings
 from postroad.cli.messages import event_line, is_sent, reply_text
 from postroad.cli.output import Printer, enum_text, short
-from postroad.cli.problems import FAILED
+from postroad.cli.problems import FAILED, NOT_CONFIGURED, CommandError
 from postroad.cli.session import Session, session_of
 from postroad.cli.submission import canonical, compose, submit
 from postroad.control.v1.message_pb2 import DeliveryEvent, Message
 from postroad.sdk import follow
 
 _FOLLOW_TIMEOUT_S = 60.0
+_NO_SERVER = "no SMTP server is known"
+_NO_SERVER_ADVICE = "Run `postroad up`, or set POSTROAD_SMTP_SERVER, POSTROAD_SMTP_USERNAME and POSTROAD_SMTP_PASSWORD"
 
 
 def send(
@@ -48,6 +50,8 @@ def send(
     session = session_of(context)
     settings = smtp_settings(session.connection.smtp)
     sender = sender or settings.sender
+    if not settings.server:
+        raise CommandError(_NO_SERVER, _NO_SERVER_ADVICE, NOT_CONFIGURED)
     if not sender:
         raise typer.BadParameter("give --from")
     if raw is not None:

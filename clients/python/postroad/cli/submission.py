@@ -46,12 +46,12 @@ def submit(
     """Submit `count` copies; the ids from the `250`s."""
     server = settings.tls_server if implicit_tls else settings.server
     host, _, port = server.rpartition(":")
-    if not host or not port.isdecimal() or not settings.username:
+    if not host or not port.isdecimal():
         raise CommandError(
-            "no SMTP server or credential is known",
-            "Run `postroad up`, or set POSTROAD_SMTP_SERVER, POSTROAD_SMTP_USERNAME and POSTROAD_SMTP_PASSWORD",
-            NOT_CONFIGURED,
+            f"{server!r} is no host:port of an SMTP server", "Check POSTROAD_SMTP_SERVER", NOT_CONFIGURED
         )
+    if not settings.username:
+        raise CommandError("no SMTP user is known", "Set POSTROAD_SMTP_USERNAME and _PASSWORD", NOT_CONFIGURED)
     client = aiosmtplib.SMTP(
         hostname=host,
         port=int(port),

@@ -74,13 +74,13 @@ class Child:
         return self._process.pid if self._process is not None and self.is_running else None
 
     async def start(self) -> None:
-        """Start and wait until it is ready; when cancelled, the process is killed."""
+        """Start and wait until it is ready; when cancelled, the process may run, and stop() ends it in order."""
         await self.end_orphan()
         process = self._process = await self._spawn()
         self._pid_file.write_text(str(process.pid), encoding="ascii")
         try:
             await self._become_ready(process)
-        except BaseException:
+        except LocalStackError:
             await self._kill()
             raise
 

@@ -22,6 +22,7 @@ from postroad.localstack.stack import Facts, Stack
 
 _INBOX_LOOK_S = 0.5
 _SHOWN_AT_ONCE = 3
+_SAME_WISH_S = 1.0
 
 
 def run_stack(folder: Path, wishes: Mapping[str, int], progress: Progress) -> None:
@@ -40,11 +41,17 @@ async def _run(layout: Layout, ports: dict[str, int], progress: Progress) -> Non
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 
+    stopped_at = 0.0
+
     def on_signal() -> None:
-        if stopping.is_set():
+        nonlocal stopped_at
+        if not stopping.is_set():
+            stopped_at = loop.time()
+            stopping.set()
+        # One wish to stop may come as two signals at once: from a terminal and from whoever started us.
+        elif loop.time() - stopped_at > _SAME_WISH_S:
             progress.remark("Hurrying")
             stack.hurry()
-        stopping.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)

@@ -23,6 +23,7 @@ import os
 import re
 import secrets
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from postroad.sdk import AlreadyExistsError, AsyncClient, PostroadError
 NODE_ID = "node-1"
 NODE = f"nodes/{NODE_ID}"
 _LOOPBACK_NETWORK = "127.0.0.0/8"
+_CERTIFICATE_USE_S = 300 * 86_400
 _API_KEY = re.compile(r"prk_[A-Za-z0-9_-]+")
 
 Step = tuple[str, Callable[[], Awaitable[None]]]
@@ -148,23 +150,21 @@ async def enroll(layout: Layout, server: PostgresServer, client: AsyncClient) ->
 
 
 async def _certificates(layout: Layout) -> None:
-    config = ["--config", str(controlplane_file(layout))]
     if not ca_file(layout).exists():
-        await _run(layout, "pki", ["-m", "controlplane", "pki", "init", *config])
-    await _run(
-        layout, "pki", ["-m", "controlplane", "pki", "issue-server", *config, "--name", LOOPBACK, "--name", "localhost"]
-    )
+        # A key without its certificate: a start was cut off between the two, and nothing was signed yet.
+        (layout / "pki" / "ca.key").unlink(missing_ok=True)
+        await _controlplane(layout, "pki", "init")
+    await _controlplane(layout, "pki", "issue-server", "--name", LOOPBACK, "--name", "localhost")
 
 
 async def _migrate(layout: Layout, schema: str) -> None:
-    await _run(layout, "migrate", ["-m", "controlplane", "migrate", "up", "--config", str(controlplane_file(layout))])
+    await _controlplane(layout, "migrate", "up")
     layout.keep_note("schema", schema)
 
 
 async def _bootstrap(layout: Layout, server: PostgresServer) -> None:
     await _with_database(forget_first_key(server), server)
-    arguments = ["-m", "controlplane", "bootstrap", "--config", str(controlplane_file(layout))]
-    found = _API_KEY.search(await _run(layout, "bootstrap", arguments, capture=True))
+    found = _API_KEY.search(await _controlplane(layout, "bootstrap", capture=True))
     if found is None:
         raise LocalStackError("`python -m controlplane bootstrap` printed no key", "Upgrade both to the same version")
     write_private(layout / "keys" / "operator.key", found.group() + "\n")
@@ -250,7 +250,9 @@ def _node_settings(layout: Layout, ports: dict[str, int], valkey: ValkeyServer) 
 
 
 def _certificates_are_there(layout: Layout) -> bool:
-    return all((layout / "pki" / name).exists() for name in ("ca.pem", "ca.key", "server.pem", "server.key"))
+    files = [layout / "pki" / name for name in ("ca.pem", "ca.key", "server.pem", "server.key")]
+    # The server's certificate is good for 397 days; a stack that is used gets a new one in time.
+    return all(file.exists() for file in files) and files[2].stat().st_mtime > time.time() - _CERTIFICATE_USE_S
 
 
 def _migrations_digest() -> str:
@@ -261,6 +263,11 @@ def _migrations_digest() -> str:
     package = Path(spec.origin).parent
     files = sorted([*package.glob("_migrations/*.sql"), *package.parent.glob("migrations/*.sql")])
     return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+async def _controlplane(layout: Layout, *arguments: str, capture: bool = False) -> str:
+    command = ["-m", "controlplane", "--config", str(controlplane_file(layout)), *arguments]
+    return await _run(layout, arguments[0], command, capture=capture)
 
 
 async def _run(
@@ -298,8 +305,7 @@ async def _run(
         raise
     if process.returncode != 0:
         raise LocalStackError(
-            f"`python {' '.join(arguments[:4])}` ended with status {process.returncode}; the end of {log}:\n"
-            f"{tail(log)}",
+            f"`python {' '.join(arguments)}` ended with status {process.returncode}; the end of {log}:\n{tail(log)}",
             "Mend what it names, then start again: what was done so far is kept",
         )
     return (printed or b"").decode()

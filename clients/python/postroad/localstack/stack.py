@@ -5,7 +5,7 @@ can be cancelled at any moment. `keep_alive()` starts again whatever ends by its
 cancelled. `stop()` ends everything that runs: the node first, for it needs the others to report what it still finishes,
 the inbox last, for it takes what the node still delivers.
 
-    start: PostgreSQL, Valkey and the inbox · database, migrations · keys, certificates · control plane · node · demo
+    start: PostgreSQL, Valkey and the inbox · database, migrations · keys, certificates · control plane · demo · node
     stop:  node · control plane · Valkey · PostgreSQL · inbox
 """
 
@@ -74,7 +74,7 @@ class Stack:
         self._controlplane = Child(
             "The control plane",
             "controlplane",
-            ["-m", "controlplane", "serve", "--config", str(setup.controlplane_file(layout))],
+            ["-m", "controlplane", "--config", str(setup.controlplane_file(layout)), "serve"],
             layout,
             ready=lambda: _is_ready(ports["http"]),
             stop_steps=[(signal.SIGTERM, 15.0)],
@@ -108,10 +108,10 @@ class Stack:
         await self._configure()
         await self._start("Control plane", self._controlplane.start())
         async with self._client() as client:
-            await self._start_node(client)
             credential = await self._demo(client)
+            self._write_cli_file(credential)
+            await self._start_node(client)
             await self._start("Configuration on the node", self._synced(client))
-        self._write_cli_file(credential)
         return Facts(self._ports, credential["username"], credential["password"], setup.ca_file(self._layout))
 
     async def _start(self, what: str, work: Coroutine[Any, Any, None]) -> None:
