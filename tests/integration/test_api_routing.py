@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from aiosmtpd.smtp import SMTP as SmtpServer
+from aiosmtpd import smtp as aiosmtpd_smtp
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from controlplane.domain.hosts import HostPolicy
@@ -170,7 +170,7 @@ async def test_suspending_a_provider_is_a_denial_and_verify_says_so(stack: ApiSt
 @pytest.fixture
 async def smtp_port() -> AsyncIterator[int]:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: SmtpServer(object(), enable_SMTPUTF8=False), "127.0.0.1", 0)
+    server = await loop.create_server(lambda: aiosmtpd_smtp.SMTP(object(), enable_SMTPUTF8=False), "127.0.0.1", 0)
     yield server.sockets[0].getsockname()[1]
     server.close()
     await server.wait_closed()
