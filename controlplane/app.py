@@ -69,6 +69,7 @@ _SAMPLE_S = 5.0
 _DATABASE_RETRY_S = 1.0
 _POOL_CLOSE_S = 2.0
 _DRAIN_S = 2.0
+_FEED_LATE_S = 15.0
 _MEMORY_LIMIT = 0.92
 
 
@@ -215,7 +216,8 @@ class _ControlPlane:
         sealer = KeyringSealer(self._keyring)
         table, column = POOL_KEY_PLACE
         self._fleet_repository = PostgresFleet(
-            self._fleet_database, lambda _pool, key_id, sealed: sealer.unseal(sealed, "", table, key_id, column)
+            self._fleet_database,
+            lambda pool, key_id, sealed: sealer.unseal(sealed, "", table, f"{pool}/{key_id}", column),
         )
         self._hub = Hub(settings.nodes.max_streams)
         self._fleet = FleetService(
@@ -244,7 +246,7 @@ class _ControlPlane:
 
     def start_background(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """What lives as long as the process; if one of these dies, so does the process."""
-        feed = ChangeFeed(self._fleet_dsn, self._fleet.scan, report=self._failed("feed.failed"))
+        feed = self._feed = ChangeFeed(self._fleet_dsn, self._fleet.scan, report=self._failed("feed.failed"))
         retention = timedelta(days=self._settings.retention.messages_days)
         leader = Leader(
             PostgresLeadership(self._fleet_dsn),
@@ -387,7 +389,11 @@ class _ControlPlane:
         return (read_certificate(self._tls.certificate).not_valid_after_utc - _now()) / timedelta(days=1)
 
     async def _serving_problem(self) -> str | None:
-        return None if self._serving else "not serving"
+        if not self._serving:
+            return "not serving"
+        # Nodes that are told nothing new are no reason to ask another replica, unless it lasts.
+        late = self._feed.seconds_since_success() > _FEED_LATE_S
+        return "changes do not reach nodes: see the log" if late else None
 
 
 async def _memory_problem() -> str | None:

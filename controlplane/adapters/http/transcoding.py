@@ -10,6 +10,7 @@ passed over.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -47,6 +48,7 @@ HTTP_STATUSES: dict[int, int] = {
     code_pb2.DATA_LOSS: 500,
 }
 
+_FIRST_ANSWER_S = 0.5
 _TRUTH = {"true": True, "false": False}
 _SCALAR_MESSAGES = frozenset(
     f"google.protobuf.{name}" for name in ("Timestamp", "Duration", "FieldMask", "Int64Value", "StringValue")
@@ -79,18 +81,22 @@ def add_json_api(app: web.Application, registry: ApiRegistry) -> None:
 
 
 async def _stream(request: web.Request, answers: AsyncIterator[Message]) -> web.StreamResponse:
+    """Lines as they come. A refusal is an error of its own; who is not refused hears so after a moment of silence."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+    waiting = asyncio.ensure_future(anext(answers, None))
     try:
-        async for answer in answers:
-            if not response.prepared:
-                await response.prepare(request)
-            await response.write(_to_json(answer) + b"\n")
-    except ApiStatusError as error:
-        if not response.prepared:
-            return _error(error.status)
-        await response.write(json.dumps({"error": _status_json(error.status)}).encode() + b"\n")
-    if not response.prepared:
+        await asyncio.wait({waiting}, timeout=_FIRST_ANSWER_S)
+        if waiting.done() and isinstance(refusal := waiting.exception(), ApiStatusError):
+            return _error(refusal.status)
         await response.prepare(request)
+        while (answer := await waiting) is not None:
+            await response.write(_to_json(answer) + b"\n")
+            waiting = asyncio.ensure_future(anext(answers, None))
+    except ApiStatusError as error:
+        await response.write(json.dumps({"error": _status_json(error.status)}).encode() + b"\n")
+    finally:
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
     await response.write_eof()
     return response
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
-
-from controlplane.domain.errors import UnavailableError
 
 CHANNELS = ("postroad_config", "postroad_denials", "postroad_commands")
 
@@ -41,6 +40,11 @@ class ChangeFeed:
         self._report = report
         self._hint = asyncio.Event()
         self._connection: asyncpg.Connection[Any] | None = None
+        self._succeeded = time.monotonic()
+
+    def seconds_since_success(self) -> float:
+        """How long ago a scan ended well, or the feed was made."""
+        return time.monotonic() - self._succeeded
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -79,8 +83,7 @@ class ChangeFeed:
     async def _scan_once(self) -> None:
         try:
             await self._scan()
-        except UnavailableError as error:
-            self._report("scan", error)
+            self._succeeded = time.monotonic()
         except Exception as error:  # noqa: BLE001 - one bad row must not stop all news; it is reported
             self._report("scan", error)
 

@@ -15,10 +15,9 @@ from controlplane.adapters.postgres.nodes import COMMANDS_CHANNEL
 from controlplane.adapters.postgres.session import Session
 from controlplane.domain import names
 from controlplane.domain.errors import NotFoundError
-from controlplane.domain.messages import Command, Event, Message, MessageQuery, Position, Recipient
+from controlplane.domain.messages import LEAST_ID, Command, Event, Message, MessageQuery, Position, Recipient
 from dataplane.core.queue import EventType, State
 
-_LEAST_ID = "00000000-0000-0000-0000-000000000000"
 _GREATEST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 _RECIPIENTS = """
@@ -86,7 +85,7 @@ class MessagesRepository:
             "message_list",
             "SELECT * FROM postroad.messages m WHERE account = $1 AND message_id >= $2 AND message_id < $3"
             f"{conditions} ORDER BY message_id DESC LIMIT $4",
-            *(query.account, query.from_id or _LEAST_ID, before, query.limit, *extra),
+            *(query.account, query.from_id or LEAST_ID, before, query.limit, *extra),
         )
         ids = [row["message_id"] for row in rows]
         recipients: dict[Any, list[Recipient]] = {one: [] for one in ids}
@@ -110,7 +109,8 @@ class MessagesRepository:
         """
         rows = await self._session.rows(
             "event_list",
-            f"(({_ACCEPTED} WHERE {bounds.format(alias='m')}) UNION ALL ({_EVENTS} WHERE {bounds.format(alias='e')})) "
+            f"SELECT * FROM (({_ACCEPTED} WHERE {bounds.format(alias='m')}) "
+            f"UNION ALL ({_EVENTS} WHERE {bounds.format(alias='e')})) AS found "
             "ORDER BY length(transaction), transaction, position LIMIT $4",
             *(account, str(after.transaction), after.number, limit, message_id),
         )
@@ -144,7 +144,7 @@ class MessagesRepository:
         rows = await self._session.rows(
             "command_list",
             "SELECT * FROM postroad.commands WHERE account = $1 AND command > $2 ORDER BY command LIMIT $3",
-            *(account, after or _LEAST_ID, limit),
+            *(account, after or LEAST_ID, limit),
         )
         return [_command(row) for row in rows]
 
