@@ -30,6 +30,7 @@ _LEAST_FINISHED_FIRST = (
 )
 _POSITION = re.compile(r"([0-9]{1,19})-([0-9]{1,18})")
 _LAST_MS = (1 << 48) - 1
+LEAST_ID = "00000000-0000-0000-0000-000000000000"
 
 
 class Position(NamedTuple):

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from controlplane.domain.access import Caller
 from controlplane.domain.errors import Reason, ResourceExhaustedError, UnavailableError, invalid
 from controlplane.domain.messages import (
+    LEAST_ID,
     Command,
     Event,
     Message,
@@ -186,7 +187,7 @@ class OperationsService:
 async def _since(work: Work, account: str) -> str:
     """Return the least id that is shown: what came before was a former account's."""
     since = await work.accounts.messages_since(account)
-    return "" if since is None else first_id_at(since)
+    return LEAST_ID if since is None else first_id_at(since)
 
 
 def _arguments(query: MessageQuery) -> list[str]:

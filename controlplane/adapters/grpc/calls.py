@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -91,7 +92,11 @@ class Calls:
     def _status(self, method: str, error: Exception) -> Status:
         request = uuid.uuid4().hex
         if not isinstance(error, ControlPlaneError):
-            self._log.error("api.failed", method=method, request_id=request, exc_info=error)
+            # Where and what kind, not the exception's words: a driver's quote the values it was given.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            self._log.error(
+                "api.failed", method=method, request_id=request, error=type(error).__qualname__, where=where
+            )
         return to_status(error, request)
 
 
