@@ -1,0 +1,148 @@
+"""Who runs the jobs and when: by an injected clock and a lock that comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, date, datetime, timedelta
+
+import pytest
+
+from controlplane.jobs.housekeeping import housekeeping_jobs
+from controlplane.jobs.leader import Job, Leader
+
+START = datetime(2026, 11, 20, 23, 59, tzinfo=UTC)
+
+
+class Lock:
+    """A leadership that the test gives and takes."""
+
+    def __init__(self) -> None:
+        self.free = True
+        self.held = False
+        self.released = 0
+
+    async def acquire(self) -> bool:
+        self.held = self.free
+        return self.held
+
+    async def is_held(self) -> bool:
+        return self.held
+
+    async def release(self) -> None:
+        self.released += 1
+        self.held = False
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+def _leader(*jobs: Job) -> tuple[Leader, Lock, Clock, list[str]]:
+    lock, clock, failures = Lock(), Clock(), list[str]()
+    leader = Leader(lock, list(jobs), clock, report=lambda job, _error: failures.append(job))
+    return leader, lock, clock, failures
+
+
+def _counting(name: str, runs: list[str]) -> Job:
+    async def run(_: datetime) -> None:
+        runs.append(name)
+
+    return Job(name, timedelta(minutes=10), run)
+
+
+async def test_jobs_run_at_once_and_then_at_their_interval() -> None:
+    runs: list[str] = []
+    leader, _, clock, _ = _leader(_counting("a", runs))
+
+    await leader.turn()
+    await leader.turn()
+    clock.now += timedelta(minutes=10)
+    await leader.turn()
+
+    assert runs == ["a", "a"]
+
+
+async def test_who_has_not_the_lock_runs_nothing() -> None:
+    runs: list[str] = []
+    leader, lock, _, _ = _leader(_counting("a", runs))
+    lock.free = False
+
+    await leader.turn()
+
+    assert runs == []
+
+
+async def test_a_leader_that_lost_the_lock_stops_and_begins_anew_when_it_has_it_again() -> None:
+    runs: list[str] = []
+    leader, lock, _, _ = _leader(_counting("a", runs))
+    await leader.turn()
+
+    lock.held = lock.free = False
+    await leader.turn()
+    assert runs == ["a"]
+
+    lock.free = True
+    await leader.turn()
+    assert runs == ["a", "a"]
+
+
+async def test_a_job_that_fails_stops_nobody_and_runs_again_at_the_next_turn() -> None:
+    runs: list[str] = []
+
+    async def fail(_: datetime) -> None:
+        runs.append("bad")
+        raise RuntimeError
+
+    leader, _, _, failures = _leader(Job("bad", timedelta(hours=1), fail), _counting("good", runs))
+
+    await leader.turn()
+    await leader.turn()
+
+    assert runs == ["bad", "good", "bad"]
+    assert failures == ["bad", "bad"]
+
+
+class Store:
+    """Remembers what the jobs asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+
+    async def ensure_partitions(self, first: date, days: int) -> None:
+        self.asked.append(("ensure", first, days))
+
+    async def drop_partitions(self, before: date) -> int:
+        self.asked.append(("drop", before))
+        return 0
+
+    async def delete_idempotency_keys(self, before: datetime) -> int:
+        self.asked.append(("idempotency", before))
+        return 0
+
+    async def delete_enrollment_tokens(self, before: datetime) -> int:
+        self.asked.append(("tokens", before))
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("job", "asked"),
+    [
+        ("make_partitions", ("ensure", date(2026, 11, 19), 5)),
+        ("drop_partitions", ("drop", date(2026, 10, 21))),
+        ("forget_requests", ("idempotency", START - timedelta(hours=24))),
+        ("forget_tokens", ("tokens", START - timedelta(days=1))),
+    ],
+)
+async def test_housekeeping_asks_for_the_days_around_the_clock(job: str, asked: tuple[object, ...]) -> None:
+    store = Store()
+    run: dict[str, Callable[[datetime], Awaitable[None]]] = {
+        one.name: one.run for one in housekeeping_jobs(store, retention=timedelta(days=30))
+    }
+
+    await run[job](START)
+
+    assert store.asked == [asked]
