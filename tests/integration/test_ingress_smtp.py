@@ -202,6 +202,27 @@ async def test_a_commit_over_its_deadline_is_answered_451_and_stored_all_the_sam
         assert node.counters.content_bytes == 0
 
 
+async def test_a_late_commit_never_answers_for_the_next_message() -> None:
+    node = make_node(spool=GatedSpool())
+    spool = node.spool
+    assert isinstance(spool, GatedSpool)
+    async with running(node):
+        peer = await node.greeted()
+        await open_data(peer)
+        peer.writer.write(BODY + b".\r\n")
+        await spool.asked.wait()
+        await expire(node, 31)
+        assert (await peer.ask(b"")).startswith(b"451 4.3.0")
+        assert (await peer.ask(MAIL + RCPT + b"DATA\r\n", 3)).startswith(b"354")
+        peer.writer.write(BODY + b".\r\n")
+        await until(lambda: len(spool.futures) == 2)
+        spool.futures[0].set_result(None)
+        await until(lambda: len(node.delivery.delivered) == 1)
+        spool.futures[1].set_exception(SpoolError("no"))
+        assert (await peer.ask(b"")).startswith(b"451 4.3.0 Storing failed")
+        assert node.counters.messages_enqueued == 1
+
+
 async def test_a_full_spool_refuses_before_the_content() -> None:
     async with running(make_node(spool=RamSpool(Clock(), capacity_bytes=10))) as node:
         peer = await node.greeted()
