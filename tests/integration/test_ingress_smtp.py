@@ -451,7 +451,7 @@ async def test_a_silent_client_is_closed_after_its_deadline_and_dribbled_octets_
         await expire(node, 20)
         assert (await peer.ask(EHLO)).startswith(b"250")
         session = next(iter(node.ingress.service._sessions)).session
-        for dribbled in (b"N", b"NO", b"NOO"):
+        for dribbled in (b"R", b"RS", b"RSE"):
             peer.writer.write(dribbled[-1:])
             await until(partial(buffered, session, dribbled))
             await expire(node, 9)

@@ -127,7 +127,7 @@ def cuts(data: bytes, seed: int) -> Iterator[list[bytes]]:
     """The ways to cut a group: whole, octet by octet, at random."""
     yield [data]
     yield [data[index : index + 1] for index in range(len(data))]
-    dice = random.Random(seed)  # noqa: S311 - the same cuts in every run, not secrets
+    dice = random.Random(seed)
     places = sorted(dice.sample(range(len(data) + 1), min(len(data), dice.randint(1, 6))))
     yield [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)]
 
