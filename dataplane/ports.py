@@ -254,6 +254,11 @@ class ConfigView(Protocol):
         ...
 
     @property
+    def loaded(self) -> bool:
+        """Whether there is a configuration at all: without one an unknown account is no deleted one."""
+        ...
+
+    @property
     def stale(self) -> bool:
         """Whether the configuration is older than `config_max_age`: submission answers 451, delivery goes on."""
         ...

@@ -82,6 +82,11 @@ class MappedConfigView:
         return self._denials
 
     @property
+    def loaded(self) -> bool:
+        """As ConfigView."""
+        return bool(self._current.bundles)
+
+    @property
     def stale(self) -> bool:
         """As ConfigView; a node that never had a configuration is stale too, and one whose submission is `halted`."""
         return self.halted or self._clock.wall_ms() - self._contact_ms > self._max_age_ms

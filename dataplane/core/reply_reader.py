@@ -16,8 +16,8 @@ MAX_REPLY_BYTES = 32_768
 MAX_REPLY_LINES = 500
 
 _CODES = {b"%d" % code: code for code in range(200, 600)}
-_HYPHEN = ord("-")
-_SPACE = ord(" ")
+_CARRIAGE_RETURN = ord("\r")
+_LAST_LINE = (b" ", b"")
 
 
 class MalformedReplyError(Exception):
@@ -62,27 +62,30 @@ class ReplyReader:
     def next(self) -> Reply | None:
         """Return the next whole reply, or None when more bytes are needed. MalformedReplyError."""
         while True:
-            end = self._buffer.find(b"\n", self._scanned)
+            buffer, start = self._buffer, self._start
+            end = buffer.find(b"\n", self._scanned)
             if end < 0:
-                self._scanned = len(self._buffer)
-                self._check_size(self._scanned - self._start)
+                self._scanned = len(buffer)
+                if self._size_bytes + self._scanned - start > MAX_REPLY_BYTES:
+                    raise MalformedReplyError("reply too large")
                 return None
-            line = self._buffer[self._start : end + 1]
             self._start = self._scanned = end + 1
-            self._check_size(len(line))
+            if self._size_bytes + end - start >= MAX_REPLY_BYTES:
+                raise MalformedReplyError("reply too large")
+            line = buffer[start : end - 1]
             code = _CODES.get(line[:3])
-            if code is None or line[-2:] != b"\r\n":
+            if code is None or buffer[end - 1] != _CARRIAGE_RETURN:
                 raise MalformedReplyError("not a reply line")
-            separator = line[3]
-            if separator == _SPACE or len(line) == 5:
+            separator = line[3:4]
+            if separator in _LAST_LINE:
+                if self._code == 0:
+                    return Reply(code, (line[4:],))
                 return self._finish(code, line)
-            if separator != _HYPHEN:
+            if separator != b"-":
                 raise MalformedReplyError("neither space nor hyphen after the code")
             self._continue(code, line)
 
     def _finish(self, code: int, line: bytes) -> Reply:
-        if self._code == 0:
-            return Reply(code, (line[4:-2],))
         self._continue(code, line)
         reply = Reply(code, tuple(self._lines))
         self._code = self._size_bytes = 0
@@ -95,9 +98,5 @@ class ReplyReader:
         if len(self._lines) == MAX_REPLY_LINES:
             raise MalformedReplyError("too many lines")
         self._code = code
-        self._size_bytes += len(line)
-        self._lines.append(line[4:-2])
-
-    def _check_size(self, line_bytes: int) -> None:
-        if self._size_bytes + line_bytes > MAX_REPLY_BYTES:
-            raise MalformedReplyError("reply too large")
+        self._size_bytes += len(line) + 2
+        self._lines.append(line[4:])

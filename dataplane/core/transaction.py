@@ -38,13 +38,17 @@ class Verdict(NamedTuple):
 
 
 class Transaction(NamedTuple):
-    """A message for recipients of one next hop. `content` has CRLF line ends; `sender` may be empty."""
+    """A message for recipients of one next hop. `content` has CRLF line ends; `sender` may be empty.
+
+    `verified` says that this process has just seen that the line ends are right; otherwise they are counted again.
+    """
 
     sender: str
     recipients: tuple[str, ...]
     content: bytes
     smtputf8: bool = False
     body_8bit: bool = False
+    verified: bool = False
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -57,11 +61,11 @@ class Login:
 
 def mail_parameters(transaction: Transaction, capabilities: Mapping[str, str]) -> tuple[Verdict | None, str]:
     """Return why a server with these capabilities cannot take the message, or None, and the parameters of MAIL."""
-    sender, recipients, content, smtputf8, body_8bit = transaction
+    sender, recipients, content, smtputf8, body_8bit, verified = transaction
     addresses = sender + "".join(recipients)
     if not addresses.isprintable() and any(character < " " or character == "\x7f" for character in addresses):
         return _refusal("5.1.3", "control characters in an address"), ""
-    if not _is_canonical(content):
+    if not verified and not _is_canonical(content):
         return _refusal("5.6.0", "content with bare CR or LF"), ""
     parameters = f" SIZE={len(content)}" if "SIZE" in capabilities else ""
     if body_8bit:

@@ -203,6 +203,8 @@ class Dispatcher:
             apply_transforms(self._transforms, envelope, attempt.message.content),
             envelope.smtputf8,
             envelope.body_8bit,
+            # Ingress counted the line ends of what it handed over, and nothing has touched it since.
+            verified=attempt.accepted_now and not self._transforms,
         )
 
     def done(self, attempt: Attempt, connection: Connection, verdicts: tuple[Verdict, ...]) -> None:

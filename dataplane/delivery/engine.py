@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from dataplane.core.envelope import Envelope, RecipientRow, split_queue_key
 from dataplane.core.ids import MessageId
-from dataplane.core.policy import Denied
 from dataplane.core.retry import RetryClock
 from dataplane.delivery.attempt import Message
 from dataplane.delivery.connections import Pools
@@ -27,7 +26,7 @@ from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.deadlines import Deadlines
 from dataplane.delivery.dispatch import Dispatcher, Follower, Tools
 from dataplane.delivery.outcome import Concluder, Moment, claim, claimed
-from dataplane.delivery.planning import Group, Plan, make_plan
+from dataplane.delivery.planning import Group, Held, Plan, make_plan
 from dataplane.delivery.recovery import Recovery
 from dataplane.delivery.reporter import Reporter
 from dataplane.delivery.scheduler import Scheduler, Taken
@@ -246,7 +245,7 @@ class DeliveryEngine:
         """Claim and start what may go of these waiting recipients."""
         envelope = stored.envelope
         plan = make_plan(self._config, envelope, rows, self._clock.wall_ms())
-        if plan.held is Denied.ACCOUNT:
+        if plan.held is Held.EVERYTHING:
             return Taken([], self._steady_ms() + LOOK_AGAIN_MS)
         if plan.held is not None:
             return Taken([self._hold_back(envelope.message_id, tuple(rows))])

@@ -3,6 +3,7 @@
 Pure: the configuration of this moment goes in, a plan comes out. It is made anew at each attempt, and its bundle
 revision and rule are recorded with the outcome.
 
+    there is no configuration (yet)                                   all held until there is one
     the account is unknown here, or another one of the same name      all refused, 5.7.1
     account or credential denied                                      all held until denials change
     no rule matches a recipient                                       refused, 5.4.4
@@ -14,6 +15,7 @@ No group is larger than MAX_RECIPIENTS: every server takes that many (RFC 5321, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import NamedTuple
 
 from dataplane.core.config import RetryPolicy, Target
@@ -31,6 +33,13 @@ MAX_RECIPIENTS = 100
 _DEFAULT_RETRY = RetryPolicy()
 
 
+class Held(Enum):
+    """How far a hold reaches: to everything that waits in the same queue, or to this message."""
+
+    EVERYTHING = 1
+    MESSAGE = 2
+
+
 class Group(NamedTuple):
     """Recipients that share rule and attempt number. `queue_key` is where they wait if they must."""
 
@@ -41,9 +50,9 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`held` says which denial holds all of them back; then nothing else is set."""
+    """`held` says what is held back beside these recipients; then no recipient is in `refused` or `groups`."""
 
-    held: Denied | None
+    held: Held | None
     refused: list[tuple[RecipientRow, Verdict]]
     groups: list[Group]
     bundle_revision: int
@@ -52,12 +61,15 @@ class Plan(NamedTuple):
 
 def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRow], now_ms: int) -> Plan:
     """Return the plan for these recipients by the configuration of this moment; `now_ms` is wall clock."""
+    if not config.loaded:
+        return Plan(Held.EVERYTHING, [], [], 0, _DEFAULT_RETRY)
     compiled = config.account(envelope.account)
     if compiled is None or compiled.account.uid != envelope.account_uid:
         return Plan(None, [(row, NO_ACCOUNT) for row in rows], [], 0, _DEFAULT_RETRY)
     account = compiled.account
-    held = denied(config.denials, envelope.account, envelope.credential, now_ms)
-    if held is not None:
+    stopped = denied(config.denials, envelope.account, envelope.credential, now_ms)
+    if stopped is not None:
+        held = Held.MESSAGE if stopped is Denied.CREDENTIAL else Held.EVERYTHING
         return Plan(held, [], [], account.revision, account.retry_policy)
     router = MessageRouter(compiled.rules, envelope.sender, envelope.size_bytes, envelope.headers, envelope.message_id)
     refused: list[tuple[RecipientRow, Verdict]] = []

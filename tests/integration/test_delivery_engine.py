@@ -456,3 +456,19 @@ async def test_mail_that_a_target_cannot_take_goes_to_the_next_one() -> None:
         await bench.submit(content=content, envelope=bench.envelope(content, smtputf8=True))
         await bench.events_come(2)
         assert (bench.types()[1], bench.events[1].enhanced_code) == ("FAILED", "5.6.7")
+
+
+async def test_without_any_configuration_nothing_fails_and_nothing_is_sent() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.loaded = False
+        await bench.submit()
+        await bench.until(lambda: bench.engine._settler.pending_count == 0)
+        await bench.until(lambda: not bench.engine._scheduler._active)
+        assert await waiting(bench) == [State.QUEUED]
+        assert bench.events == []
+        bench.config.loaded = True
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        bench.engine.config_changed()
+        (event,) = await bench.events_come(1)
+        assert event.type.name == "SENT"

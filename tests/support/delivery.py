@@ -43,6 +43,7 @@ class Config:
 
     settings: NodeSettings = field(default_factory=NodeSettings)
     denials: Denials = field(default_factory=Denials)
+    loaded: bool = True
     stale: bool = False
     accounts: dict[str, CompiledAccount] = field(default_factory=dict)
     providers: dict[str, SmtpProvider] = field(default_factory=dict)

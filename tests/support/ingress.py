@@ -68,6 +68,7 @@ class Config:
 
     settings: NodeSettings = field(default_factory=lambda: NodeSettings(address_connections_per_minute=0))
     denials: Denials = field(default_factory=Denials)
+    loaded: bool = True
     stale: bool = False
     accounts: dict[str, CompiledAccount] = field(default_factory=dict)
     networks: NetworkTable = field(default_factory=lambda: compile_networks([]))
