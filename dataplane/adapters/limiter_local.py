@@ -2,8 +2,8 @@
 
 Contract. A `Limiter` of `dataplane.ports`, and `take_now` for those who cannot wait. Each bucket has its share of
 the limit: capacity and rate divided by `share()` (nodes times workers), but room for one token at least, so that
-small limits still let one through at a time. A cost above the capacity empties the bucket. A clock that goes back
-counts as no time. Nothing raises.
+small limits still let one through at a time. A cost above the capacity empties the bucket, and a capacity
+of 0 is no limit. A clock that goes back counts as no time. Nothing raises.
 
 Memory is bounded: with `max_keys` buckets the one that was touched longest ago is forgotten, which lets at most one
 share of its capacity pass once more.

@@ -438,7 +438,10 @@ def _is_pattern(pattern: str) -> bool:
         mailbox = parse_mailbox(pattern, smtputf8=True)
     except AddressError:
         return False
-    return mailbox.text == pattern == pattern.lower() and mailbox.domain[0] != "["
+    # A star is legal in a local part, but whoever writes one there means a pattern that we do not have.
+    if "*" in mailbox.local or mailbox.domain[0] == "[":
+        return False
+    return mailbox.text == pattern == pattern.lower()
 
 
 def _header_problems(conditions: Sequence[HeaderCondition]) -> Iterator[Problem]:

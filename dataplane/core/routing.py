@@ -255,9 +255,8 @@ def matches_glob(glob: Glob, value: str) -> bool:
 def _piece_at(piece: str, value: str, position: int) -> bool:
     if "?" not in piece:
         return value.startswith(piece, position)
-    return len(value) - position >= len(piece) and all(
-        wanted in ("?", found) for wanted, found in zip(piece, value[position:], strict=False)
-    )
+    there = value[position : position + len(piece)]
+    return len(there) == len(piece) and all(wanted in ("?", found) for wanted, found in zip(piece, there, strict=True))
 
 
 def _find_piece(piece: str, value: str, start: int, end: int) -> int:
@@ -265,9 +264,17 @@ def _find_piece(piece: str, value: str, start: int, end: int) -> int:
     if "?" not in piece:
         found = value.find(piece, start, end)
         return found + len(piece) if found >= 0 else -1
-    for position in range(start, end - len(piece) + 1):
+    # What stands between question marks is looked for as a whole; only around it letters are compared.
+    anchor = max(piece.split("?"), key=len)
+    offset = piece.index(anchor)
+    found = value.find(anchor, start + offset, end)
+    while found >= 0:
+        position = found - offset
+        if position + len(piece) > end:
+            return -1
         if _piece_at(piece, value, position):
             return position + len(piece)
+        found = value.find(anchor, found + 1, end)
     return -1
 
 

@@ -130,6 +130,11 @@ async def test_a_bucket_that_never_refills_says_a_day(harness: Harness) -> None:
     assert (await harness.limiter.take([bucket(rate_per_s=0.0)])).wait_s == 86_400.0
 
 
+async def test_a_capacity_of_0_is_no_limit(harness: Harness) -> None:
+    for _ in range(3):
+        assert (await harness.limiter.take([bucket(capacity=0, rate_per_s=0.0, cost=5)])).allowed
+
+
 async def test_tags_keep_equal_keys_apart(harness: Harness) -> None:
     await harness.limiter.take([bucket(cost=10)])
     assert (await harness.limiter.take([Take("messages", "a:other", 10, 0.001, 10)])).allowed
