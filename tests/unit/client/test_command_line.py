@@ -151,7 +151,10 @@ def test_without_a_server_the_error_says_where_one_could_come_from(capsys: pytes
     assert "POSTROAD_SERVER" in capsys.readouterr().err
 
 
-def test_a_file_that_is_not_there_is_an_error_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_there_is_an_error_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POSTROAD_SMTP_SERVER", "127.0.0.1:1")
     assert run(["send", "--to", "a@b.example", "--from", "c@d.example", "--raw", "nowhere.eml"]) == 1
     assert "nowhere.eml" in capsys.readouterr().err
 

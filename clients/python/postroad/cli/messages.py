@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import typer
 from google.longrunning.operations_pb2 import Operation, WaitOperationRequest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import code_pb2
 
 from postroad.cli.output import Column, Printer, clock_text, enum_text, short, time_text
 from postroad.cli.problems import FAILED, UNREACHABLE, CommandError
 from postroad.cli.resources import Kind, Limit, call, list_all
-from postroad.cli.session import session_of
+from postroad.cli.session import Session, session_of
 from postroad.control.v1 import message_service_pb2
 from postroad.control.v1.message_pb2 import (
     DELIVERY_EVENT_TYPE_ACCEPTED,
@@ -25,7 +26,7 @@ from postroad.control.v1.message_pb2 import (
     Message,
     RecipientState,
 )
-from postroad.sdk import is_over
+from postroad.sdk import follow, is_over
 
 
 def _recipients(message: Message) -> str:
@@ -53,6 +54,7 @@ app = typer.Typer(no_args_is_help=True, help="Messages: what was accepted, where
 
 MessageName = Annotated[str, typer.Argument(help="Id from the 250, or full resource name")]
 _CANCEL_WAIT_S = 20
+FOLLOW_TIMEOUT_S = 60.0
 
 
 class State(StrEnum):
@@ -125,6 +127,21 @@ def get_message(context: typer.Context, name: MessageName) -> None:
         session.printer.say(event_line(event))
 
 
+@app.command("follow")
+def follow_message(
+    context: typer.Context,
+    name: MessageName,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to watch")] = FOLLOW_TIMEOUT_S,
+) -> None:
+    """Watch a message to its end; status 0 when it was sent to every recipient, else 1."""
+    session = session_of(context)
+    message = watch(session, name, timeout_s)
+    if session.printer.is_json:
+        session.printer.json(MessageToDict(message))
+    if not is_sent(message):
+        raise typer.Exit(FAILED)
+
+
 @app.command("cancel")
 def cancel_message(
     context: typer.Context,
@@ -159,6 +176,31 @@ def _report_cancelled(operation: Operation, printer: Printer) -> None:
     printer.say(f"Cancelled {result.cancelled_count}, too late for {result.too_late_count}")
     if not result.cancelled_count:
         raise typer.Exit(FAILED)
+
+
+def watch(session: Session, identifier: str, timeout_s: float) -> Message:
+    """Print each event of a message as it happens, until it is over; DeadlineError when that takes too long."""
+    printer = session.printer
+    events = follow(session.client, session.name("messages", identifier), timeout_s)
+    message = _print_to_the_end(printer, events)
+    state = enum_text(message, "state")
+    if is_sent(message):
+        printer.say(f"{state.capitalize()} to {', '.join(one.address for one in message.recipients)}", "green")
+        return message
+    printer.say(f"{state.capitalize()}:", "red")
+    for recipient in message.recipients:
+        printer.say(f"  {recipient.address}: {enum_text(recipient, 'state')} {reply_text(recipient)}")
+    printer.say(f"`postroad messages get {short(message.name)}` shows all of it")
+    return message
+
+
+def _print_to_the_end(printer: Printer, events: Generator[DeliveryEvent, None, Message]) -> Message:
+    while True:
+        try:
+            printer.say(f"  {event_line(next(events))}")
+        except StopIteration as end:
+            message: Message = end.value
+            return message
 
 
 def event_line(event: DeliveryEvent) -> str:

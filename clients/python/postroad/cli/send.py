@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -13,15 +12,11 @@ import typer
 from google.protobuf.json_format import MessageToDict
 
 from postroad.cli.connection import SmtpSettings
-from postroad.cli.messages import event_line, is_sent, reply_text
-from postroad.cli.output import Printer, enum_text, short
+from postroad.cli.messages import FOLLOW_TIMEOUT_S, is_sent, watch
 from postroad.cli.problems import FAILED, NOT_CONFIGURED, CommandError
-from postroad.cli.session import Session, session_of
+from postroad.cli.session import session_of
 from postroad.cli.submission import canonical, compose, submit
-from postroad.control.v1.message_pb2 import DeliveryEvent, Message
-from postroad.sdk import follow
 
-_FOLLOW_TIMEOUT_S = 60.0
 _NO_SERVER = "no SMTP server is known"
 _NO_SERVER_ADVICE = "Run `postroad up`, or set POSTROAD_SMTP_SERVER, POSTROAD_SMTP_USERNAME and POSTROAD_SMTP_PASSWORD"
 
@@ -39,7 +34,7 @@ def send(
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, max=10_000, help="So many copies")] = 1,
     follow_: Annotated[bool, typer.Option("--follow/--no-follow", help="Watch to the end")] = True,
-    timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to watch")] = _FOLLOW_TIMEOUT_S,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to watch")] = FOLLOW_TIMEOUT_S,
     implicit_tls: Annotated[bool, typer.Option("--implicit-tls", help="The SMTPS port instead of STARTTLS")] = False,
 ) -> None:
     """Submit a message over SMTP with TLS and AUTH, and watch it until it is sent.
@@ -66,7 +61,10 @@ def send(
         for one in ids:
             session.printer.say(f"Accepted {one}")
         return
-    messages = [_watch(session, one, timeout_s) for one in ids]
+    messages = []
+    for one in ids:
+        session.printer.say(f"Accepted {one}", "bold")
+        messages.append(watch(session, one, timeout_s))
     if session.printer.is_json:
         session.printer.json({"messages": [MessageToDict(message) for message in messages]})
     if not all(is_sent(message) for message in messages):
@@ -85,31 +83,6 @@ def smtp_settings(found: SmtpSettings) -> SmtpSettings:
         password=os.environ.get("POSTROAD_SMTP_PASSWORD") or found.password,
         ca_file=Path(ca_file) if ca_file else found.ca_file,
     )
-
-
-def _watch(session: Session, identifier: str, timeout_s: float) -> Message:
-    printer = session.printer
-    printer.say(f"Accepted {identifier}", "bold")
-    events = follow(session.client, session.name("messages", identifier), timeout_s)
-    message = _print_to_the_end(printer, events)
-    state = enum_text(message, "state")
-    if is_sent(message):
-        printer.say(f"{state.capitalize()} to {', '.join(one.address for one in message.recipients)}", "green")
-        return message
-    printer.say(f"{state.capitalize()}:", "red")
-    for recipient in message.recipients:
-        printer.say(f"  {recipient.address}: {enum_text(recipient, 'state')} {reply_text(recipient)}")
-    printer.say(f"`postroad messages get {short(message.name)}` shows all of it")
-    return message
-
-
-def _print_to_the_end(printer: Printer, events: Generator[DeliveryEvent, None, Message]) -> Message:
-    while True:
-        try:
-            printer.say(f"  {event_line(next(events))}")
-        except StopIteration as end:
-            message: Message = end.value
-            return message
 
 
 def _read(file: Path) -> bytes:

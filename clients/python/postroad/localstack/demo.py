@@ -20,6 +20,7 @@ from postroad.control.v1.credential_service_pb2 import (
     GetSmtpCredentialRequest,
     RotateSmtpCredentialRequest,
 )
+from postroad.control.v1.node_service_pb2 import GetNodePoolRequest, UpdateNodePoolRequest
 from postroad.control.v1.provider_pb2 import Provider, SmtpProvider
 from postroad.control.v1.provider_service_pb2 import (
     CreateProviderRequest,
@@ -61,6 +62,7 @@ async def make_demo(client: AsyncClient, inbox_port: int) -> DemoCredential:
         await client.routing_rules.CreateRoutingRule(
             CreateRoutingRuleRequest(parent=ACCOUNT, routing_rule_id="default", routing_rule=rule)
         )
+    await _lift_address_limit(client)
     return await _credential(client)
 
 
@@ -75,6 +77,14 @@ async def point_inbox(client: AsyncClient, inbox_port: int) -> None:
     await client.providers.UpdateProvider(
         UpdateProviderRequest(provider=provider, update_mask=FieldMask(paths=["smtp.endpoints"]))
     )
+
+
+async def _lift_address_limit(client: AsyncClient) -> None:
+    """No limit of connections an address: on this machine all applications come from the same one."""
+    pool = await client.nodes.GetNodePool(GetNodePoolRequest(name="nodePools/default"))
+    pool.submission_limits.address_connections_per_minute = 0
+    mask = FieldMask(paths=["submission_limits.address_connections_per_minute"])
+    await client.nodes.UpdateNodePool(UpdateNodePoolRequest(node_pool=pool, update_mask=mask))
 
 
 async def _credential(client: AsyncClient) -> DemoCredential:

@@ -189,6 +189,7 @@ BY_REASON: Mapping[str, type[PostroadError]] = {
     "DATABASE_UNAVAILABLE": UnavailableError,
     "DRAINING": UnavailableError,
     "DEADLINE_TOO_SHORT": DeadlineError,
+    "METHOD_UNKNOWN": UnimplementedError,
     "INTERNAL": InternalError,
 }
 
