@@ -213,6 +213,7 @@ async def running_api(database: Database, **parts: Any) -> AsyncIterator[ApiStac
     finally:
         api.drain()
         signal.ring()
-        await channel.close()
-        await server.stop(None)
-        await pool.close()
+        async with asyncio.timeout(15):
+            await channel.close()
+            await server.stop(None)
+            await pool.close()
