@@ -133,7 +133,7 @@ def main() -> int:
         arguments.sessions,
         arguments.size,
         not arguments.reconnect,
-        "app@example.com",
+        "app@bench.example.org",
         "someone@example.net",
     )
     try:
