@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dataplane.core.config import HeaderCondition, Rule, Target
 from dataplane.core.routing import MessageRouter, compile_glob, compile_rules, matches_glob, may_match, route
 
-_DOMAINS = ["a.b", "c.a.b", "x.c.a.b", "b", "d.e"]
+_DOMAINS = ["a.b", "c.a.b", "d.e"]
 _ADDRESSES = [f"{local}@{domain}" for local in ("p", "Q") for domain in _DOMAINS]
 _PATTERNS = [address.lower() for address in _ADDRESSES] + [f"@{d}" for d in _DOMAINS] + [f"*.{d}" for d in _DOMAINS]
 _GLOB_TEXT = st.text("ab*?", max_size=8)
@@ -21,11 +21,11 @@ _RULES = st.lists(
         name=st.text("rst", min_size=1, max_size=3),
         priority=st.integers(0, 3),
         targets=st.just((Target("providers/a"),)),
-        sender_patterns=st.lists(st.sampled_from([*_PATTERNS, "<>"]), max_size=9).map(tuple),
-        recipient_patterns=st.lists(st.sampled_from(_PATTERNS), max_size=9).map(tuple),
-        headers=st.lists(_CONDITIONS, max_size=2).map(tuple),
-        min_size_bytes=st.integers(0, 5),
-        max_size_bytes=st.integers(0, 5),
+        sender_patterns=st.lists(st.sampled_from([*_PATTERNS, "<>"]), max_size=3).map(tuple),
+        recipient_patterns=st.lists(st.sampled_from(_PATTERNS), max_size=3).map(tuple),
+        headers=st.one_of(st.just(()), st.lists(_CONDITIONS, max_size=2).map(tuple)),
+        min_size_bytes=st.integers(0, 2),
+        max_size_bytes=st.integers(0, 3),
     ),
     max_size=12,
     unique_by=lambda rule: rule.name,
@@ -77,7 +77,7 @@ def rule_holds(rule: Rule, sender: str, recipient: str, size_bytes: int, headers
     _RULES,
     st.sampled_from([*_ADDRESSES, ""]),
     st.lists(st.sampled_from(_ADDRESSES), min_size=1, max_size=4),
-    st.integers(0, 6),
+    st.integers(0, 3),
     _HEADERS,
 )
 def test_compiled_and_naive_routing_agree(
