@@ -44,7 +44,7 @@ from controlplane.adapters.pki import CertificateAuthority, PkiError, load_autho
 from controlplane.adapters.postgres.database import PostgresDatabase, open_api_pool
 from controlplane.adapters.postgres.feed import ChangeFeed
 from controlplane.adapters.postgres.fleet import PostgresFleet
-from controlplane.adapters.postgres.fleet_database import FleetDatabase, open_pool
+from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase, open_pool
 from controlplane.adapters.postgres.leader import PostgresJobs, PostgresLeadership
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.migrate import load_migrations, schema_problems
@@ -230,7 +230,7 @@ class _ControlPlane:
         while not stop.is_set():
             try:
                 problems = await self._schema_problems()
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except CONNECTION_ERRORS as error:
                 if not said:
                     self._log.warning("database.unreachable", error=type(error).__name__)
                 said = True

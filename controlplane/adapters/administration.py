@@ -28,7 +28,7 @@ from controlplane.adapters.pki import (
 )
 from controlplane.adapters.postgres import migrate
 from controlplane.adapters.postgres.database import PostgresDatabase, open_api_pool
-from controlplane.adapters.postgres.fleet_database import FleetDatabase, open_pool
+from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase, open_pool
 from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.signal import PostgresLedgerSignal
 from controlplane.adapters.sealing import Keyring, KeyringError
@@ -164,5 +164,5 @@ def _run(work: Coroutine[Any, Any, Answer]) -> Answer:
         raise AdministrationError(f"{error}: make further keys with it, or reset it in the database") from error
     except (migrate.MigrationError, KeyringError, PkiError, ControlPlaneError) as error:
         raise AdministrationError(str(error)) from error
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except CONNECTION_ERRORS as error:
         raise AdministrationError(f"the database: {str(error) or type(error).__name__}") from error

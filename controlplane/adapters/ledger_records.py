@@ -120,26 +120,26 @@ class RecordRows:
                 raise RecordError("BAD_EVENT", f"an event of type {event.type}")
 
     def _add_accepted(self, message_id: UUID, account: str, record: LedgerRecord) -> None:
-        text, accepted, raw_id = self._text, record.accepted, record.message_id
+        accepted, raw_id = record.accepted, record.message_id
         self.messages.append(
-            (
+            self._row(
                 message_id,
                 account,
                 accepted.accept_time_ms,
-                text(accepted.sender),
+                accepted.sender,
                 accepted.size_bytes,
-                text(accepted.header_message_id),
-                text(accepted.subject),
-                text(accepted.credential),
-                text(accepted.client_address),
-                text(accepted.client_helo),
-                text(accepted.client_tls),
-                text(accepted.session),
+                accepted.header_message_id,
+                accepted.subject,
+                accepted.credential,
+                accepted.client_address,
+                accepted.client_helo,
+                accepted.client_tls,
+                accepted.session,
             )
         )
         time_ms = accepted.accept_time_ms
         for index, address in enumerate(accepted.recipients):
-            row = [message_id, index, account, text(address), _QUEUED, 0, 0, time_ms, 0, "", "", ""]
+            row = [message_id, index, account, self._text(address), _QUEUED, 0, 0, time_ms, 0, "", "", ""]
             self.accepted[(raw_id, index)] = row
 
     def _change(self, key: Key, row: list[Any]) -> None:
@@ -158,8 +158,7 @@ class RecordRows:
         rows[key] = row
 
     def _event_row(self, message_id: UUID, account: str, index: int, event: AttemptEvent) -> tuple[Any, ...]:
-        text = self._text
-        return (
+        return self._row(
             message_id,
             index,
             account,
@@ -167,27 +166,31 @@ class RecordRows:
             event.time_ms,
             event.attempt,
             event.bundle_revision,
-            text(event.rule),
-            text(event.provider),
-            text(event.remote_host),
-            text(event.tls),
+            event.rule,
+            event.provider,
+            event.remote_host,
+            event.tls,
             event.reply_code,
-            text(event.enhanced_code),
-            text(event.reply_text),
+            event.enhanced_code,
+            event.reply_text,
             event.queued_ms,
             event.waiting_ms,
             event.connecting_ms,
             event.transferring_ms,
         )
 
-    def _outcome(self, event: AttemptEvent | None) -> tuple[int, str, str, str]:
+    def _outcome(self, event: AttemptEvent | None) -> tuple[Any, ...]:
         if event is None:
             return (0, "", "", "")
-        text = self._text
-        return (event.reply_code, text(event.enhanced_code), text(event.reply_text), text(event.provider))
+        return self._row(event.reply_code, event.enhanced_code, event.reply_text, event.provider)
 
     def _result(self, result: CommandResult) -> tuple[str, int, int, str]:
         return (result.command, result.changed_count, result.too_late_count, self._text(result.error))
+
+    def _row(self, *values: Any) -> tuple[Any, ...]:
+        if self.is_clean:
+            return tuple(self._text(value) if isinstance(value, str) else value for value in values)
+        return values
 
     def _text(self, text: str) -> str:
         if self.is_clean:

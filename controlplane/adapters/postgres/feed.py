@@ -17,6 +17,8 @@ from typing import Any
 
 import asyncpg
 
+from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS
+
 CHANNELS = ("postroad_config", "postroad_denials", "postroad_commands")
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -71,7 +73,7 @@ class ChangeFeed:
                 connection.add_termination_listener(self._wake)
                 for channel in CHANNELS:
                     await connection.add_listener(channel, self._wake)
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except CONNECTION_ERRORS as error:
             self._report("listen", error)
             if self._connection is not None:
                 self._connection.terminate()

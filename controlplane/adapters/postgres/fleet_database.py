@@ -26,6 +26,15 @@ from controlplane.domain.errors import Reason, UnavailableError
 Observer = Callable[[str, float, bool], None]
 """Told of each transaction: its name, its seconds, whether it failed."""
 
+# What connecting and asking outside a transaction can raise. asyncpg says InternalClientError when a connection dies
+# between two steps of its own.
+CONNECTION_ERRORS = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 AWAY = (
     OSError,
     TimeoutError,
@@ -116,6 +125,6 @@ class FleetDatabase:
         try:
             async with asyncio.timeout(_ROLLBACK_TIMEOUT_S):
                 await connection.execute("ROLLBACK")
-        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except CONNECTION_ERRORS:
             return False
         return True

@@ -14,11 +14,10 @@ from typing import Any
 
 import asyncpg
 
-from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase
 
 _LOCK = 0x706F73746C656164  # "postlead"
 _TIMEOUT_S = 5.0
-_AWAY = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
 class PostgresLeadership:
@@ -37,7 +36,7 @@ class PostgresLeadership:
                         self._dsn, server_settings={"application_name": "postroad-leader"}
                     )
                 held: bool = await self._connection.fetchval("SELECT pg_try_advisory_lock($1)", _LOCK)
-        except _AWAY:
+        except CONNECTION_ERRORS:
             self._drop()
             return False
         if not held:
@@ -52,7 +51,7 @@ class PostgresLeadership:
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 await self._connection.fetchval("SELECT 1")
-        except _AWAY:
+        except CONNECTION_ERRORS:
             self._drop()
             return False
         return True
@@ -61,7 +60,7 @@ class PostgresLeadership:
         """As the port says."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            with contextlib.suppress(*_AWAY):
+            with contextlib.suppress(*CONNECTION_ERRORS):
                 await connection.close(timeout=_TIMEOUT_S)
 
     def _drop(self) -> None:

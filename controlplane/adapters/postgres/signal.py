@@ -14,6 +14,8 @@ from typing import Any
 
 import asyncpg
 
+from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS
+
 CHANNEL = "postroad_ledger"
 _RECONNECT_S = 2.0
 _CONNECT_TIMEOUT_S = 10.0
@@ -46,7 +48,7 @@ class PostgresLedgerSignal:
         while True:
             try:
                 await self._listen()
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            except CONNECTION_ERRORS:
                 self.wake()
             await asyncio.sleep(_RECONNECT_S)
 
