@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from typing import Any
 
@@ -176,7 +176,9 @@ class PostgresDatabase:
         finally:
             # Cancelled or doubtful: what the connection is in the middle of is not known.
             if not clean:
-                connection.terminate()
+                # One that the server closed is out of the pool already, and says so.
+                with suppress(asyncpg.InterfaceError):
+                    connection.terminate()
             await self._pool.release(connection)
 
 
