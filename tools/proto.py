@@ -118,9 +118,7 @@ def check() -> int:
         fresh = Path(scratch)
         generate_into(fresh)
         differing = sorted(
-            name
-            for name in generated_files(fresh) | generated_files(CLIENT)
-            if not _same(fresh / name, CLIENT / name)
+            name for name in generated_files(fresh) | generated_files(CLIENT) if not _same(fresh / name, CLIENT / name)
         )
     for name in differing:
         print(f"clients/python/{name} is not what proto/ says; run `make proto`")

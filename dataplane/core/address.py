@@ -135,9 +135,7 @@ def _parse_unusual(text: str, *, smtputf8: bool) -> Mailbox:
     if not at or not written or not domain_text:
         raise AddressError("the address must read local@domain")
     local = _parse_local(written)
-    domain = (
-        _parse_literal(domain_text) if domain_text[0] == "[" else parse_domain(domain_text, smtputf8=smtputf8)
-    )
+    domain = _parse_literal(domain_text) if domain_text[0] == "[" else parse_domain(domain_text, smtputf8=smtputf8)
     canonical = f"{_write_local(local)}@{domain}"
     if len(canonical.encode()) > MAX_MAILBOX_OCTETS:
         raise AddressError("the address is too long")
@@ -215,12 +213,7 @@ def _parse_label(label: str) -> str:
 def _encode_label(label: str) -> str:
     """Return the A-label of a label with other letters (RFC 5891, 5.3 to 5.4, without contextual rules)."""
     mapped = unicodedata.normalize("NFC", label.lower())
-    if (
-        mapped[0] == "-"
-        or mapped[-1] == "-"
-        or mapped[2:4] == "--"
-        or unicodedata.category(mapped[0])[0] == "M"
-    ):
+    if mapped[0] == "-" or mapped[-1] == "-" or mapped[2:4] == "--" or unicodedata.category(mapped[0])[0] == "M":
         raise AddressError("the domain is malformed")
     if not all(_is_label_char(char) for char in mapped):
         raise AddressError("the domain holds characters that are not taken")

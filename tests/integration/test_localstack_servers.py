@@ -104,9 +104,7 @@ def test_postgres_does_not_run_as_root(postgres: PostgresServer) -> None:
 
 
 @pytest.mark.parametrize("kind", [PostgresServer, ValkeyServer])
-def test_taken_port_is_named(
-    kind: type[PostgresServer | ValkeyServer], passable_folder: Path, taken_port: int
-) -> None:
+def test_taken_port_is_named(kind: type[PostgresServer | ValkeyServer], passable_folder: Path, taken_port: int) -> None:
     server = kind(passable_folder / "data", taken_port)
     with pytest.raises(LocalStackError, match=f"port {taken_port} .* is taken"):
         server.start()

@@ -11,9 +11,7 @@ from tools.import_gate import GateContract
 def _graph(*imports: tuple[str, str]) -> ImportGraph:
     graph = ImportGraph()
     for importer, imported in imports:
-        graph.add_import(
-            importer=importer, imported=imported, line_number=1, line_contents=f"import {imported}"
-        )
+        graph.add_import(importer=importer, imported=imported, line_number=1, line_contents=f"import {imported}")
     return graph
 
 
