@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from controlplane.domain.errors import invalid
@@ -30,6 +30,7 @@ _LEAST_FINISHED_FIRST = (
 )
 _POSITION = re.compile(r"([0-9]{1,19})-([0-9]{1,18})")
 _LAST_MS = (1 << 48) - 1
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 LEAST_ID = "00000000-0000-0000-0000-000000000000"
 
 
@@ -157,8 +158,13 @@ def message_state(states: Iterable[State]) -> State:
     return next((state for state in _LEAST_FINISHED_FIRST if state in present), State.QUEUED)
 
 
+def milliseconds_at(time: datetime) -> int:
+    """Return the milliseconds since 1970, rounded down; exactly, which floats are not."""
+    return (time - _EPOCH) // timedelta(milliseconds=1)
+
+
 def first_id_at(time: datetime) -> str:
     """Return the least id of the millisecond in which `time` lies."""
-    milliseconds = min(max(int(time.timestamp() * 1000), 0), _LAST_MS)
+    milliseconds = min(max(milliseconds_at(time), 0), _LAST_MS)
     text = f"{milliseconds:012x}" + "0" * 20
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

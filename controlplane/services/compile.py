@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from controlplane.domain import names
 from controlplane.domain.errors import InvalidArgumentError, Reason, Violation
+from controlplane.domain.messages import milliseconds_at
 from controlplane.domain.resources import Account, NodePool, Provider, RoutingRule, SmtpCredential
 from controlplane.ports import BundleEncoder, Sealer, Work
 from dataplane.core import config
@@ -190,7 +191,7 @@ def _given(value: int | None, default: int) -> int:
 def _credential(credential: SmtpCredential) -> config.Credential:
     name = names.format_name(names.SMTP_CREDENTIAL, credential.account, credential.smtp_credential)
     expire = credential.expire_time
-    return config.Credential(name, credential.secret_sha256, 0 if expire is None else int(expire.timestamp() * 1000))
+    return config.Credential(name, credential.secret_sha256, 0 if expire is None else milliseconds_at(expire))
 
 
 def rule_config(rule: RoutingRule) -> config.Rule:

@@ -72,8 +72,14 @@ async def open_api_pool(
         max_size=connections,
         timeout=connect_timeout_s,
         command_timeout=statement_timeout_s + 1,
+        # Settings end with their transaction, and every transaction ends: nothing to reset, and a round trip saved.
+        reset=_leave_as_it_is,
         server_settings={"application_name": "postroad-api", **{name: str(ms) for name, ms in limits_ms.items()}},
     )
+
+
+async def _leave_as_it_is(connection: asyncpg.Connection[Any]) -> None:
+    del connection
 
 
 class PostgresWork:
