@@ -207,6 +207,7 @@ class Client:
         self._tls_verified = verified
         self._reader = ReplyReader()
         self._capabilities = {}
+        self._pipelining = False
         return self._say_ehlo()
 
     def begin(self, transaction: Transaction) -> Signal:

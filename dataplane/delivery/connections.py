@@ -56,7 +56,11 @@ class Job(Protocol):
 
 
 class Pools:
-    """All pools of a worker. `on_usable` hears the name of a provider that was dead and is not any more."""
+    """All pools of a worker.
+
+    `on_usable` hears the name of a provider that was dead and is not any more, `on_broken` of an error of ours that
+    left a job without an end: only a new start of the worker gets it out of `sending`.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class Pools:
         self.counters = counters
         self.log = log
         self.on_usable: Callable[[str], None] = lambda _: None  # set by who schedules
+        self.on_broken: Callable[[BaseException], None] = lambda _: None  # set by who can end the worker
         self._pools: dict[str, Pool] = {}
         self._connection_limit = connection_limit
         self._tasks: set[asyncio.Task[None]] = set()
@@ -110,7 +115,12 @@ class Pools:
         """Run a dial as a task of ours."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._dial_ended)
+
+    def _dial_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.on_broken(error)
 
     def connection_closed(self, pool: Pool) -> None:
         """Give the place to whoever waits for one, and forget a pool that nothing is known of."""
@@ -382,7 +392,10 @@ class Pool:
             self._lines[0].appendleft(job)
             self.pump()
         else:
-            job.done(connection, verdicts)
+            try:
+                job.done(connection, verdicts)
+            except Exception as error:  # noqa: BLE001 - nobody up the stack knows that an outcome was lost
+                self._pools.on_broken(error)
         if connection.reusable:
             self._feed(connection)
 

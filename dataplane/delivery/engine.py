@@ -113,6 +113,7 @@ class DeliveryEngine:
             spool, self._settler, concluder, self.counters, log, self.moment, random, self._dispatcher.retry_policy
         )
         self._pools.on_usable = self._scheduler.release
+        self._pools.on_broken = self._fail
         self._dispatcher.follower = Follower(
             self._scheduler.wake, self._scheduler.expect, self._place_free, self._window_free
         )
@@ -317,7 +318,11 @@ class DeliveryEngine:
         self._scheduler.nudge()
 
     def _scheduler_ended(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None and not self.failed.done():
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.failed.done():
             self.failed.set_exception(error)
 
 

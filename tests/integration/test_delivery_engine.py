@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from dataplane.core.config import Denials, RetryPolicy
+from dataplane.core.envelope import RecipientRow
 from dataplane.core.queue import State
 from support.delivery import ACCOUNT, CONTENT, KEY_A, A, B, Bench, delivery_bench
 from support.next_hop import STALL, Behaviour, next_hop
@@ -370,6 +373,57 @@ async def test_a_changed_provider_is_used_by_the_next_message() -> None:
         assert (len(old.messages), len(new.messages)) == (1, 1)
 
 
+async def test_a_changed_provider_ends_idle_connections_at_once_and_busy_ones_after_their_message() -> None:
+    async with next_hop() as old, next_hop() as new, delivery_bench() as bench:
+        bench.config.add_provider(A, old.port, max_connections=1)
+        bench.config.route_to(A)
+
+        def change_then_accept(_: int) -> bytes:
+            bench.config.add_provider(A, new.port, max_connections=1)
+            bench.engine.config_changed()
+            return b"250 ok\r\n"
+
+        old.behaviour.final = change_then_accept
+        await bench.submit()
+        await bench.submit()
+        await bench.events_come(2)
+        assert (len(old.messages), len(new.messages)) == (1, 1)
+        await bench.until(lambda: "QUIT" in old.commands)
+        bench.config.add_provider(A, old.port)
+        bench.engine.config_changed()
+        await bench.until(lambda: "QUIT" in new.commands)
+
+
+async def test_a_queued_message_that_is_read_back_at_once_is_told_once() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        envelope = bench.envelope()
+        row = RecipientRow(0, "b@example.net", State.QUEUED, 0, bench.clock.wall_ms(), 0, KEY_A)
+        await bench.spool.accept(envelope, CONTENT, [row])
+        bench.engine.queued(envelope, [row])
+        await bench.events_come(1)
+        bench.clock.advance(1.0)
+        bench.engine._reporter.look()
+        assert [record.accepted is envelope for record in bench.records] == [True]
+
+
+async def test_a_message_read_back_while_its_record_is_on_its_way_is_told_once() -> None:
+    async with delivery_bench(start=False) as bench:
+        bench.config.route_to(A, recipients=("@nobody.test",))
+        envelope = bench.envelope()
+        row = RecipientRow(0, "b@example.net", State.QUEUED, 0, bench.clock.wall_ms(), 0, KEY_A)
+        await bench.spool.accept(envelope, CONTENT, [row])
+        stored = await bench.spool.load(envelope.message_id)
+        assert stored is not None
+        bench.engine.queued(envelope, [row])
+        bench.clock.advance(1.0)
+        bench.engine._reporter.look()
+        bench.engine.take(stored, [row])
+        assert [record.accepted is not None for record in bench.records] == [True, False]
+        assert bench.types() == ["FAILED"]
+
+
 async def test_a_key_whose_provider_left_the_rules_is_routed_anew() -> None:
     refusing = Behaviour(mail=lambda _: b"451 later\r\n")
     async with next_hop(refusing) as first, next_hop() as second, delivery_bench() as bench:
@@ -472,3 +526,34 @@ async def test_without_any_configuration_nothing_fails_and_nothing_is_sent() -> 
         bench.engine.config_changed()
         (event,) = await bench.events_come(1)
         assert event.type.name == "SENT"
+
+
+async def test_an_error_of_ours_in_an_outcome_ends_the_engine_instead_of_leaving_mail_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+
+        def broken(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(bench.engine._dispatcher, "_conclude", broken)
+        await bench.submit()
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(asyncio.shield(bench.engine.failed), 10)
+
+
+async def test_one_worker_never_opens_more_connections_than_its_limit_and_everybody_is_served() -> None:
+    async with next_hop() as first, next_hop() as second, delivery_bench() as bench:
+        bench.engine._pools._connection_limit = 2
+        bench.config.add_provider(A, first.port)
+        bench.config.add_provider(B, second.port)
+        peak = 0
+        for number in range(20):
+            bench.config.route_to(A if number % 2 else B)
+            await bench.submit()
+            peak = max(peak, bench.engine.counters.connections_now)
+        await bench.events_come(20)
+        assert peak <= 2
+        assert (len(first.messages), len(second.messages)) == (10, 10)

@@ -106,6 +106,13 @@ def test_capabilities_learnt_in_clear_are_forgotten_by_starttls(cut: Cutter) -> 
     assert played.signals == [Signal.START_TLS, Signal.READY]
 
 
+def test_what_was_learnt_in_clear_does_not_survive_a_server_that_knows_no_ehlo_under_tls(cut: Cutter) -> None:
+    steps = [*OPEN, C(b"STARTTLS\r\n"), S(b"220 go\r\n"), Tls(verified=False), C(b"EHLO relay.test\r\n")]
+    steps += [S(b"502 what\r\n"), C(b"HELO relay.test\r\n"), S(b"250 hello\r\n")]
+    steps += [Begin(transaction()), C(b"MAIL FROM:<a@example.com>\r\n")]
+    play(steps, policy=TlsPolicy.REQUIRED, cut=cut)
+
+
 @pytest.mark.parametrize("injected", [b"250 injected\r\n", b"2", EHLO_ALL])
 @pytest.mark.parametrize("policy", [TlsPolicy.OPPORTUNISTIC, TlsPolicy.REQUIRED_VERIFIED])
 def test_plaintext_behind_the_reply_to_starttls_closes(cut: Cutter, injected: bytes, policy: TlsPolicy) -> None:
@@ -555,6 +562,22 @@ def test_cut_after_the_dot_is_uncertain_unless_the_dot_never_left(cut: Cutter) -
         assert client.lost("closed", dot_may_have_left=dot_may_have_left) is Signal.DONE
         assert client.outcome is not None
         assert client.outcome[0].kind is kind
+
+
+@pytest.mark.parametrize(("used", "kind"), [(False, VerdictKind.PERMANENT), (True, VerdictKind.INTERRUPTED)])
+@pytest.mark.parametrize("end", ["lost", "421"])
+def test_a_refusal_that_nothing_confirmed_counts_on_a_fresh_connection_only(
+    cut: Cutter, end: str, *, used: bool, kind: VerdictKind
+) -> None:
+    steps = [*OPEN, *(deliver_one() if used else []), Begin(BOTH), C(TWO), S(OK + b"550 5.1.1 who\r\n")]
+    client = play(steps, cut=cut).client
+    if end == "lost":
+        client.lost("closed")
+    else:
+        client.receive(b"421 bye\r\n")
+        kind = VerdictKind.TEMPORARY if used else kind
+    assert client.outcome is not None
+    assert client.outcome[0].kind is kind
 
 
 def test_a_recipient_refused_before_the_cut_after_the_dot_stays_refused(cut: Cutter) -> None:

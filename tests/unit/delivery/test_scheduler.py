@@ -43,6 +43,7 @@ class Destination:
     taken: list[str] = field(default_factory=list)
     park_ms: int = 0
     open: bool = True
+    when_parking: Callable[[], None] = lambda: None
 
     def room(self, queue_key: str) -> int:
         return self.rooms.get(queue_key, 1)
@@ -52,7 +53,9 @@ class Destination:
 
     def take(self, stored: StoredMessage, rows: Sequence[RecipientRow]) -> Taken:
         if self.park_ms:
-            return Taken([], self.park_ms)
+            park_ms = self.park_ms
+            self.when_parking()
+            return Taken([], park_ms)
         self.taken.append(rows[0].queue_key)
         changes = [change(row, State.SENDING, new_attempt=row.attempt + 1) for row in rows]
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -148,6 +151,20 @@ async def test_a_parked_key_is_not_read_in_a_circle_and_a_wake_does_not_free_it(
         assert made.work.taken == []
         made.scheduler.release("providers/a")
         await made.until(lambda: len(made.work.taken) == 3)
+
+
+async def test_a_release_while_the_rows_are_read_is_not_lost() -> None:
+    async with bench() as made:
+        made.work.park_ms = made.clock.wall_ms() + 60_000
+
+        def recover() -> None:
+            made.work.park_ms = 0
+            made.scheduler.release("providers/a")
+
+        made.work.when_parking = recover
+        await made.put(ONE, 1)
+        await made.scheduler.start(lambda _: None)
+        await made.until(lambda: made.work.taken == [ONE])
 
 
 async def test_a_closed_window_stops_reading_and_a_nudge_goes_on() -> None:
