@@ -121,18 +121,7 @@ class Child:
 
     async def end_orphan(self) -> None:
         """End the process that a killed stack left behind, if there is one."""
-        try:
-            pid = int(self._pid_file.read_text(encoding="ascii"))
-        except (FileNotFoundError, ValueError):
-            return
-        # A second SIGTERM hurries a node; SIGKILL is safe for every program of ours.
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-            deadline = time.monotonic() + _ORPHAN_STEP_S
-            if self._is_ours(pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            while self._is_ours(pid) and time.monotonic() < deadline:  # noqa: ASYNC110 - no child of ours: nothing tells
-                await asyncio.sleep(_POLL_S)
+        await end_left_behind(self._pid_file, (str(self._layout.root), self._arguments[1]))
         self._pid_file.unlink(missing_ok=True)
 
     # --- inside ----------------------------------------------------------------------------------
@@ -140,11 +129,6 @@ class Child:
     @property
     def _pid_file(self) -> Path:
         return self._layout / "run" / f"{self.name}.pid"
-
-    def _is_ours(self, pid: int) -> bool:
-        """Whether process `pid` is this program over this very folder: pids are used again."""
-        words = command_line(pid)
-        return str(self._layout.root) in words and self._arguments[1] in words
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         log = self._layout.log(self.name)
@@ -154,12 +138,7 @@ class Child:
         self._log_start = os.fstat(descriptor).st_size
         try:
             return await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-IS",
-                str(_TETHER),
-                str(os.getpid()),
-                sys.executable,
-                *self._arguments,
+                *tethered(self._arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=descriptor,
                 stderr=descriptor,
@@ -197,6 +176,41 @@ class Child:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), _KILLED_WAIT_S)
         self._pid_file.unlink(missing_ok=True)
+
+
+def tethered(arguments: Sequence[str]) -> list[str]:
+    """The command for a Python program that ends when we do. To be started from the main thread only: the kernel
+    takes the thread for the parent.
+    """
+    return [sys.executable, "-IS", str(_TETHER), str(os.getpid()), sys.executable, *arguments]
+
+
+async def end_left_behind(pid_file: Path, words: Sequence[str]) -> None:
+    """End the process that a killed stack left in `pid_file`, if it is still that one: pids are used again, so its
+    command line must hold all `words`.
+    """
+    pid = _read_pid(pid_file)
+
+    def lives() -> bool:
+        line = "" if pid is None else command_line(pid)
+        return all(word in line for word in words)
+
+    # A second SIGTERM hurries a node; SIGKILL is safe for every program of ours.
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + _ORPHAN_STEP_S
+        if pid is not None and lives():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        while lives() and time.monotonic() < deadline:  # noqa: ASYNC110 - no child of ours: nothing tells
+            await asyncio.sleep(_POLL_S)
+
+
+def _read_pid(pid_file: Path) -> int | None:
+    """What the file says; None when there is none, or when it was cut off."""
+    try:
+        return int(pid_file.read_text(encoding="ascii"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:

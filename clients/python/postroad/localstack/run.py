@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,8 +128,17 @@ Postroad is up. Everything lives in {_shown(layout.root)}; Ctrl-C stops it, the 
 
 Send a mail:
 
-  .venv/bin/postroad send --to someone@example.net --subject hello
+  {_command()} send --to someone@example.net --subject hello
 """
+
+
+def _command() -> str:
+    """This very `postroad`, as it can be pasted here."""
+    program = Path(sys.executable).with_name("postroad")
+    on_path = shutil.which("postroad")
+    if on_path is not None and Path(on_path).resolve() == program.resolve():
+        return "postroad"
+    return _shown(program)
 
 
 def _shown(path: Path) -> str:

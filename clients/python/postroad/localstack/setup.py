@@ -22,7 +22,6 @@ import json
 import os
 import re
 import secrets
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ import yaml
 from postroad.control.v1.node_pb2 import Node
 from postroad.control.v1.node_service_pb2 import CreateNodeRequest, ResetNodeEnrollmentRequest
 from postroad.files import write_private
-from postroad.localstack.child import child_environment, tail
+from postroad.localstack.child import child_environment, end_left_behind, tail, tethered
 from postroad.localstack.database import API, DATABASE, FLEET, OWNER, ROLES, forget_first_key, prepare_database
 from postroad.localstack.errors import LocalStackError
 from postroad.localstack.layout import Layout
@@ -94,27 +93,34 @@ def keep_credential(layout: Layout, cluster: str, credential: dict[str, str]) ->
 # --- steps -------------------------------------------------------------------------------------
 
 
-async def database(layout: Layout, server: PostgresServer) -> None:
-    """Database and roles."""
-    cluster = cluster_id(server)
-    if layout.note("database") == cluster:
-        return
-    await _with_database(prepare_database(server, _passwords(layout)), server)
-    layout.keep_note("database", cluster)
+async def end_interrupted(layout: Layout) -> None:
+    """End the steps that a killed stack left running, so that nobody makes the same thing beside us."""
+    for pid_file in (layout / "run").glob("setup-*.pid"):
+        await end_left_behind(pid_file, (str(layout.root),))
 
 
-def write_settings(layout: Layout, ports: dict[str, int], postgres: PostgresServer, valkey: ValkeyServer) -> None:
-    """Settings of control plane and node, made anew at each start from what is the case; for people to read, too."""
-    (layout / NODE_ID).mkdir(mode=0o700, exist_ok=True)
+def write_controlplane_settings(layout: Layout, ports: dict[str, int], postgres: PostgresServer) -> None:
+    """The control plane's settings, made anew at each start from what is the case; for people to read, too."""
     write_private(controlplane_file(layout), _settings_text(_controlplane_settings(layout, ports, postgres)))
+
+
+def write_node_settings(layout: Layout, ports: dict[str, int], valkey: ValkeyServer) -> None:
+    """The node's settings, in the same way; Valkey has started, for its password stands in them."""
+    (layout / NODE_ID).mkdir(mode=0o700, exist_ok=True)
     write_private(node_file(layout), _settings_text(_node_settings(layout, ports, valkey)))
 
 
-def steps(layout: Layout, server: PostgresServer) -> Iterator[Step]:
-    """What is still to be done before the control plane can serve, in order."""
-    cluster = cluster_id(server)
+def certificate_steps(layout: Layout) -> Iterator[Step]:
+    """What is still to be done about keys and certificates; the control plane's settings are written."""
     if not _certificates_are_there(layout):
         yield "Keys and certificates", lambda: _certificates(layout)
+
+
+def database_steps(layout: Layout, server: PostgresServer) -> Iterator[Step]:
+    """What is still to be done about the database, in order; PostgreSQL runs."""
+    cluster = cluster_id(server)
+    if layout.note("database") != cluster:
+        yield "Database and roles", lambda: _database(layout, server)
     schema = f"{cluster} {_migrations_digest()}"
     if layout.note("schema") != schema:
         yield "Migrations", lambda: _migrate(layout, schema)
@@ -147,6 +153,11 @@ async def enroll(layout: Layout, server: PostgresServer, client: AsyncClient) ->
         {"POSTROAD_ENROLL_TOKEN": node.enrollment_token},
     )
     layout.keep_note("enrolled", cluster_id(server))
+
+
+async def _database(layout: Layout, server: PostgresServer) -> None:
+    await _with_database(prepare_database(server, _passwords(layout)), server)
+    layout.keep_note("database", cluster_id(server))
 
 
 async def _certificates(layout: Layout) -> None:
@@ -282,12 +293,12 @@ async def _run(
 
     What it prints goes to the log, or, with `capture`, is returned and written nowhere: it may be a secret.
     """
+    pid_file = layout / "run" / f"setup-{name}.pid"
     log = layout.log(name)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *arguments,
+            *tethered(arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE if capture else descriptor,
             stderr=descriptor,
@@ -298,11 +309,14 @@ async def _run(
     finally:
         os.close(descriptor)
     try:
+        pid_file.write_text(str(process.pid), encoding="ascii")
         printed, _ = await process.communicate()
     except asyncio.CancelledError:
         process.kill()
         await process.wait()
         raise
+    finally:
+        pid_file.unlink(missing_ok=True)
     if process.returncode != 0:
         raise LocalStackError(
             f"`python {' '.join(arguments)}` ended with status {process.returncode}; the end of {log}:\n{tail(log)}",

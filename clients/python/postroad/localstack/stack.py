@@ -5,7 +5,7 @@ can be cancelled at any moment. `keep_alive()` starts again whatever ends by its
 cancelled. `stop()` ends everything that runs: the node first, for it needs the others to report what it still finishes,
 the inbox last, for it takes what the node still delivers.
 
-    start: PostgreSQL, Valkey and the inbox · database, migrations · keys, certificates · control plane · demo · node
+    start: PostgreSQL with migrations, Valkey, inbox, certificates · control plane · demo · node
     stop:  node · control plane · Valkey · PostgreSQL · inbox
 """
 
@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,12 +100,15 @@ class Stack:
         """Bring everything up. See the module."""
         for child in (self._node, self._controlplane, self._inbox):
             await child.end_orphan()
+        await setup.end_interrupted(self._layout)
         self._check_ports()
+        setup.write_controlplane_settings(self._layout, self._ports, self._postgres)
         async with _together() as group:
-            group.create_task(self._start("PostgreSQL", self._start_postgres()))
+            group.create_task(self._prepare_database())
             group.create_task(self._start("Valkey", self._databases[1].start()))
             group.create_task(self._start("Inbox", self._inbox.start()))
-        await self._configure()
+            group.create_task(self._do(setup.certificate_steps(self._layout)))
+        setup.write_node_settings(self._layout, self._ports, self._valkey)
         await self._start("Control plane", self._controlplane.start())
         async with self._client() as client:
             credential = await self._demo(client)
@@ -127,13 +130,12 @@ class Stack:
                     f"Stop the program that listens there, or choose another one: --port {name}=NUMBER (0: any free)",
                 )
 
-    async def _start_postgres(self) -> None:
-        await self._databases[0].start()
-        await setup.database(self._layout, self._postgres)
+    async def _prepare_database(self) -> None:
+        await self._start("PostgreSQL", self._databases[0].start())
+        await self._do(setup.database_steps(self._layout, self._postgres))
 
-    async def _configure(self) -> None:
-        setup.write_settings(self._layout, self._ports, self._postgres, self._valkey)
-        for what, step in setup.steps(self._layout, self._postgres):
+    async def _do(self, steps: Iterable[setup.Step]) -> None:
+        for what, step in steps:
             with self._progress.step(what):
                 await step()
 
