@@ -46,6 +46,7 @@ from dataplane.ports import (
 )
 
 WINDOW_BYTES = 64 * 1024 * 1024
+CONNECT_TIMEOUT_S = 30.0
 HANDED_OVER_LIMIT = 1_000  # messages just accepted that may wait for one provider
 UNROUTED_ROOM = 32  # messages a turn of a key whose provider is unknown: they are planned anew
 SCOUTS = 4  # messages a turn of a key whose provider is dead: they may have other targets
@@ -76,6 +77,7 @@ class DeliveryEngine:
         surroundings: Surroundings,
         *,
         window_bytes: int = WINDOW_BYTES,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
         transforms: tuple[Transform, ...] = NO_TRANSFORMS,
     ) -> None:
         spool, config, resolver, encode, clock, random, log, hostname = surroundings
@@ -89,7 +91,7 @@ class DeliveryEngine:
         self._retry_clock = RetryClock(clock.wall_ms(), clock.monotonic())
         self._denied: deque[tuple[MessageId, tuple[RecipientRow, ...]]] = deque(maxlen=DENIED_LIMIT)
         self._deadlines = Deadlines(clock)
-        transport = SmtpTransport(resolver, config, hostname, clock, self._deadlines)
+        transport = SmtpTransport(resolver, config, hostname, clock, self._deadlines, connect_timeout_s)
         self._pools = Pools(transport.open, clock, random, self.counters, log)
         self._settler = Settler(spool, self.counters, log)
         concluder = Concluder(encode)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import warnings
 from pathlib import Path
@@ -212,3 +213,22 @@ async def test_one_forbidden_address_forbids_the_endpoint(pki: RelayPki) -> None
         event = await deliver(bench)
         assert "may not be dialled" in event.reply_text
         assert hop.connections == 0
+
+
+async def test_an_address_that_does_not_answer_is_given_up_in_time_and_the_next_one_is_tried() -> None:
+    # A listener whose backlog is full answers no more handshakes: a black hole on loopback.
+    hole = socket.socket()
+    hole.bind(("127.0.0.1", 0))
+    hole.listen(0)
+    port = hole.getsockname()[1]
+    fillers = [socket.socket() for _ in range(4)]
+    for filler in fillers:
+        filler.setblocking(False)
+        filler.connect_ex(("127.0.0.1", port))
+    async with next_hop() as hop, delivery_bench(connect_timeout_s=0.2) as bench:
+        bench.config.add_provider(A, port, hop.port)
+        event = await deliver(bench)
+        assert event.type.name == "SENT"
+        assert event.remote_host.endswith(f":{hop.port}")
+    for opened in (*fillers, hole):
+        opened.close()

@@ -27,7 +27,6 @@ from dataplane.delivery.connection import Connection, ConnectionFailedError
 from dataplane.delivery.deadlines import Deadlines
 from dataplane.ports import Clock, ConfigView, Resolver
 
-CONNECT_TIMEOUT_S = 30.0
 HANDSHAKE_TIMEOUT_S = 30.0
 OPEN_TIMEOUT_S = 600.0
 RECENT_FAILURE_S = 60.0
@@ -69,8 +68,15 @@ class SmtpTransport:
     """Dials for the pools. `hostname` is what EHLO says; `config` opens passwords."""
 
     def __init__(
-        self, resolver: Resolver, config: ConfigView, hostname: str, clock: Clock, deadlines: Deadlines
+        self,
+        resolver: Resolver,
+        config: ConfigView,
+        hostname: str,
+        clock: Clock,
+        deadlines: Deadlines,
+        connect_timeout_s: float,
     ) -> None:
+        self.connect_timeout_s = connect_timeout_s
         self._resolver = resolver
         self._config = config
         self._hostname = hostname
@@ -194,7 +200,7 @@ class _Dial:
         loop = asyncio.get_running_loop()
         implicit = self._endpoint.implicit_tls
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S + (HANDSHAKE_TIMEOUT_S if implicit else 0)):
+            async with asyncio.timeout(self._transport.connect_timeout_s + (HANDSHAKE_TIMEOUT_S if implicit else 0)):
                 transport, _ = await loop.create_connection(
                     lambda: connection,
                     self._address,
