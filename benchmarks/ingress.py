@@ -47,6 +47,7 @@ class _Config:
     def __init__(self) -> None:
         self.settings = NodeSettings(account_messages_per_hour=0)
         self.denials = Denials()
+        self.loaded = True
         self.stale = False
         self._account = compile_account(_ACCOUNT)
         self._networks = compile_networks([("127.0.0.0/8", _ACCOUNT.name)])

@@ -64,7 +64,7 @@ async def stack(migrated_database: Database) -> AsyncIterator[ApiStack]:
         yield running
 
 
-def request_for(method: MethodDescriptor, account: str) -> Message:
+def request_for(method: MethodDescriptor, account: str) -> Any:
     """A request about what `account` owns, good enough to get past the shape of names."""
     request: Any = GetMessageClass(method.input_type)()
     name = name_for(method.name, account)

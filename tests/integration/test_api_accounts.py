@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -22,11 +23,11 @@ async def stack(migrated_database: Database) -> AsyncIterator[ApiStack]:
         yield running
 
 
-def create(account: str, request_id: str = "", **fields: object) -> service.CreateAccountRequest:
+def create(account: str, request_id: str = "", **fields: Any) -> service.CreateAccountRequest:
     return service.CreateAccountRequest(account_id=account, account=pb.Account(**fields), request_id=request_id)
 
 
-def update(account: pb.Account, *paths: str, **more: object) -> service.UpdateAccountRequest:
+def update(account: pb.Account, *paths: str, **more: Any) -> service.UpdateAccountRequest:
     return service.UpdateAccountRequest(account=account, update_mask=FieldMask(paths=paths), **more)
 
 

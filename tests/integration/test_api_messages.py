@@ -97,14 +97,15 @@ async def test_messages_are_listed_newest_first_in_pages(stack: ApiStack, client
     ids = [message_id(age_s) for age_s in (0, 10, 20, 86_400)]
     for one in ids:
         await add_message(stack, one, SENT)
-    found, token = [], ""
+    found: list[pb.Message] = []
+    token = ""
     for _ in range(2):
         request = service.ListMessagesRequest(parent="accounts/acme", page_size=2, page_token=token)
         page = await client.message("ListMessages", request)
-        found += [message.name.rsplit("/", 1)[1] for message in page.messages]
+        found += page.messages
         token = page.next_page_token
-    assert (found, token) == (ids, "")
-    assert len(page.messages[0].recipients) == 1
+    assert ([message.name.rsplit("/", 1)[1] for message in found], token) == (ids, "")
+    assert [len(message.recipients) for message in found] == [1] * len(ids)
 
 
 async def test_lists_are_narrowed_by_state_recipient_and_time(stack: ApiStack, client: Client) -> None:
@@ -146,7 +147,7 @@ class Watch:
     """A watch and what it said."""
 
     def __init__(self, client: Client, **fields: str) -> None:
-        stub = service_grpc.MessageServiceStub(client.channel)
+        stub: Any = service_grpc.MessageServiceStub(client.channel)
         request = service.WatchEventsRequest(parent="accounts/acme", **fields)
         self.call = stub.WatchEvents(request, metadata=client.metadata, timeout=20)
 
@@ -244,7 +245,7 @@ class Operations:
     """google.longrunning with a client's key."""
 
     def __init__(self, client: Client) -> None:
-        self._stub = operations_pb2_grpc.OperationsStub(client.channel)
+        self._stub = operations_pb2_grpc.OperationsStub(client.channel)  # type: ignore[no-untyped-call]  # Google's, untyped
         self._metadata = client.metadata
 
     async def get(self, name: str) -> Any:
@@ -295,7 +296,7 @@ async def test_a_command_that_failed_is_an_operation_with_an_error(stack: ApiSta
 
 
 async def test_operations_can_be_neither_deleted_nor_cancelled(client: Client) -> None:
-    stub = operations_pb2_grpc.OperationsStub(client.channel)
+    stub = operations_pb2_grpc.OperationsStub(client.channel)  # type: ignore[no-untyped-call]  # Google's, untyped
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stub.CancelOperation(operations_pb2.CancelOperationRequest(), metadata=client.metadata)
     assert take_apart(refused.value).reason == "METHOD_UNKNOWN"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import grpc
 import pytest
@@ -154,7 +155,7 @@ async def test_a_limit_of_zero_is_none_and_an_absent_one_the_default(stack: ApiS
         ({"max_message_bytes": 1}, "node_pool.max_message_bytes"),
     ],
 )
-async def test_settings_out_of_range_are_refused(stack: ApiStack, fields: dict[str, int], path: str) -> None:
+async def test_settings_out_of_range_are_refused(stack: ApiStack, fields: dict[str, Any], path: str) -> None:
     request = service.CreateNodePoolRequest(node_pool_id="dmz", node_pool=pb.NodePool(**fields))
     error = await stack.operator.refused(stack.operator.node("CreateNodePool", request))
     assert error.fields == [path]

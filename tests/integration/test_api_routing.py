@@ -35,7 +35,7 @@ async def client(stack: ApiStack) -> Client:
 
 
 def provider_request(
-    provider: str, parent: str = "accounts/acme", host: str = "relay.example.com", **smtp: object
+    provider: str, parent: str = "accounts/acme", host: str = "relay.example.com", **smtp: Any
 ) -> provider_service_pb2.CreateProviderRequest:
     return provider_service_pb2.CreateProviderRequest(
         parent=parent,
@@ -44,7 +44,7 @@ def provider_request(
     )
 
 
-def rule_request(rule: str, *providers: str, parent: str = "accounts/acme", **fields: object) -> Any:
+def rule_request(rule: str, *providers: str, parent: str = "accounts/acme", **fields: Any) -> Any:
     targets = [pb.RoutingRule.Target(provider=provider) for provider in providers]
     return service.CreateRoutingRuleRequest(
         parent=parent, routing_rule_id=rule, routing_rule=pb.RoutingRule(targets=targets, **fields)

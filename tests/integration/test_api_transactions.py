@@ -79,7 +79,7 @@ async def test_a_call_that_is_cancelled_midway_commits_nothing(stack: ApiStack) 
     assert account.suspend_reason == ""
 
 
-async def until_somebody_waits(connection: asyncpg.Connection) -> None:  # type: ignore[type-arg]
+async def until_somebody_waits(connection: asyncpg.Connection) -> None:
     for _ in range(400):
         if await connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
             return

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 
@@ -147,12 +148,13 @@ def test_an_account_key_reaches_its_own_account_with_its_own_scopes() -> None:
     caller = Caller("accounts/a/apiKeys/k", "a", frozenset({Scope.CONFIG_READ}))
     caller.require(Scope.CONFIG_READ)
     caller.require_account("a")
-    for refused in (
+    attempts: tuple[Callable[[], None], ...] = (
         lambda: caller.require(Scope.CONFIG_WRITE),
         lambda: caller.require_account("b"),
         lambda: caller.require_account(None),
         caller.require_operator,
-    ):
+    )
+    for refused in attempts:
         with pytest.raises(PermissionDeniedError):
             refused()
     assert caller.visible_account == "a"
