@@ -25,7 +25,7 @@ from dataplane.adapters.spool_sqlite import SpoolLimits, SqliteSpool
 from dataplane.core.envelope import Envelope, RecipientRow
 from dataplane.core.ids import MessageId
 from dataplane.core.queue import TERMINAL, State
-from dataplane.ports import KeyHead, RecipientChange, SpoolError
+from dataplane.ports import KeyHead, RecipientChange, SpoolError, StoredMessage
 from support.spools import (
     KEY,
     NOW_MS,
@@ -254,7 +254,18 @@ class SpoolMachine(RuleBasedStateMachine):
             found = self.run(self.spool.load(message.envelope.message_id))
             assert found is not None or not is_answered
             if found is not None:
-                self.messages[message.envelope.message_id] = message
+                self.withdraw(message, found)
+
+    def withdraw(self, message: Message, found: StoredMessage) -> None:
+        """Which of them were stored is up to threads: Hypothesis, which repeats its draws, must not see it."""
+        assert (found.envelope, found.content) == (message.envelope, message.content)
+        assert found.recipients == tuple(message.rows.values())
+        changes = [change(row, State.CANCELLED) for row in found.recipients]
+
+        async def work() -> int:
+            return await self.spool.settle(settlement(message.envelope.message_id, changes, None, reported=True))
+
+        assert self.run(work()) == len(changes)
 
     # --- what always holds ---
 
