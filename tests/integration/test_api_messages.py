@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Self
 
+import asyncpg
 import grpc
 import pytest
 from google.longrunning import operations_pb2, operations_pb2_grpc
@@ -16,7 +18,7 @@ from postroad.control.v1 import account_service_pb2
 from postroad.control.v1 import message_pb2 as pb
 from postroad.control.v1 import message_service_pb2 as service
 from postroad.control.v1 import message_service_pb2_grpc as service_grpc
-from support.api import ApiStack, Client, running_api, take_apart
+from support.api import ApiError, ApiStack, Client, running_api, take_apart
 from support.databases import Database
 
 SPOOL = "22222222-2222-4222-8222-222222222222"
@@ -144,12 +146,18 @@ async def test_mail_of_a_former_account_is_not_shown_to_the_new_one(stack: ApiSt
 
 
 class Watch:
-    """A watch and what it said."""
+    """A watch and what it said; it ends with the block."""
 
     def __init__(self, client: Client, **fields: str) -> None:
         stub: Any = service_grpc.MessageServiceStub(client.channel)
         request = service.WatchEventsRequest(parent="accounts/acme", **fields)
         self.call = stub.WatchEvents(request, metadata=client.metadata, timeout=20)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.call.cancel()
 
     async def next(self) -> list[pb.DeliveryEvent]:
         return list((await self.call.read()).events)
@@ -163,20 +171,33 @@ async def until_waiting(stack: ApiStack, waits: int) -> None:
     raise AssertionError("the watch never waited")
 
 
+@asynccontextmanager
+async def open_transaction(stack: ApiStack) -> AsyncIterator[asyncpg.Connection]:  # type: ignore[type-arg]
+    """A transaction with a number of its own; committed when the block ends."""
+    connection = await asyncpg.connect(stack.database.dsn())
+    try:
+        async with connection.transaction():
+            await connection.execute("SELECT pg_current_xact_id()")
+            yield connection
+    finally:
+        await connection.close()
+
+
 async def test_a_watch_begins_now_and_shows_what_the_ledger_learns(stack: ApiStack, client: Client) -> None:
     before, one = message_id(60), message_id()
     await add_message(stack, before, SENT)
-    watch = Watch(client)
-    await until_waiting(stack, 1)
-    await add_message(stack, one, SENT)
-    await add_event(stack, one, pb.DELIVERY_EVENT_TYPE_SENT)
-    stack.signal.ring()
-    events = await watch.next()
-    assert [(event.message, event.type) for event in events] == [
+    async with Watch(client) as watch:
+        await until_waiting(stack, 1)
+        await add_message(stack, one, SENT)
+        await add_event(stack, one, pb.DELIVERY_EVENT_TYPE_SENT)
+        stack.signal.ring()
+        events = await watch.next()
+    # The first page may have come before the second event.
+    assert {(event.message, event.type) for event in events} <= {
         (name_of(one), pb.DELIVERY_EVENT_TYPE_ACCEPTED),
         (name_of(one), pb.DELIVERY_EVENT_TYPE_SENT),
-    ]
-    watch.call.cancel()
+    }
+    assert events[0].type == pb.DELIVERY_EVENT_TYPE_ACCEPTED
 
 
 async def test_a_watch_resumes_after_a_position(stack: ApiStack, client: Client) -> None:
@@ -184,61 +205,62 @@ async def test_a_watch_resumes_after_a_position(stack: ApiStack, client: Client)
     await add_message(stack, one, SENT)
     await add_event(stack, one, pb.DELIVERY_EVENT_TYPE_DEFERRED)
     await add_event(stack, one, pb.DELIVERY_EVENT_TYPE_SENT)
-    first = Watch(client, message=name_of(one))
-    events = await first.next()
-    first.call.cancel()
-    assert len(events) == 3
-    second = Watch(client, position=events[0].position)
-    assert await second.next() == events[1:]
-    second.call.cancel()
+    async with Watch(client, message=name_of(one)) as first:
+        events = await first.next()
+    assert [event.type for event in events] == [
+        pb.DELIVERY_EVENT_TYPE_ACCEPTED,
+        pb.DELIVERY_EVENT_TYPE_DEFERRED,
+        pb.DELIVERY_EVENT_TYPE_SENT,
+    ]
+    async with Watch(client, position=events[0].position) as second:
+        assert await second.next() == events[1:]
 
 
 async def test_a_watch_does_not_pass_an_open_transaction(stack: ApiStack, client: Client) -> None:
-    import asyncpg
-
     early, late = message_id(1), message_id()
-    slow = await asyncpg.connect(stack.database.dsn())
-    watch = Watch(client)
-    await until_waiting(stack, 1)
-    async with slow.transaction():
-        await slow.execute("SELECT pg_current_xact_id()")
-        await add_message(stack, late, SENT)
-        waits = stack.signal.waits
+    async with Watch(client) as watch:
+        await until_waiting(stack, 1)
+        async with open_transaction(stack) as slow:
+            await add_message(stack, late, SENT)
+            waits = stack.signal.waits
+            stack.signal.ring()
+            await until_waiting(stack, waits + 1)
+            await slow.execute(
+                """
+                INSERT INTO postroad.messages
+                SELECT $1, account, accept_time, sender, size_bytes, header_message_id, subject, credential,
+                    client_address, client_helo, client_tls, session, node, spool
+                FROM postroad.messages WHERE message_id = $2
+                """,
+                *(early, late),
+            )
         stack.signal.ring()
-        await until_waiting(stack, waits + 1)
-        await slow.execute(
-            "INSERT INTO postroad.messages SELECT $1, account, accept_time, sender, size_bytes, header_message_id,"
-            " subject, credential, client_address, client_helo, client_tls, session, node, spool"
-            " FROM postroad.messages WHERE message_id = $2",
-            *(early, late),
-        )
-    stack.signal.ring()
-    assert [event.message for event in await watch.next()] == [name_of(early), name_of(late)]
-    watch.call.cancel()
-    await slow.close()
+        assert [event.message for event in await watch.next()] == [name_of(early), name_of(late)]
 
 
 async def test_watches_are_bounded_and_end_when_the_server_drains(migrated_database: Database) -> None:
     async with running_api(migrated_database, max_watchers=1) as stack:
         client = await stack.make_account("acme")
-        watch = Watch(client)
-        await until_waiting(stack, 1)
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await Watch(client).next()
-        error = take_apart(refused.value)
-        assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WATCHERS")
-        assert error.details["RetryInfo"].retry_delay.seconds > 0
-        stack.api.drain()
-        stack.signal.ring()
-        with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await watch.next()
-        assert take_apart(ended.value).reason == "DRAINING"
+        async with Watch(client) as watch:
+            await until_waiting(stack, 1)
+            async with Watch(client) as one_too_many:
+                error = await end_of(one_too_many)
+            assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WATCHERS")
+            assert error.details["RetryInfo"].retry_delay.seconds > 0
+            stack.api.drain()
+            stack.signal.ring()
+            assert (await end_of(watch)).reason == "DRAINING"
 
 
 async def test_a_bad_position_is_refused(client: Client) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await Watch(client, position="yesterday").next()
-    assert take_apart(refused.value).fields == ["position"]
+    async with Watch(client, position="yesterday") as watch:
+        assert (await end_of(watch)).fields == ["position"]
+
+
+async def end_of(watch: Watch) -> ApiError:
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await watch.next()
+    return take_apart(ended.value)
 
 
 class Operations:
