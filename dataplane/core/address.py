@@ -30,12 +30,13 @@ MAX_MAILBOX_OCTETS = 254
 
 _MAX_LABEL_OCTETS = 63
 _ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]++"
-_LABEL = r"[A-Za-z0-9]++(?:-++[A-Za-z0-9]++)*+"
-# Possessive throughout: no way back, so time is linear in the length.
-_PLAIN_MAILBOX = re.compile(rf"({_ATOM}(?:\.{_ATOM})*+)@((?:{_LABEL}\.)*+{_LABEL})")
-_PLAIN_DOMAIN = re.compile(rf"(?:{_LABEL}\.)*+{_LABEL}")
-_DOT_ATOM = re.compile(rf"{_ATOM}(?:\.{_ATOM})*+")
-_QUOTED = re.compile(r'"((?:[^"\\\x00-\x1f\x7f]|\\[ -~])*+)"')
+_LABEL = r"[A-Za-z0-9]++(?:-++[A-Za-z0-9]++)*"
+# Runs are possessive and one character decides every step, so time is linear in the length. Groups are not possessive:
+# Python before 3.11.5 takes a repetition that failed half-way for a match.
+_PLAIN_MAILBOX = re.compile(rf"({_ATOM}(?:\.{_ATOM})*)@((?:{_LABEL}\.)*{_LABEL})")
+_PLAIN_DOMAIN = re.compile(rf"(?:{_LABEL}\.)*{_LABEL}")
+_DOT_ATOM = re.compile(rf"{_ATOM}(?:\.{_ATOM})*")
+_QUOTED = re.compile(r'"((?:[^"\\\x00-\x1f\x7f]|\\[ -~])*)"')
 _ESCAPED = re.compile(r"\\(.)")
 _MUST_ESCAPE = re.compile(r'(["\\])')
 _ATEXT = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+/=?^_`{|}~-.")
