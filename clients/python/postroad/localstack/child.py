@@ -146,6 +146,10 @@ class Child:
                 env=child_environment(os.environ),
                 cwd=self._layout.root,
             )
+        except OSError as error:
+            raise LocalStackError(
+                f"{self.label} could not be started: {error}", f"Check that you may run {sys.executable}"
+            ) from error
         finally:
             os.close(descriptor)
 

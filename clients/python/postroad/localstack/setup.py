@@ -22,6 +22,7 @@ import json
 import os
 import re
 import secrets
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -306,6 +307,10 @@ async def _run(
             env={**child_environment(os.environ), **(variables or {})},
             cwd=layout.root,
         )
+    except OSError as error:
+        raise LocalStackError(
+            f"Python could not be started: {error}", f"Check that you may run {sys.executable}"
+        ) from error
     finally:
         os.close(descriptor)
     try:

@@ -262,9 +262,12 @@ async def _is_ready(port: int) -> bool:
 
 @contextlib.asynccontextmanager
 async def _together() -> Any:
-    """A TaskGroup that raises the first error itself instead of a group of errors."""
+    """A TaskGroup that raises the first error that people can mend itself, instead of a group of errors."""
     try:
         async with asyncio.TaskGroup() as group:
             yield group
-    except* LocalStackError as errors:
-        raise errors.exceptions[0] from None
+    except ExceptionGroup as errors:
+        first = next((error for error in errors.exceptions if isinstance(error, LocalStackError)), None)
+        if first is None:
+            raise
+        raise first from None
