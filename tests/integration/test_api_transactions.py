@@ -9,6 +9,7 @@ import asyncpg
 import grpc
 import pytest
 
+from controlplane.adapters.grpc.errors import ApiStatusError, code_of
 from controlplane.domain.access import Caller, Scope
 from controlplane.domain.errors import UnavailableError
 from controlplane.ports import operator_scope
@@ -75,6 +76,23 @@ async def test_a_call_that_is_cancelled_midway_commits_nothing(stack: ApiStack) 
         await call
     await transaction.rollback()
     await blocker.close()
+    account = await stack.operator.account("GetAccount", service.GetAccountRequest(name="accounts/acme"))
+    assert account.suspend_reason == ""
+
+
+async def test_a_call_that_outlives_its_deadline_says_so_and_commits_nothing(stack: ApiStack) -> None:
+    await stack.make_account("acme")
+    blocker = await asyncpg.connect(stack.database.dsn())
+    try:
+        async with blocker.transaction():
+            await blocker.execute("SELECT 1 FROM postroad.accounts WHERE account = 'acme' FOR UPDATE")
+            request = service.SuspendAccountRequest(name="accounts/acme", reason="late")
+            method = "/postroad.control.v1.AccountService/SuspendAccount"
+            with pytest.raises(ApiStatusError) as ended:
+                await stack.api.registry.call(method, request, stack.operator.metadata, timeout_s=0.3)
+            assert code_of(ended.value.status) is grpc.StatusCode.DEADLINE_EXCEEDED
+    finally:
+        await blocker.close()
     account = await stack.operator.account("GetAccount", service.GetAccountRequest(name="accounts/acme"))
     assert account.suspend_reason == ""
 
