@@ -21,6 +21,7 @@ from postroad.cli.problems import NOT_ALLOWED, NOT_CONFIGURED, UNREACHABLE, Comm
 
 _QUEUED = re.compile(r"queued as ([0-9a-f-]{36})")
 _TIMEOUT_S = 60.0
+_PERMANENT = 500
 
 
 def compose(sender: str, recipients: Sequence[str], subject: str, body: str) -> bytes:
@@ -65,6 +66,10 @@ def submit(
     try:
         return asyncio.run(_submit(client, sender, recipients, content, count))
     except aiosmtplib.SMTPAuthenticationError as error:
+        if error.code < _PERMANENT:
+            raise CommandError(
+                f"{server}: {error.code} {error.message}", "Try again in a moment", UNREACHABLE
+            ) from error
         raise CommandError(
             f"AUTH as {settings.username} was refused: {error.message}",
             "Check user and password: `postroad credentials list`, `postroad credentials rotate …`",

@@ -138,7 +138,7 @@ def _command() -> str:
     on_path = shutil.which("postroad")
     if on_path is not None and Path(on_path).resolve() == program.resolve():
         return "postroad"
-    return _shown(program)
+    return _shown(program) if program.exists() else f"{sys.executable} -m postroad.cli"
 
 
 def _shown(path: Path) -> str:

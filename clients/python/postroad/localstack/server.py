@@ -206,7 +206,7 @@ class LocalServer(ABC):
         elif not is_free(self._wanted_port):
             raise LocalStackError(
                 f"port {self._wanted_port} on 127.0.0.1, wanted by {self.label}, is taken",
-                "Stop the program that listens there, or choose another port in the settings",
+                "Stop the program that listens there, or choose another port: `postroad up --port NAME=NUMBER`",
             )
 
     def _spawn(self) -> None:
