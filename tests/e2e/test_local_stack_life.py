@@ -93,7 +93,23 @@ def test_what_dies_is_started_again(own_stack: LocalStack) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("step", ["PostgreSQL", "Migrations", "Operator's key", "Demo account", "ready"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "Migrations",
+        "ready",
+        *(
+            pytest.param(step, marks=pytest.mark.nightly)
+            for step in (
+                "PostgreSQL",
+                "Keys and certificates",
+                "Operator's key",
+                "Demo account",
+                "Enrolment of the node",
+            )
+        ),
+    ],
+)
 def test_a_start_that_was_killed_goes_on_at_the_next_one(own_stack: LocalStack, step: str) -> None:
     own_stack.launch()
     _until(lambda: step in _steps(own_stack) or (step == "ready" and bool(own_stack.ready)), 120)
