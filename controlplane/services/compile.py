@@ -24,6 +24,10 @@ KIND_SHARED_PROVIDERS = 2
 KIND_NETWORKS = 3
 KIND_NODE_SETTINGS = 4
 
+# A bundle travels whole in one message of at most 16 MiB, which also carries what else changed: one that did not fit
+# would keep every other change from every node of the pool.
+MAX_BUNDLE_BYTES = 8 * 1024 * 1024
+
 PASSWORD_PLACE = ("providers", "password_sealed")
 POOL_KEY_PLACE = ("pool_keys", "key_sealed")
 PASSWORD_FIELD = "password"  # noqa: S105 - the name of a field
@@ -73,7 +77,7 @@ class BundleCompiler:
         )
         refuse(config.validate_account(value), edited)
         compile_account(value)
-        content = self._encoder.account(value)
+        content = _within_limit(self._encoder.account(value), edited)
         await work.bundles.put(account.node_pool, name, KIND_ACCOUNT, account.account, content)
         await work.bundles.remove(name, except_pool=account.node_pool)
 
@@ -104,7 +108,7 @@ class BundleCompiler:
         for provider in providers:
             # What is stored passed already: only the provider that is edited now can be to blame.
             refuse(config.validate_provider(provider), Edited("", "provider"))
-        content = self._encoder.shared_providers(providers)
+        content = _within_limit(self._encoder.shared_providers(providers), Edited("", "provider"))
         await work.bundles.put(pool.node_pool, "shared/providers", KIND_SHARED_PROVIDERS, None, content)
 
     async def _networks(self, work: Work, pool: NodePool) -> None:
@@ -114,7 +118,7 @@ class BundleCompiler:
         ]
         refuse(config.validate_networks(bindings), Edited("", "account.networks"))
         compile_networks(bindings)
-        content = self._encoder.networks(bindings)
+        content = _within_limit(self._encoder.networks(bindings), Edited("", "account.networks"))
         await work.bundles.put(pool.node_pool, f"pools/{pool.node_pool}/networks", KIND_NETWORKS, None, content)
 
     async def _settings(self, work: Work, pool: NodePool) -> None:
@@ -151,6 +155,14 @@ def refuse(problems: Sequence[config.Problem], edited: Edited) -> None:
             Violation(f"{edited.field}.{path}" if inside and path else path or edited.field, problem.description)
         )
     raise InvalidArgumentError(violations, Reason.CONFIGURATION_INVALID)
+
+
+def _within_limit(content: bytes, edited: Edited) -> bytes:
+    """Return the content of a bundle; InvalidArgumentError for one that nodes could not be sent."""
+    if len(content) > MAX_BUNDLE_BYTES:
+        text = f"makes the configuration that nodes are sent larger than {MAX_BUNDLE_BYTES // 1024 // 1024} MiB"
+        raise InvalidArgumentError([Violation(edited.field, text)], Reason.CONFIGURATION_INVALID)
+    return content
 
 
 def provider_config(provider: Provider, password: config.SealedValue | None = None) -> config.SmtpProvider:

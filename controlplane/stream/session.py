@@ -13,7 +13,7 @@ replace what was there: one latest-wins slot and no queue. `next_output` is pull
 What the node holds (`held`) is known from Hello and from each answer, and unknown (None) when an answer's
 digest is not the one expected. Content that was refused is kept in `refused` and not sent again until the
 bundle has another revision; the other bundles go on. Where that cannot be expressed (a node whose holdings
-are unknown), the node is asked to say Hello again.
+are unknown), the node is asked to say Hello again. Changes that are too much for one Delta go in several.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ from controlplane.ports_fleet import (
 BASE_MISMATCH = "BASE_MISMATCH"
 
 _ERROR_TEXT_LIMIT = 1_000
+# What one Delta carries, and at least one bundle: messages have a limit, and a node that was away may lack more.
+DELTA_BYTES = 4 * 1024 * 1024
+_BUNDLE_OVERHEAD_BYTES = 100
 
 
 # --- what the node says ---------------------------------------------------------------------------------------------
@@ -158,6 +161,7 @@ class Session:
 
     node: str
     refused: dict[str, bytes] = field(default_factory=dict)
+    delta_bytes: int = DELTA_BYTES
 
     _ready: bool = False
     _closed: bool = False
@@ -331,7 +335,7 @@ class Session:
             # Only Hello says what the node holds: without that a refused bundle could not be left as it is.
             self.close(CloseCode.OK, "say Hello again")
             return Directive(Action.RECONNECT)
-        goal = self._goal(self._target)
+        goal = self._next_goal(self._target)
         if goal == self._held or (self._refused_set is not None and digest_of(goal) == self._refused_set):
             return None
         if self._held is not None and self._may_send_delta(self._target, self._held):
@@ -347,6 +351,20 @@ class Session:
             else:
                 goal.pop(name, None)
         return goal
+
+    def _next_goal(self, target: PoolConfig) -> dict[str, bytes]:
+        """The goal, or as much of the way there as one Delta carries."""
+        goal, held = self._goal(target), self._held
+        if held is None or not self._may_send_delta(target, held):
+            return goal
+        step = {name: held[name] for name in goal if name in held}
+        room = self.delta_bytes
+        for name in sorted(name for name in goal if goal[name] != held.get(name)):
+            room -= len(target.bundles[name].content) + len(name) + _BUNDLE_OVERHEAD_BYTES
+            if room < 0 and step != held:
+                break
+            step[name] = goal[name]
+        return step
 
     def _may_send_delta(self, target: PoolConfig, held: Mapping[str, bytes]) -> bool:
         # Only a Snapshot tells a node that it changed pools.
@@ -410,7 +428,7 @@ class Session:
             return True
         if self._refused_set is None or self._target is None:
             return False
-        return digest_of(self._goal(self._target)) == self._refused_set
+        return digest_of(self._next_goal(self._target)) == self._refused_set
 
     # --- the rest -----------------------------------------------------------------------------------------------
 

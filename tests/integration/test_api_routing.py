@@ -11,6 +11,7 @@ from aiosmtpd import smtp as aiosmtpd_smtp
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from controlplane.domain.hosts import HostPolicy
+from controlplane.services import compile as compiling
 from dataplane.adapters.sealing import KeyRing
 from dataplane.core.config import SealedValue, seal_context
 from postroad.config.v1 import bundle_pb2
@@ -281,3 +282,17 @@ async def test_two_edits_at_a_time_both_reach_the_bundle(stack: ApiStack, client
         *(client.rule("CreateRoutingRule", rule_request(f"rule-{number}", target)) for number in range(8))
     )
     assert len((await account_bundle(stack)).rules) == 8
+
+
+async def test_an_account_cannot_grow_beyond_what_nodes_can_be_sent(
+    client: Client, stack: ApiStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await client.provider("CreateProvider", provider_request("first"))
+    before = await bundle_of(stack, "accounts/acme")
+    monkeypatch.setattr(compiling, "MAX_BUNDLE_BYTES", len(before) + 50)
+
+    error = await client.refused(client.provider("CreateProvider", provider_request("second")))
+
+    assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "CONFIGURATION_INVALID")
+    assert error.fields == ["provider"]
+    assert await bundle_of(stack, "accounts/acme") == before

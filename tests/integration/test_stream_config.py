@@ -311,3 +311,23 @@ async def test_a_stream_that_ends_leaves_the_node_not_connected(port: NodesPort,
 
     await until(is_gone)
     assert len(port.hub) == 0
+
+
+async def test_a_node_that_missed_more_than_a_message_holds_catches_up_in_steps(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    certificate = await port.enrolled("edge-1")
+    stream = await _synced(port, certificate=certificate)
+    stream.call.cancel()
+    large = {f"accounts/a{n}": bytes([n]) * 3_500_000 for n in range(5)}
+    wanted = {name: await put_bundle(migrated_database, name, content) for name, content in large.items()}
+
+    back = NodeStream(port.channel(certificate), "edge-1")
+    back.held = dict(stream.held)
+    await back.hello()
+    for _ in range(10):
+        if wanted.items() <= back.held.items():
+            break
+        await back.take(await back.expect("delta"))
+
+    assert wanted.items() <= back.held.items()

@@ -30,6 +30,8 @@ from controlplane.stream.session import (
     Snapshot,
 )
 
+# Room for one bundle of the machine and not for two: what changed together travels in steps.
+STEP_BYTES = 150
 NAMES = ["accounts/a", "accounts/b", "accounts/c", "pools/default/settings"]
 
 
@@ -91,7 +93,7 @@ class StreamMachine(RuleBasedStateMachine):
         self.to_node: deque[Output] = deque()
         self.to_server: deque[Ack | Nack] = deque()
         self.unanswered = 0
-        self.session = Session("edge-1")
+        self.session = Session("edge-1", delta_bytes=STEP_BYTES)
         self.edit("pools/default/settings", b"one")
         self.connect(fresh_disk=True)
 
@@ -128,7 +130,7 @@ class StreamMachine(RuleBasedStateMachine):
         if fresh_disk:
             self.node = ModelNode(reported=self.node.reported)
         self.repaired: set[bytes] = set()  # once a stream and target
-        self.session = Session("edge-1")
+        self.session = Session("edge-1", delta_bytes=STEP_BYTES)
         self.session.config_changed(self.target())
         self.session.denials_changed(self.denials)
         self.session.receive_hello(self.node.hello(), self.recorded)
@@ -146,6 +148,8 @@ class StreamMachine(RuleBasedStateMachine):
             if isinstance(output, Snapshot):
                 kept = {one.name for one in output.bundles}
                 assert self.node.held.keys() & self.current.keys() <= kept, "a whole set forgets nothing that exists"
+            if isinstance(output, Delta):
+                assert len(output.upserts) <= 1, "a delta is no larger than it may be"
             self.unanswered += isinstance(output, (Snapshot, Delta))
             assert self.unanswered <= 1, "one unanswered response at most"
             self.to_node.append(output)
