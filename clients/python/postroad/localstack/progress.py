@@ -72,7 +72,7 @@ class TerminalProgress(PlainProgress):
         self._show()
         try:
             yield
-            self._console.print(Text("✓ ", style="green") + Text(f"{what}  {time.monotonic() - start:.1f} s"))
+            self._console.print(Text.assemble(("✓ ", "green"), f"{what}  {time.monotonic() - start:.1f} s"))
         finally:
             self._running.remove(what)
             self._show()
