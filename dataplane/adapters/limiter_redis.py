@@ -14,10 +14,10 @@ Probes come after 0.1 s, doubling up to 5 s. Nothing is kept for later: a take t
 One task owns the connection and reads every answer to what it wrote, so that a caller who is cancelled neither
 shifts the answers of others nor is charged when its call had not left yet.
 
-The buckets are made by `limiter_functions.lua`. The control plane's leader loads it; a node that may do so loads it
-as well when the server says that the function is missing (it restarted, or was flushed). All takes of a batch go in
-one call, which a cluster refuses; keys carry their tag in braces all the same, so that they stay when a cluster
-comes. Cost: 41 to 59 µs for a lone call, 4 µs for each take of a full batch.
+The buckets are made by `limiter_functions.lua`, which the node loads when the server says that the function is missing
+(it is new, restarted, or was flushed); where the node's user may not, the local share decides. All takes of a batch go
+in one call, which a cluster refuses; keys carry their tag in braces all the same, so that they stay when a cluster
+comes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,41 @@
+"""`python -m benchmarks [NAME [ARGUMENT …]]`: run one measurement; without a name, say which there are.
+
+A measurement is a module here with a `main` of its own; what it says in its first line is what is listed.
+"""
+
+from __future__ import annotations
+
+import ast
+import runpy
+import sys
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+
+
+def _measurements() -> dict[str, str]:
+    """First line of each module that can be run, by name."""
+    found = {}
+    for path in sorted(_FOLDER.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if path.stem != "__main__" and '__name__ == "__main__"' in source:
+            found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    return found
+
+
+def main() -> int:
+    """Run what was named; status 2 when there is no such measurement."""
+    measurements = _measurements()
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in measurements:
+        sys.argv = [f"benchmarks.{name}", *sys.argv[2:]]
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+        return 0
+    width = max(map(len, measurements))
+    for each, purpose in measurements.items():
+        sys.stdout.write(f"{each:{width}}  {purpose}\n")
+    return 2 if name else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
