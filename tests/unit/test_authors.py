@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dataplane.core.authors import UnreadableAuthorsError, author_domains
+from dataplane.core.authors import MAX_AUTHOR_OCTETS, UnreadableAuthorsError, author_domains
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,13 @@ def test_every_author_is_found(value: bytes, domains: tuple[str, ...]) -> None:
 
 def test_authors_of_all_fields_come_once_each() -> None:
     assert author_domains([b"a@b.c, d@e.f", b"x@b.c"]) == ("b.c", "e.f")
+
+
+def test_authors_that_would_hold_the_loop_are_refused_unread() -> None:
+    value = b"a@b.c".rjust(MAX_AUTHOR_OCTETS - 3)
+    assert author_domains([value, b"d@f"]) == ("b.c", "f")
+    with pytest.raises(UnreadableAuthorsError, match="more than anybody"):
+        author_domains([value, b"d@ef"])
 
 
 @pytest.mark.parametrize(
