@@ -37,5 +37,5 @@ def up(
 
     session = session_of(context)
     wishes = wished_ports(port or [], port_base, os.environ)
-    progress = progress_for(session.printer.console, json_lines=session.printer.is_json)
+    progress = progress_for(json_lines=session.printer.is_json)
     run_stack(folder.absolute(), wishes, progress)

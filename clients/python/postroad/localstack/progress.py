@@ -1,11 +1,13 @@
 """What `postroad up` says while it works: a spinner and ticks on a terminal, plain lines elsewhere.
 
 Every remark is one line and names what it is about first, so that a log of it can be read and searched. Programs
-(`--output json`) get one JSON object a line instead, with an `event`.
+(`--output json`) get one JSON object a line instead, with an `event`. A reader that has gone (a closed pipe, a closed
+terminal) is no error: the stack runs on, and above all it stops in order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -30,6 +32,13 @@ class Progress(Protocol):
         """All is up: the facts for programs, the text for people."""
 
 
+class _SteadyConsole(Console):
+    """A console that does not end the program when its reader has gone."""
+
+    def on_broken_pipe(self) -> None:
+        """Nothing: whoever read is gone."""
+
+
 class PlainProgress:
     """A line for each step that is done."""
 
@@ -52,8 +61,9 @@ class PlainProgress:
         self._line(text)
 
     def _line(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
-        self._console.file.flush()
+        with contextlib.suppress(OSError):
+            self._console.print(Text(text), soft_wrap=True)
+            self._console.file.flush()
 
 
 class TerminalProgress(PlainProgress):
@@ -72,17 +82,19 @@ class TerminalProgress(PlainProgress):
         self._show()
         try:
             yield
-            self._console.print(Text.assemble(("✓ ", "green"), f"{what}  {time.monotonic() - start:.1f} s"))
+            with contextlib.suppress(OSError):
+                self._console.print(Text.assemble(("✓ ", "green"), f"{what}  {time.monotonic() - start:.1f} s"))
         finally:
             self._running.remove(what)
             self._show()
 
     def _show(self) -> None:
-        if self._running:
-            self._status.update(Text(", ".join(self._running) + " …"))
-            self._status.start()
-        else:
-            self._status.stop()
+        with contextlib.suppress(OSError):
+            if self._running:
+                self._status.update(Text(", ".join(self._running) + " …"))
+                self._status.start()
+            else:
+                self._status.stop()
 
 
 class JsonProgress:
@@ -104,13 +116,15 @@ class JsonProgress:
         _emit(event="up.ready", **facts)
 
 
-def progress_for(console: Console, *, json_lines: bool) -> Progress:
-    """The progress that fits the reader."""
+def progress_for(*, json_lines: bool) -> Progress:
+    """The progress that fits whoever reads standard output."""
     if json_lines:
         return JsonProgress()
+    console = _SteadyConsole(highlight=False)
     return TerminalProgress(console) if console.is_terminal else PlainProgress(console)
 
 
 def _emit(**fields: Any) -> None:
-    sys.stdout.write(json.dumps(fields) + "\n")
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.write(json.dumps(fields) + "\n")
+        sys.stdout.flush()

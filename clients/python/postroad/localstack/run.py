@@ -1,7 +1,7 @@
 """`postroad up` from its first line to its last: signals, the text that is shown, and the end.
 
-Contract. Returns after Ctrl-C or SIGTERM once everything has stopped in order; raises `LocalStackError` when the stack
-does not come up, after stopping what did. A second signal hurries: what the node still delivers goes on at the next
+Contract. Returns after Ctrl-C, SIGTERM or SIGHUP (a closed terminal) once everything has stopped in order; raises
+`LocalStackError` when the stack does not come up, after stopping what did. A second signal hurries: what the node still delivers goes on at the next
 start. SIGKILL at any moment is safe; the next start cleans up.
 """
 
@@ -55,7 +55,7 @@ async def _run(layout: Layout, ports: dict[str, int], progress: Progress) -> Non
             progress.remark("Hurrying")
             stack.hurry()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal)
     work = asyncio.create_task(_up(stack, layout, progress))
     stop = asyncio.create_task(stopping.wait())

@@ -244,11 +244,15 @@ class Stack:
     async def stop(self) -> None:
         """End everything that runs, in order. To be called once nothing else uses the stack."""
         for service in self._stop_order:
-            if service.is_running:
-                with self._progress.step(f"Stopping {service.label.removeprefix('The ')}"):
+            try:
+                if service.is_running:
+                    with self._progress.step(f"Stopping {service.label.removeprefix('The ')}"):
+                        await service.stop()
+                else:
                     await service.stop()
-            else:
-                await service.stop()
+            except (OSError, LocalStackError) as error:
+                # The others must not stay because one does not go; the next start ends it.
+                self._progress.remark(f"{service.label} could not be stopped: {error}")
 
     def hurry(self) -> None:
         """Do not wait for mail that is being delivered: it goes on at the next start."""
