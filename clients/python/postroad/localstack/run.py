@@ -1,8 +1,8 @@
 """`postroad up` from its first line to its last: signals, the text that is shown, and the end.
 
 Contract. Returns after Ctrl-C, SIGTERM or SIGHUP (a closed terminal) once everything has stopped in order; raises
-`LocalStackError` when the stack does not come up, after stopping what did. A second signal hurries: what the node still delivers goes on at the next
-start. SIGKILL at any moment is safe; the next start cleans up.
+`LocalStackError` when the stack does not come up, after stopping what did. A second signal hurries: what the node still
+delivers goes on at the next start. SIGKILL at any moment is safe; the next start cleans up.
 """
 
 from __future__ import annotations
