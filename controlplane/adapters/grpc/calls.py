@@ -3,7 +3,8 @@
 Contract. `Calls.unary` runs a handler and returns its answer, `Calls.stream` runs one that yields; both raise
 ApiStatusError for everything that went wrong, but for cancellation, which passes. The observer hears of each call
 that ended: full method name, name of the status, seconds. A unary call has a deadline of its own even if the caller
-set none.
+set none. A stream is ended when its key no longer opens it, before the next answer, and by `take`, which carries each
+answer, when its reader does not take that within a minute.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -22,16 +23,21 @@ from controlplane.adapters.grpc.auth import Guard, Metadata
 from controlplane.adapters.grpc.context import calling
 from controlplane.adapters.grpc.errors import ApiStatusError, code_of, to_status
 from controlplane.domain.access import Caller
-from controlplane.domain.errors import ControlPlaneError, DeadlineError, Reason
+from controlplane.domain.errors import ControlPlaneError, DeadlineError, Reason, ResourceExhaustedError
 from controlplane.telemetry import get_logger
 
 CallObserver = Callable[[str, str, float], None]
 """Told of each call that ended: method, status, seconds."""
 
 MAX_RECEIVE_BYTES = 4 * 1024 * 1024
+READER_S = 60.0
 _DEADLINE_S = 30.0
+# How old the look at a stream's key may be when an answer is sent.
+_ADMITTED_S = 1.0
 # Methods that wait on purpose.
 _LONG_DEADLINES_S = {"/google.longrunning.Operations/WaitOperation": 75.0}
+
+_TOO_SLOW = ResourceExhaustedError(Reason.READER_TOO_SLOW, "resume from the last position", retry_after_s=1)
 
 Answer = TypeVar("Answer")
 
@@ -72,14 +78,18 @@ class Calls:
 
     async def stream(
         self, method: str, metadata: Metadata, handle: Callable[[], AsyncIterator[Answer]]
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncGenerator[Answer, None]:
         """Run a handler that answers many times; closing the iterator closes the handler's."""
         begun, ended = time.monotonic(), "CANCELLED"
         try:
             caller = await self._guard.admit(method, metadata)
             with _as(caller):
                 answers = handle()
+            admitted = time.monotonic()
             async for answer in answers:
+                if time.monotonic() - admitted > _ADMITTED_S:
+                    await self._guard.admit(method, metadata)
+                    admitted = time.monotonic()
                 yield answer
             ended = "OK"
         except Exception as error:
@@ -88,6 +98,17 @@ class Calls:
             raise ApiStatusError(status) from error
         finally:
             self._observe(method, ended, time.monotonic() - begun)
+
+    async def take(self, writing: Awaitable[None]) -> None:
+        """Wait until a stream's reader took an answer; ApiStatusError when that takes too long."""
+        limit = asyncio.timeout(READER_S)
+        try:
+            async with limit:
+                await writing
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise ApiStatusError(to_status(_TOO_SLOW, "")) from error
 
     def _status(self, method: str, error: Exception) -> Status:
         request = uuid.uuid4().hex

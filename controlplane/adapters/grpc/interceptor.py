@@ -7,7 +7,8 @@ suppressing it is undefined. A method that the server does not have stays UNIMPL
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
@@ -66,13 +67,15 @@ class ApiInterceptor(grpc.aio.ServerInterceptor):
         return handle
 
     def _stream(self, method: str, behavior: Any) -> Any:
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             answers = self._calls.stream(
                 method, context.invocation_metadata() or (), lambda: behavior(request, context)
             )
             try:
-                async for answer in answers:
-                    yield answer
+                # However it ends, what the handler holds is given back now.
+                async with aclosing(answers):
+                    async for answer in answers:
+                        await self._calls.take(context.write(answer))
             except ApiStatusError as error:
                 await _abort(context, error)
 

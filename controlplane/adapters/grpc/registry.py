@@ -2,12 +2,13 @@
 
 Contract. `ApiRegistry.services` lists (descriptor, servicer, function that adds it to a server). `call(method, request,
 metadata)` runs a method exactly as over the network, through the same guard, deadline and error table: it returns the
-answer, or for a method that streams an asynchronous iterator of answers; errors are ApiStatusError.
+answer, or for a method that streams an asynchronous generator of answers, each of which is carried under `take`; errors
+are ApiStatusError.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import grpc.aio
@@ -51,7 +52,7 @@ class ApiRegistry:
 
     async def call(
         self, full_name: str, request: Message, metadata: Metadata, timeout_s: float | None = None
-    ) -> Message | AsyncIterator[Message]:
+    ) -> Message | AsyncGenerator[Message, None]:
         """Call `/package.Service/Method`; see the module."""
         if full_name not in self._methods:
             unknown = UnimplementedError(Reason.METHOD_UNKNOWN, metadata={"method": full_name})
@@ -61,3 +62,7 @@ class ApiRegistry:
             return self._calls.stream(full_name, metadata, lambda: behavior(request, None))
         answer: Message = await self._calls.unary(full_name, metadata, lambda: behavior(request, None), timeout_s)
         return answer
+
+    async def take(self, writing: Awaitable[None]) -> None:
+        """Wait until the reader of a stream took an answer; ApiStatusError when that takes too long."""
+        await self._calls.take(writing)

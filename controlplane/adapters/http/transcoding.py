@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from aiohttp import web
@@ -74,13 +75,14 @@ def add_json_api(app: web.Application, registry: ApiRegistry) -> None:
                 return web.Response(body=_to_json(answer), content_type="application/json")
         except ApiStatusError as error:
             return _error(error.status)
-        return await _stream(request, answer)
+        async with aclosing(answer):
+            return await _stream(request, registry, answer)
 
     app.router.add_get("/api/v1/openapi.json", openapi)
     app.router.add_route("*", "/api/v1/{path:.*}", call)
 
 
-async def _stream(request: web.Request, answers: AsyncIterator[Message]) -> web.StreamResponse:
+async def _stream(request: web.Request, registry: ApiRegistry, answers: AsyncIterator[Message]) -> web.StreamResponse:
     """Lines as they come. A refusal is an error of its own; who is not refused hears so after a moment of silence."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
     waiting = asyncio.ensure_future(anext(answers, None))
@@ -90,7 +92,11 @@ async def _stream(request: web.Request, answers: AsyncIterator[Message]) -> web.
             return _error(refusal.status)
         await response.prepare(request)
         while (answer := await waiting) is not None:
-            await response.write(_to_json(answer) + b"\n")
+            try:
+                await registry.take(response.write(_to_json(answer) + b"\n"))
+            except ApiStatusError:
+                # Who reads nothing would not read why, either.
+                return _cut(request, response)
             waiting = asyncio.ensure_future(anext(answers, None))
     except ApiStatusError as error:
         await response.write(json.dumps({"error": _status_json(error.status)}).encode() + b"\n")
@@ -98,6 +104,12 @@ async def _stream(request: web.Request, answers: AsyncIterator[Message]) -> web.
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
     await response.write_eof()
+    return response
+
+
+def _cut(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
+    if request.transport is not None:
+        request.transport.abort()
     return response
 
 
