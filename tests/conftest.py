@@ -22,10 +22,15 @@ from pathlib import Path
 import pytest
 import redis
 import uvloop
+from hypothesis import settings
 
 from postroad.localstack import UNSAFE_BUT_FAST, PostgresServer, ValkeyServer
 from support import folders
 from support.databases import Database, create_database, create_migrated_template, drop_database
+
+# A slow machine is no finding: timings never decide a test.
+settings.register_profile("postroad", deadline=None, print_blob=True)
+settings.load_profile("postroad")
 
 
 def pytest_asyncio_loop_factories(

@@ -20,13 +20,15 @@ from dataplane.core.address import AddressError, parse_mailbox
 MAX_AUTHOR_OCTETS = 4_096
 
 _ATOMS = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]"
-# What most mail looks like: an optional plain or quoted display name, one plain address.
+_NAME = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~. \t-]"
+# What most mail looks like: an optional plain or quoted display name, one plain address. Only sets are possessive,
+# never groups: Python before 3.11.5 gets those wrong.
 _PLAIN = re.compile(
-    rf'[ \t]*+(?:(?:"[^"\\\r\n\x00-\x08]*+"|(?:{_ATOMS}|[ \t])*+)[ \t]*+<({_ATOMS}++@[A-Za-z0-9.-]++)>'
+    rf'[ \t]*+(?:(?:"[^"\\\r\n\x00-\x08]*+"[ \t]*+|{_NAME}*+)<({_ATOMS}++@[A-Za-z0-9.-]++)>'
     rf"|({_ATOMS}++@[A-Za-z0-9.-]++))[ \t]*+".encode("ascii")
 )
 _TOKEN = re.compile(
-    r'(?P<space>[ \t]++)|(?P<quoted>"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*+")'
+    r'(?P<space>[ \t]++)|(?P<quoted>"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*")'
     r'|(?P<special>[<>,;:@])|(?P<atom>[^\x00-\x20\x7f()<>\[\]:;@\\,"]++)'
 )
 _COMMENT_PART = re.compile(r"[^()\\\x00-\x08\x0a-\x1f\x7f]++|\\[^\x00-\x08\x0a-\x1f\x7f]")
