@@ -74,6 +74,9 @@ class _Nobody:
     async def close(self) -> None:
         return
 
+    def next_hop(self, account: str, targets: Sequence[Target]) -> str:
+        return targets[0].provider
+
     def admit(self, size_bytes: int, queue_key: str) -> bool:
         return True
 

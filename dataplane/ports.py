@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     import asyncio
 
-    from dataplane.core.config import Denials, NodeSettings, SealedValue, SmtpProvider
+    from dataplane.core.config import Denials, NodeSettings, SealedValue, SmtpProvider, Target
     from dataplane.core.envelope import Envelope, RecipientRow
     from dataplane.core.ids import MessageId
     from dataplane.core.ledger import LedgerRecord
@@ -286,10 +286,15 @@ class ConfigView(Protocol):
 class Handover(Protocol):
     """What ingress tells delivery of mail that it accepted. Nothing here blocks, fails or reserves anything.
 
-    For each message: `admit`, then the spool's commit, then exactly one of `deliver` (where `admit` said yes for all of
-    its queue keys and the rows were committed as `sending`, attempt 1) and `queued` (committed as `queued`, attempt 0).
+    For each message: `next_hop` where there are several targets, `admit`, then the spool's commit, then exactly one of
+    `deliver` (where `admit` said yes for all of its queue keys and the rows were committed as `sending`, attempt 1) and
+    `queued` (committed as `queued`, attempt 0).
     Recipients without a route go the same way, under the key of an empty next hop: delivery fails them with 5.4.4.
     """
+
+    def next_hop(self, account: str, targets: Sequence[Target]) -> str:
+        """Which provider mail for these targets waits for: the first that takes some now, else the first of all."""
+        ...
 
     def admit(self, size_bytes: int, queue_key: str) -> bool:
         """Whether a message of this size may be handed on: window open, destination neither full nor dead."""

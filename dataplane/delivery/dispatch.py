@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dataplane.core.config import RetryPolicy, SmtpProvider, Target
-from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
 from dataplane.core.ids import format_message_id
 from dataplane.core.ledger import AttemptEvent
 from dataplane.core.policy import denied, is_denied
@@ -157,6 +157,17 @@ class Dispatcher:
             again_ms = min(again_ms or retry_ms, retry_ms)
         return Outlook(not known, again_ms)
 
+    def next_hop(self, account: str, targets: Sequence[Target]) -> str:
+        """The provider that mail for these targets waits for: the first that takes some now, else the first of all."""
+        wall_ms = self._clock.wall_ms()
+        for target in targets:
+            provider = self._provider(target, account)
+            if provider is not None and not is_denied(self._config.denials.providers, provider.name, wall_ms):
+                pool = self._pools.find(provider.name)
+                if pool is None or pool.usable():
+                    return provider.name
+        return targets[0].provider
+
     # --- attempts.Owner
 
     def offer(self, attempt: Attempt) -> None:
@@ -220,7 +231,10 @@ class Dispatcher:
                 attempt.place += 1
                 self.offer(attempt)
                 return
-        self._end(attempt, list(zip(attempt.rows, verdicts, strict=True)), connection.tls)
+        # What this target put off waits for it, not behind everything that waits for a dead one before it.
+        queue_key = make_queue_key(attempt.message.envelope.account, attempt.provider)
+        rows = [row._replace(queue_key=queue_key) for row in attempt.rows]
+        self._end(attempt, list(zip(rows, verdicts, strict=True)), connection.tls)
 
     # --- ends
 

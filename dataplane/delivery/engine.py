@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from dataplane.core.config import Target
 from dataplane.core.envelope import Envelope, RecipientRow, split_queue_key
 from dataplane.core.ids import MessageId
 from dataplane.core.retry import RetryClock
@@ -184,6 +185,10 @@ class DeliveryEngine:
         return Moment(wall_ms, self._retry_clock.read(wall_ms, self._clock.monotonic()))
 
     # --- ports.Handover
+
+    def next_hop(self, account: str, targets: Sequence[Target]) -> str:
+        """Which provider mail for these targets waits for: behind a dead one it would be seen after its whole queue."""
+        return self._dispatcher.next_hop(account, targets)
 
     def admit(self, size_bytes: int, queue_key: str) -> bool:
         """Whether a message of this size may be handed on in memory."""

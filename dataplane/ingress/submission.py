@@ -20,13 +20,13 @@ The commit belongs to the spool: nothing here cancels it. A fault of ours is a 4
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from dataplane.core import replies
 from dataplane.core.address import Mailbox
-from dataplane.core.config import NodeSettings
+from dataplane.core.config import NodeSettings, Target
 from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
 from dataplane.core.headers import HeaderScan, Receipt, format_date, prepare, received_line, scan
 from dataplane.core.ids import format_message_id, new_message_id
@@ -306,15 +306,20 @@ class Submitter:
         return ("UTF8SMTP" if self._parameters.smtputf8 else "ESMTP") + suffix
 
     def _queue_keys(self, envelope: Envelope) -> list[str]:
-        """Return for each recipient the provider of its first target, empty where no rule matches."""
+        """Return for each recipient the provider that it waits for, empty where no rule matches."""
         router = MessageRouter(
             self._account().rules, envelope.sender, envelope.size_bytes, envelope.headers, envelope.message_id
         )
         hops = []
         for recipient in self._recipients:
             decision = router.route(recipient)
-            hops.append(decision.targets[0].provider if decision is not None and decision.targets else "")
+            hops.append("" if decision is None else self._next_hop(decision.targets))
         return hops
+
+    def _next_hop(self, targets: Sequence[Target]) -> str:
+        if len(targets) < 2:
+            return targets[0].provider if targets else ""
+        return self._shared.handover.next_hop(self._account_name, targets)
 
     def _rows(self, hops: list[str], envelope: Envelope) -> tuple[list[RecipientRow], bool]:
         """Return the recipients as they are committed, and whether delivery takes them from memory.

@@ -6,11 +6,15 @@ import asyncio
 
 import pytest
 
-from dataplane.core.config import Denials, RetryPolicy
-from dataplane.core.envelope import RecipientRow
+from dataplane.core.config import Account, Denials, RetryPolicy, Rule, Target
+from dataplane.core.envelope import RecipientRow, make_queue_key
+from dataplane.core.policy import compile_account
 from dataplane.core.queue import State
-from support.delivery import ACCOUNT, CONTENT, KEY_A, A, B, Bench, delivery_bench
+from dataplane.delivery.scheduler import READ_COUNT
+from support.delivery import ACCOUNT, ACCOUNT_UID, CONTENT, KEY_A, A, B, Bench, delivery_bench
 from support.next_hop import STALL, Behaviour, next_hop
+
+KEY_B = make_queue_key(ACCOUNT, B)
 
 
 async def waiting(bench: Bench) -> list[State]:
@@ -240,6 +244,57 @@ async def test_a_refused_connection_fails_over_to_the_next_target_at_once() -> N
             (event,) = await bench.events_come(1)
         assert (event.type.name, event.provider, event.attempt) == ("SENT", B, 1)
         assert len(hop.messages) == 1
+
+
+async def with_a_backlog(bench: Bench, hop_port: int, dead_port: int) -> tuple[Target, ...]:
+    """A is dead and more than a turn's worth of mail waits for it alone; returns the targets of `@both.test`."""
+    bench.config.add_provider(A, dead_port)
+    bench.config.add_provider(B, hop_port)
+    both = (Target(A), Target(B))
+    rules = (
+        Rule(f"{ACCOUNT}/routingRules/both", 1, both, recipient_patterns=("@both.test",)),
+        Rule(f"{ACCOUNT}/routingRules/one", 2, (Target(A),)),
+    )
+    bench.config.accounts[ACCOUNT] = compile_account(Account(ACCOUNT, ACCOUNT_UID, revision=7, rules=rules))
+    for _ in range(READ_COUNT + 1):
+        await bench.submit("a@one.test")
+    await bench.events_come(1)
+    return both
+
+
+async def test_mail_with_another_target_passes_what_waits_for_a_dead_one() -> None:
+    dead = Behaviour(greeting=b"554 5.3.2 no\r\n")
+    async with next_hop() as hop, next_hop(dead) as gone, delivery_bench() as bench:
+        targets = await with_a_backlog(bench, hop.port, gone.port)
+        found = bench.engine.next_hop(ACCOUNT, targets)
+        assert found == B
+        await bench.submit("b@both.test", key=make_queue_key(ACCOUNT, found))
+        await bench.until(lambda: bench.engine.counters.sent == 1)
+        assert hop.messages[0].recipients == ["b@both.test"]
+
+
+async def test_mail_that_the_other_target_deferred_does_not_wait_behind_the_dead_one() -> None:
+    dead, busy = Behaviour(greeting=b"554 5.3.2 no\r\n"), Behaviour(mail=lambda _: b"451 4.3.0 later\r\n")
+    async with next_hop(busy) as hop, next_hop(dead) as gone, delivery_bench() as bench:
+        await with_a_backlog(bench, hop.port, gone.port)
+        await bench.submit("b@both.test", key=KEY_B)
+        await bench.events_come(2)
+        busy.mail = lambda _: b"250 ok\r\n"
+        await bench.retry(40.0, KEY_B)
+        await bench.until(lambda: bench.engine.counters.sent == 1)
+
+
+async def test_without_a_usable_target_mail_waits_for_the_first_and_a_denied_one_is_not_usable() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        targets = (Target(A), Target(B))
+        assert bench.engine.next_hop(ACCOUNT, targets) == A
+        assert bench.engine.next_hop(ACCOUNT, targets[::-1]) == A
+        bench.config.add_provider(B, hop.port)
+        bench.config.denials = Denials(1, providers={A: 0})
+        assert bench.engine.next_hop(ACCOUNT, targets) == B
+        bench.config.denials = Denials(2, providers={A: 0, B: 0})
+        assert bench.engine.next_hop(ACCOUNT, targets) == A
 
 
 async def test_all_targets_dead_is_deferred_by_one_probe_and_the_rest_is_not_even_tried() -> None:

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 
 from dataplane.adapters.spool_ram import RamSpool
-from dataplane.core.config import Denials
+from dataplane.core.config import Denials, Rule, Target
 from dataplane.core.envelope import Envelope, RecipientRow
 from dataplane.core.queue import State
 from dataplane.core.session import Session
@@ -324,6 +324,18 @@ async def test_a_recipient_without_route_goes_with_the_others_under_the_empty_ne
         assert (await peer.ask(BODY + b".\r\n")).startswith(TAKEN)
         keys = [row.queue_key for row in node.delivery.delivered[0][2]]
         assert keys == ["accounts/demo\tproviders/inbox", "accounts/demo\t"]
+
+
+async def test_mail_with_several_targets_waits_for_the_one_that_delivery_names() -> None:
+    node = make_node()
+    targets = (Target("providers/inbox"), Target("providers/spare"))
+    node.config.set_account(replace(ACCOUNT, rules=(Rule("accounts/demo/routingRules/all", 1, targets),)))
+    node.delivery.dead = frozenset({"providers/inbox"})
+    async with running(node):
+        peer = await node.greeted()
+        assert (await submit(peer)).startswith(TAKEN)
+        (row,) = node.delivery.delivered[0][2]
+        assert row.queue_key == "accounts/demo\tproviders/spare"
 
 
 async def test_a_denial_counts_from_the_next_mail_on_and_the_transaction_under_way_ends_well() -> None:

@@ -118,9 +118,13 @@ class Delivery:
     """A `Handover` that notes what it is given."""
 
     open: bool = True
+    dead: frozenset[str] = frozenset()
     delivered: list[tuple[Envelope, bytes, list[RecipientRow]]] = field(default_factory=list)
     waiting: list[tuple[Envelope, list[RecipientRow]]] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def next_hop(self, account: str, targets: Sequence[Target]) -> str:
+        return next((target.provider for target in targets if target.provider not in self.dead), targets[0].provider)
 
     def admit(self, size_bytes: int, queue_key: str) -> bool:
         return self.open
