@@ -6,13 +6,11 @@ Everything is real and durable. The number of kills is small here; the nightly r
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from support.application import Application, arrived_ids, judge_contents, judge_ledger, missing
-from support.whole_stack import WholeStack, wait_until
+from support.killable_stack import KillableStack, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
@@ -20,22 +18,12 @@ _VICTIMS = ("worker", "agent", "supervisor", "controlplane", "postgres", "valkey
 _FLOW = 25  # messages acknowledged before a kill and after the recovery
 
 
-@pytest.fixture
-def whole_stack(passable_folder: Path) -> Iterator[WholeStack]:
-    stack = WholeStack(passable_folder / "stack")
-    stack.start()
-    try:
-        yield stack
-    finally:
-        stack.stop()
-
-
-def _kill(stack: WholeStack, victim: str) -> None:
+def _kill(stack: KillableStack, victim: str) -> None:
     if victim == "everything":
         stack.kill_everything()
         stack.start()
     else:
-        stack.kill(victim)
+        stack.kill_server(victim)
 
 
 def _wait_for_flow(application: Application, what: str) -> None:
@@ -43,8 +31,8 @@ def _wait_for_flow(application: Application, what: str) -> None:
     wait_until(lambda: application.count >= wanted, what)
 
 
-def _campaign(stack: WholeStack, victims: list[str]) -> Application:
-    application = Application(stack.facts)
+def _campaign(stack: KillableStack, victims: list[str]) -> Application:
+    application = Application(stack.ready)
     application.start()
     try:
         for victim in victims:
@@ -56,23 +44,23 @@ def _campaign(stack: WholeStack, victims: list[str]) -> Application:
     return application
 
 
-def _judge(stack: WholeStack, application: Application) -> None:
-    inbox = stack.folder / "inbox"
+def _judge(stack: KillableStack, application: Application) -> None:
+    inbox = stack.root / "inbox"
     wait_until(lambda: not missing(application, inbox), "every acknowledged message arrived", 120)
     judge_contents(inbox)
     judge_ledger(stack, set(application.acknowledged.values()) | arrived_ids(inbox))
 
 
-def test_every_process_may_be_killed_while_mail_flows(whole_stack: WholeStack) -> None:
+def test_every_process_may_be_killed_while_mail_flows(killable_stack: KillableStack) -> None:
     """Each server once, in a seeded order, and everything at once."""
     victims = list(_VICTIMS)
     random.Random(20261120).shuffle(victims)
-    _judge(whole_stack, _campaign(whole_stack, victims))
+    _judge(killable_stack, _campaign(killable_stack, victims))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(1, 6))
-def test_many_kills_in_seeded_order(whole_stack: WholeStack, seed: int) -> None:
+def test_many_kills_in_seeded_order(killable_stack: KillableStack, seed: int) -> None:
     """A longer campaign; a failing seed is repeated with `-k` and its number."""
     chooser = random.Random(seed)
-    _judge(whole_stack, _campaign(whole_stack, chooser.choices(_VICTIMS, k=15)))
+    _judge(killable_stack, _campaign(killable_stack, chooser.choices(_VICTIMS, k=15)))

@@ -9,27 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.application import Application, judge_contents, judge_ledger, missing
-from support.whole_stack import WholeStack, wait_until
+from support.killable_stack import KillableStack, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 _COUNT = 40
-
-
-@pytest.fixture
-def whole_stack(passable_folder: Path) -> Iterator[WholeStack]:
-    stack = WholeStack(passable_folder / "stack")
-    stack.start()
-    try:
-        yield stack
-    finally:
-        stack.stop()
 
 
 class _Program:
@@ -56,33 +45,33 @@ def _answers(port: int) -> bool:
             return False
 
 
-def _node(stack: WholeStack) -> _Program:
-    arguments = ["dataplane", "run", "--config", str(stack.folder / "node-1" / "node.yaml")]
-    return _Program(arguments, stack.port("smtp"), stack.folder.parent / "node.log")
+def _node(stack: KillableStack) -> _Program:
+    arguments = ["dataplane", "run", "--config", str(stack.root / "node-1" / "node.yaml")]
+    return _Program(arguments, stack.port("smtp"), stack.folder / "node.log")
 
 
-def test_a_node_alone_accepts_delivers_and_restarts_and_reports_later(whole_stack: WholeStack) -> None:
+def test_a_node_alone_accepts_delivers_and_restarts_and_reports_later(killable_stack: KillableStack) -> None:
     """Promise 5: only the limits' shared count and the ledger wait for the others."""
-    application = Application(whole_stack.facts)
-    inbox = whole_stack.folder / "inbox"
-    whole_stack.stop()
+    application = Application(killable_stack.ready)
+    inbox = killable_stack.root / "inbox"
+    killable_stack.stop()
 
-    receiver = ["postroad.inbox", "--dir", str(inbox), "--port", str(whole_stack.port("inbox"))]
-    inbox_server = _Program(receiver, whole_stack.port("inbox"), whole_stack.folder.parent / "inbox.log")
+    receiver = ["postroad.inbox", "--dir", str(inbox), "--port", str(killable_stack.port("inbox"))]
+    inbox_server = _Program(receiver, killable_stack.port("inbox"), killable_stack.folder / "inbox.log")
     try:
-        node = _node(whole_stack)
+        node = _node(killable_stack)
         application.submit(_COUNT)
         wait_until(lambda: not missing(application, inbox), "mail is delivered by the node alone")
         node.end(signal.SIGKILL)
 
-        node = _node(whole_stack)
+        node = _node(killable_stack)
         application.submit(_COUNT)
         wait_until(lambda: not missing(application, inbox), "mail is delivered after the node's restart")
         node.end(signal.SIGTERM)
     finally:
         inbox_server.end(signal.SIGTERM)
 
-    whole_stack.start()
+    killable_stack.start()
     assert application.count == 2 * _COUNT
-    judge_ledger(whole_stack, set(application.acknowledged.values()))
+    judge_ledger(killable_stack, set(application.acknowledged.values()))
     judge_contents(inbox)

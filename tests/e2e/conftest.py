@@ -6,31 +6,16 @@ messages) is under names of its own.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from postroad.localstack import PostgresServer, ValkeyServer
-from support import folders
-from support.local_stack import LocalStack
-
-
-@contextlib.contextmanager
-def _stack_folder() -> Iterator[Path]:
-    with folders.passable_folder() as folder:
-        try:
-            yield folder
-        finally:
-            # What a failed test left running must not outlive it.
-            PostgresServer(folder / ".postroad" / "postgres").destroy()
-            ValkeyServer(folder / ".postroad" / "valkey").destroy()
+from support.local_stack import LocalStack, stack_folder
 
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[LocalStack]:
-    with _stack_folder() as folder:
+    with stack_folder() as folder:
         running = LocalStack(folder).start()
         try:
             yield running
@@ -42,7 +27,7 @@ def stack() -> Iterator[LocalStack]:
 @pytest.fixture
 def own_stack() -> Iterator[LocalStack]:
     """A stack that is not started yet, for tests of its life."""
-    with _stack_folder() as folder:
+    with stack_folder() as folder:
         stack = LocalStack(folder)
         try:
             yield stack

@@ -20,7 +20,7 @@ from typing import Any
 import asyncpg
 
 from postroad.localstack import PostgresServer
-from support.whole_stack import WholeStack, wait_until
+from support.killable_stack import KillableStack, wait_until
 
 _NUMBER = re.compile(rb"^X-Number: (\d+)\r\n", re.MULTILINE)
 _RECEIVED_ID = re.compile(rb"\bid ([0-9a-f-]{36})")
@@ -139,21 +139,21 @@ def arrived_ids(inbox: Path) -> set[str]:
     return {found.group(1).decode() for copy in copies if (found := _RECEIVED_ID.search(copy))}
 
 
-def judge_ledger(stack: WholeStack, ids: set[str]) -> None:
+def judge_ledger(stack: KillableStack, ids: set[str]) -> None:
     """Each of these messages is in the ledger once, with its one recipient, sent, and one event that says so."""
     wait_until(lambda: ids <= _sent_ids(stack), "every message is sent in the ledger", 120)
     assert all(row["recipients"] == 1 and row["sent"] == 1 for row in _rows(stack) if row["id"] in ids)
 
 
-def _sent_ids(stack: WholeStack) -> set[str]:
+def _sent_ids(stack: KillableStack) -> set[str]:
     try:
         return {row["id"] for row in _rows(stack) if row["state"] == _SENT}
     except (OSError, asyncpg.PostgresError):
         return set()  # killed a moment ago, and not up again
 
 
-def _rows(stack: WholeStack) -> list[asyncpg.Record]:
-    server = PostgresServer(stack.folder / "postgres", stack.port("postgres"))
+def _rows(stack: KillableStack) -> list[asyncpg.Record]:
+    server = PostgresServer(stack.root / "postgres", stack.port("postgres"))
     return asyncio.run(_fetch(server.dsn("postgres", "postroad")))
 
 

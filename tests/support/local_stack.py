@@ -6,6 +6,7 @@ The stack is what users start, driven as they drive it: started by the command, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,17 +14,30 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from postroad.inbox import Inbox, ReceivedMail
+from postroad.localstack import PostgresServer, ValkeyServer
 from postroad.localstack.ports import DEFAULT_PORTS
 from postroad.sdk import Client, connect
+from support import folders
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 90.0
 _COMMAND_TIMEOUT_S = 60.0
+
+
+@contextlib.contextmanager
+def stack_folder() -> Iterator[Path]:
+    """A folder for a stack, which the database's user can pass through; what a failed test left running is ended."""
+    with folders.passable_folder() as folder:
+        try:
+            yield folder
+        finally:
+            PostgresServer(folder / ".postroad" / "postgres").destroy()
+            ValkeyServer(folder / ".postroad" / "valkey").destroy()
 
 
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
