@@ -16,7 +16,6 @@ from controlplane.domain.errors import (
     NotFoundError,
     PermissionDeniedError,
     Reason,
-    invalid,
 )
 from controlplane.domain.etags import parse_etag
 from controlplane.domain.masks import changed_paths, merge
@@ -32,7 +31,7 @@ from controlplane.ports import Database, Work, scope_of
 from controlplane.services.compile import BundleCompiler, Edited, refuse
 from controlplane.services.limits import check_display_name, check_reason
 from controlplane.services.mutations import Mutation, Patch, Replay, mutate
-from dataplane.core.config import validate_account_networks
+from dataplane.core.config import validate_account_networks, validate_sender_domains
 
 DENIAL_ACCOUNT = 1
 _EDITED = Edited("", "account")
@@ -161,10 +160,9 @@ def _checked(account: Account) -> Account:
         raise FailedPreconditionError(
             Reason.REPLICATION_UNAVAILABLE, "this deployment has no replicated queue", subject="account.durability"
         )
-    refuse(validate_account_networks(account.networks), Edited("", "account"))
     domains = tuple(domain.lower() for domain in account.sender_domains)
-    if any(len(domain) > 255 for domain in domains):
-        raise invalid("account.sender_domains", "must be domains of at most 255 characters")
+    # Before the database sees them: it would refuse what it cannot hold in words of its own.
+    refuse([*validate_sender_domains(domains), *validate_account_networks(account.networks)], _EDITED)
     return replace(
         account,
         durability=Durability.LOCAL,

@@ -26,6 +26,8 @@ from dataplane.core.config import SealedValue, TlsPolicy, validate_provider
 
 DENIAL_PROVIDER = 3
 _PASSWORD_PATH = "smtp.password"  # noqa: S105 - the path of a field
+# A token may be long; NUL ends a password in SASL PLAIN (RFC 4616, section 2).
+_PASSWORD_LIMIT = 4_096
 # Stands for whatever the pool's key will make of the password: only its shape is looked at.
 _SOME_PASSWORD = SealedValue("-", bytes(64))
 _SUBMISSION_PORT, _SUBMISSIONS_PORT = 587, 465
@@ -203,6 +205,9 @@ class ProvidersService:
         violations = [Violation(f"provider.smtp.endpoints[{n}].host", text) for n, text in problems if text]
         if smtp.password and not smtp.username:
             violations.append(Violation("provider.smtp.password", "must be set together with a username"))
+        if "\0" in smtp.password or len(smtp.password.encode()) > _PASSWORD_LIMIT:
+            text = f"must be at most {_PASSWORD_LIMIT} bytes, without NUL"
+            violations.append(Violation("provider.smtp.password", text))
         if violations:
             raise InvalidArgumentError(violations)
         return replace(provider, smtp=_with_defaults(smtp))

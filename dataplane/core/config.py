@@ -204,7 +204,7 @@ def seal_context(account: str, resource: str, field_name: str) -> bytes:
 
 def validate_account(account: Account) -> list[Problem]:
     """Return what is wrong with an account's bundle."""
-    problems = list(_sender_domain_problems(account.sender_domains))
+    problems = validate_sender_domains(account.sender_domains)
     if not _ACCOUNT_NAME.fullmatch(account.name):
         problems.append(Problem("name", "must be accounts/{account}, the id as stated there"))
     if not _is_uuid(account.uid):
@@ -314,6 +314,24 @@ def validate_account_networks(networks: Sequence[str]) -> list[Problem]:
     return problems
 
 
+def validate_sender_domains(domains: Sequence[str]) -> list[Problem]:
+    """Return what is wrong with the list of one account's domains; paths are `sender_domains[n]`."""
+    problems = []
+    if len(domains) > MAX_SENDER_DOMAINS:
+        problems.append(Problem("sender_domains", f"must be at most {MAX_SENDER_DOMAINS}"))
+    seen: set[str] = set()
+    for index, domain in enumerate(domains):
+        name = domain.removeprefix("*.")
+        if not _is_domain(name):
+            problems.append(Problem(f"sender_domains[{index}]", "must be a domain or *.domain, lower case, A-labels"))
+        elif name != domain and "." not in name:
+            problems.append(Problem(f"sender_domains[{index}]", "must not be a whole top-level domain"))
+        elif domain in seen:
+            problems.append(Problem(f"sender_domains[{index}]", "is there twice"))
+        seen.add(domain)
+    return problems
+
+
 def _under(path: str, problems: Iterable[Problem]) -> list[Problem]:
     return [Problem(f"{path}.{problem.field}", problem.description) for problem in problems]
 
@@ -336,21 +354,6 @@ def _is_domain(text: str) -> bool:
         return parse_domain(text) == text
     except AddressError:
         return False
-
-
-def _sender_domain_problems(domains: Sequence[str]) -> Iterator[Problem]:
-    if len(domains) > MAX_SENDER_DOMAINS:
-        yield Problem("sender_domains", f"must be at most {MAX_SENDER_DOMAINS}")
-    seen: set[str] = set()
-    for index, domain in enumerate(domains):
-        name = domain.removeprefix("*.")
-        if not _is_domain(name):
-            yield Problem(f"sender_domains[{index}]", "must be a domain or *.domain, lower case, A-labels")
-        elif name != domain and "." not in name:
-            yield Problem(f"sender_domains[{index}]", "must not be a whole top-level domain")
-        elif domain in seen:
-            yield Problem(f"sender_domains[{index}]", "is there twice")
-        seen.add(domain)
 
 
 def _credential_problems(credential: Credential, key: str, account: str) -> Iterator[Problem]:

@@ -53,8 +53,8 @@ _NOT_FOUND = frozenset(
 
 # Duplicates inside one request.
 _DUPLICATES = {
-    "pk_account_sender_domains": "sender_domains",
-    "pk_account_networks": "networks",
+    "pk_account_sender_domains": "account.sender_domains",
+    "pk_account_networks": "account.networks",
 }
 
 # Only a defect of ours, or one in 2^128, gets there; or the fleet's side writes them.
@@ -105,11 +105,19 @@ UNREACHABLE = frozenset(
     }
 )
 
-# Every check on a table that callers write is named after the field it guards.
-_CHECKED_TABLES = (
-    *("account_networks", "account_sender_domains", "accounts", "api_keys", "node_pools", "nodes", "providers"),
-    *("routing_rule_targets", "routing_rules", "smtp_credentials"),
-)
+# Every check on a table that callers write is named after the field it guards, in the resource that requests call so.
+_CHECKED_TABLES = {
+    "account_networks": "account",
+    "account_sender_domains": "account",
+    "accounts": "account",
+    "api_keys": "api_key",
+    "node_pools": "node_pool",
+    "nodes": "node",
+    "providers": "provider",
+    "routing_rule_targets": "routing_rule",
+    "routing_rules": "routing_rule",
+    "smtp_credentials": "smtp_credential",
+}
 
 
 def domain_error(constraint: str, name: str) -> ControlPlaneError | None:
@@ -125,7 +133,7 @@ def domain_error(constraint: str, name: str) -> ControlPlaneError | None:
         return FailedPreconditionError(reason, text, subject=name)
     if constraint in _DUPLICATES:
         return invalid(_DUPLICATES[constraint], "has a duplicate")
-    for table in _CHECKED_TABLES:
+    for table, resource in _CHECKED_TABLES.items():
         if constraint.startswith(f"ck_{table}_"):
-            return invalid(constraint.removeprefix(f"ck_{table}_"), "is out of its limits")
+            return invalid(f"{resource}.{constraint.removeprefix(f'ck_{table}_')}", "is out of its limits")
     return None

@@ -31,7 +31,7 @@ from controlplane.adapters.postgres.nodes import NodesRepository
 from controlplane.adapters.postgres.providers import ProvidersRepository
 from controlplane.adapters.postgres.routing_rules import RoutingRulesRepository
 from controlplane.adapters.postgres.session import Connection, Session
-from controlplane.domain.errors import AbortedError, ControlPlaneError, Reason, UnavailableError
+from controlplane.domain.errors import AbortedError, ControlPlaneError, Reason, UnavailableError, invalid
 from controlplane.ports import (
     Accounts,
     ApiKeys,
@@ -154,6 +154,9 @@ class PostgresDatabase:
             raise
         except _LOST_RACES as error:
             raise AbortedError(Reason.CONCURRENT_EDIT) from error
+        except asyncpg.CharacterNotInRepertoireError as error:
+            # The one character that text in PostgreSQL cannot hold.
+            raise invalid("request", "must not hold the character NUL") from error
         except asyncpg.IntegrityConstraintViolationError as error:
             known = domain_error(error.constraint_name or "", session.subject if session is not None else "")
             if known is None:
