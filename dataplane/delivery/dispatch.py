@@ -77,10 +77,14 @@ class Tools(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """Whether an attempt makes sense now, and if not, when to look again (steady milliseconds, 0: when told)."""
+    """Whether an attempt makes sense now, and if not, when to look again (steady milliseconds, 0: when told).
+
+    `is_dead` says that a target is unusable because connections to it fail, not only because it was stopped.
+    """
 
     usable: bool
     again_ms: int
+    is_dead: bool = False
 
 
 class Dispatcher:
@@ -127,15 +131,16 @@ class Dispatcher:
         )
         self.offer(attempt)
 
-    def refuse(
+    def conclude(
         self,
         message: Message,
-        refused: Sequence[tuple[RecipientRow, Verdict]],
+        ends: Sequence[tuple[RecipientRow, Verdict]],
         bundle_revision: int,
+        moment: Moment,
         done: Done | None = None,
     ) -> None:
-        """Settle recipients that the plan refused."""
-        self._conclude(message, refused, Facts(bundle_revision=bundle_revision), done)
+        """Settle recipients that end at this moment without an attempt: refused by the plan, or past their lifetime."""
+        self._conclude(message, ends, Facts(bundle_revision=bundle_revision), moment, done)
 
     def outlook(self, targets: Sequence[Target], account: str) -> Outlook:
         """Whether one of these targets would take an attempt now. Targets that are all unknown make an attempt, too."""
@@ -155,7 +160,7 @@ class Dispatcher:
             wait_s = pool.destination.retry_at_s - self._clock.monotonic()
             retry_ms = moment.steady_ms + max(0, int(wait_s * 1000) + 1)
             again_ms = min(again_ms or retry_ms, retry_ms)
-        return Outlook(not known, again_ms)
+        return Outlook(not known, again_ms, is_dead=again_ms > 0)
 
     def next_hop(self, account: str, targets: Sequence[Target]) -> str:
         """The provider that mail for these targets waits for: the first that takes some now, else the first of all."""
@@ -197,7 +202,7 @@ class Dispatcher:
         envelope = attempt.message.envelope
         wall_ms = self._clock.wall_ms()
         denials = self._config.denials
-        if denied(denials, envelope.account, envelope.credential, wall_ms):
+        if denied(denials, envelope.account, envelope.credential, wall_ms, accepted_ms=envelope.accepted_ms):
             self.put_back(attempt)
             return None
         if is_denied(denials.providers, attempt.provider, wall_ms):
@@ -249,6 +254,7 @@ class Dispatcher:
             envelope.credential,
             self._clock.wall_ms(),
             provider=job.provider,
+            accepted_ms=envelope.accepted_ms,
         )
         return found is not None
 
@@ -296,16 +302,19 @@ class Dispatcher:
             attempt.connecting_ms,
             int((now_s - sent_s) * 1000),
         )
-        self._conclude(attempt.message, ends, facts, None)
+        self._conclude(attempt.message, ends, facts, self._moment())
         self._release(attempt)
 
     def _conclude(
-        self, message: Message, ends: Sequence[tuple[RecipientRow, Verdict]], facts: Facts, done: Done | None
+        self,
+        message: Message,
+        ends: Sequence[tuple[RecipientRow, Verdict]],
+        facts: Facts,
+        moment: Moment,
+        done: Done | None = None,
     ) -> None:
         envelope = message.envelope
-        conclusion = self._concluder.conclude(
-            message, ends, facts, self.retry_policy(envelope), self._moment(), self._random()
-        )
+        conclusion = self._concluder.conclude(message, ends, facts, self.retry_policy(envelope), moment, self._random())
         self._settler.settle(conclusion.settlement, done)
         if conclusion.waits:
             for change in conclusion.settlement.changes:

@@ -6,8 +6,10 @@ planned by the configuration of that moment (`planning`), offered to the targets
 `settler`).
 
 Content in memory is bounded by the window and one message: when it is full nothing is handed over or read back. What
-a denial holds back stays in the spool, is looked at again when denials change, and once a minute. `failed` is done
-when the engine can go on no more; the worker must end then.
+a denial holds back stays in the spool, is looked at again when denials change, and once a minute. Mail whose lifetime
+is over ends also without an attempt of its own: where its targets are known to be dead, for one failed probe stands for
+all that wait, and where its credential is revoked, so that it never leaves. What operators hold back waits for them.
+`failed` is done when the engine can go on no more; the worker must end then.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import NamedTuple
 from dataplane.core.config import Target
 from dataplane.core.envelope import Envelope, RecipientRow, split_queue_key
 from dataplane.core.ids import MessageId
-from dataplane.core.retry import RetryClock
+from dataplane.core.retry import RetryClock, is_expired
+from dataplane.core.transaction import Verdict, VerdictKind
 from dataplane.delivery.attempt import Message
 from dataplane.delivery.connections import Pools
 from dataplane.delivery.counters import DeliveryCounters
@@ -55,6 +58,9 @@ LOOK_AGAIN_MS = 60_000
 DENIED_DELAY_MS = 300_000
 DENIED_LIMIT = 10_000
 SETTLE_GRACE_S = 5.0
+
+_REVOKED = Verdict(VerdictKind.TEMPORARY, 0, "4.7.1", "the credential that submitted it was revoked before")
+_UNREACHABLE = Verdict(VerdictKind.TEMPORARY, 0, "4.4.7", "no target could be reached within the lifetime")
 
 
 class Surroundings(NamedTuple):
@@ -211,7 +217,7 @@ class DeliveryEngine:
             self._dispatcher.put_back_rows(message, recipients)
             return
         if plan.refused:
-            self._dispatcher.refuse(message, plan.refused, plan.bundle_revision)
+            self._dispatcher.conclude(message, plan.refused, plan.bundle_revision, self.moment())
         if plan.groups:
             self._dispatcher.hold(message, len(plan.groups))
         for group in plan.groups:
@@ -255,28 +261,49 @@ class DeliveryEngine:
         plan = make_plan(self._config, envelope, rows, self._clock.wall_ms())
         if plan.held is Held.EVERYTHING:
             return Taken([], self._steady_ms() + LOOK_AGAIN_MS)
+        moment = self.moment()
+        outlived = is_expired(plan.retry_policy, envelope.accepted_ms, moment.wall_ms, moment.steady_ms)
         if plan.held is not None:
+            if outlived:
+                return Taken([self._expire(stored, rows, plan, moment, _REVOKED)])
             return Taken([self._hold_back(envelope.message_id, tuple(rows))])
         outlooks = [self._dispatcher.outlook(group.targets, envelope.account) for group in plan.groups]
         groups = [group for group, outlook in zip(plan.groups, outlooks, strict=True) if outlook.usable]
         if not groups and not plan.refused:
-            now_ms = self._steady_ms()
-            return Taken([], min(outlook.again_ms or now_ms + LOOK_AGAIN_MS for outlook in outlooks))
+            if outlived and any(outlook.is_dead for outlook in outlooks):
+                return Taken([self._expire(stored, rows, plan, moment, _UNREACHABLE)])
+            again_ms = moment.steady_ms + LOOK_AGAIN_MS
+            return Taken([], min(outlook.again_ms or again_ms for outlook in outlooks))
         return Taken(self._claim(stored, plan, groups))
 
     # --- inside
 
-    def _claim(self, stored: StoredMessage, plan: Plan, groups: list[Group]) -> list[asyncio.Future[None]]:
+    def _read_back(self, stored: StoredMessage) -> Message:
+        """The message as delivery holds it; who asked for it watches over its record."""
         message_id = stored.envelope.message_id
         reported = stored.reported or self._reporter.is_reported(message_id)
         self._reporter.take(message_id)
         addresses = () if reported else tuple([row.address for row in stored.recipients])
-        message = Message(stored.envelope, stored.content, addresses, reported)
+        return Message(stored.envelope, stored.content, addresses, reported)
+
+    def _expire(
+        self, stored: StoredMessage, rows: Sequence[RecipientRow], plan: Plan, moment: Moment, reason: Verdict
+    ) -> asyncio.Future[None]:
+        """End what outlived its lifetime while no attempt was worth making."""
+        message = self._read_back(stored)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        ends = [(row, reason) for row in rows]
+        self._dispatcher.conclude(message, ends, plan.bundle_revision, moment, _resolver(future))
+        self._reporter.watch(message)
+        return future
+
+    def _claim(self, stored: StoredMessage, plan: Plan, groups: list[Group]) -> list[asyncio.Future[None]]:
+        message = self._read_back(stored)
         futures: list[asyncio.Future[None]] = []
         if plan.refused:
             future = asyncio.get_running_loop().create_future()
             futures.append(future)
-            self._dispatcher.refuse(message, plan.refused, plan.bundle_revision, _resolver(future))
+            self._dispatcher.conclude(message, plan.refused, plan.bundle_revision, self.moment(), _resolver(future))
         if groups:
             self._dispatcher.hold(message, len(groups))
         for group in groups:

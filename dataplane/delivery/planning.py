@@ -5,7 +5,7 @@ revision and rule are recorded with the outcome.
 
     there is no configuration (yet)                                   all held until there is one
     the account is unknown here, or another one of the same name      all refused, 5.7.1
-    account or credential denied                                      all held until denials change
+    account denied, or credential since before it submitted this      all held until denials change
     no rule matches a recipient                                       refused, 5.4.4
     otherwise                                                         grouped by rule and attempt number
 
@@ -67,7 +67,7 @@ def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRo
     if compiled is None or compiled.account.uid != envelope.account_uid:
         return Plan(None, [(row, NO_ACCOUNT) for row in rows], [], 0, _DEFAULT_RETRY)
     account = compiled.account
-    stopped = denied(config.denials, envelope.account, envelope.credential, now_ms)
+    stopped = denied(config.denials, envelope.account, envelope.credential, now_ms, accepted_ms=envelope.accepted_ms)
     if stopped is not None:
         held = Held.MESSAGE if stopped is Denied.CREDENTIAL else Held.EVERYTHING
         return Plan(held, [], [], account.revision, account.retry_policy)

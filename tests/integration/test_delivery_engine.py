@@ -154,6 +154,49 @@ async def test_lifetime_over_at_the_end_of_a_failed_attempt_is_expired() -> None
         assert await bench.spool.load(envelope.message_id) is None
 
 
+async def test_one_failed_probe_ends_everything_whose_lifetime_is_over() -> None:
+    async with next_hop(Behaviour(greeting=b"554 5.3.2 no\r\n")) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port, max_connections=1)
+        bench.config.route_to(A)
+        for _ in range(10):
+            await bench.submit()
+        await bench.events_come(1)
+        assert hop.connections == 1
+        bench.clock.advance(6 * 86_400)
+        await bench.submit("fresh@example.net")
+        bench.engine.config_changed()
+        await bench.until(lambda: bench.engine.counters.expired == 10)
+        assert hop.connections == 2
+        assert bench.events[-1].enhanced_code == "4.4.7"
+        assert await waiting(bench) in ([State.QUEUED], [State.DEFERRED])
+
+
+async def test_what_a_revoked_credential_submitted_expires_unsent() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        bench.config.denials = Denials(1, credentials={bench.envelope().credential: 0})
+        await bench.submit()
+        bench.clock.advance(6 * 86_400)
+        bench.engine.denials_changed()
+        (event,) = await bench.events_come(1)
+        assert (event.type.name, event.enhanced_code, event.attempt) == ("EXPIRED", "4.7.1", 0)
+        assert hop.connections == 0
+
+
+@pytest.mark.parametrize("denials", [Denials(1, accounts={ACCOUNT: 0}), Denials(1, providers={A: 0})])
+async def test_what_operators_hold_back_waits_for_them_however_long(denials: Denials) -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        bench.config.denials = denials
+        await bench.submit()
+        bench.clock.advance(6 * 86_400)
+        bench.engine.denials_changed()
+        await bench.until(lambda: not bench.engine._scheduler._active and bench.engine._settler.pending_count == 0)
+        assert (await waiting(bench), bench.events) == ([State.QUEUED], [])
+
+
 async def test_a_jump_of_the_wall_clock_neither_expires_nor_sends_early() -> None:
     async with next_hop(Behaviour(mail=lambda _: b"451 4.3.0 later\r\n")) as hop, delivery_bench() as bench:
         bench.config.add_provider(A, hop.port)
@@ -390,6 +433,43 @@ async def test_denied_mail_waits_without_an_attempt_until_denials_change(denials
         bench.engine.denials_changed()
         (event,) = await bench.events_come(1)
         assert (event.type.name, event.attempt) == ("SENT", 1)
+
+
+async def test_what_a_credential_submitted_before_it_was_revoked_goes_on() -> None:
+    later = Behaviour(mail=lambda _: b"451 4.3.0 later\r\n")
+    async with next_hop(later) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        before = bench.envelope()
+        await bench.submit(envelope=before)
+        await bench.events_come(1)
+        bench.clock.advance(1.0)
+        since_ms = bench.clock.wall_ms()
+        bench.config.denials = Denials(
+            1, credentials={before.credential: 0}, credentials_since={before.credential: since_ms}
+        )
+        bench.engine.denials_changed()
+        await bench.submit()
+        later.mail = lambda _: b"250 ok\r\n"
+        await bench.retry()
+        await bench.events_come(2)
+        assert (bench.types(), len(hop.messages)) == (["DEFERRED", "SENT"], 1)
+        assert await waiting(bench) == [State.QUEUED]
+
+
+async def test_a_revocation_does_not_cut_what_was_submitted_before() -> None:
+    async with next_hop(Behaviour(data=STALL)) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        envelope = await bench.submit()
+        await hop.stalled.wait()
+        since_ms = bench.clock.wall_ms() + 1
+        bench.config.denials = Denials(
+            1, credentials={envelope.credential: 0}, credentials_since={envelope.credential: since_ms}
+        )
+        bench.engine.denials_changed()
+        assert bench.engine.counters.put_back == 0
+        assert bench.engine.held()["transactions"] == 1
 
 
 async def test_a_denial_between_the_dial_and_mail_stops_the_attempt() -> None:
