@@ -68,4 +68,5 @@ class EnrollmentService:
 
 
 def _refusal() -> UnauthenticatedError:
-    return UnauthenticatedError(Reason.ENROLLMENT_TOKEN_INVALID)
+    text = "the enrolment token is unknown, used or expired: ask an operator to reset the node's enrolment"
+    return UnauthenticatedError(Reason.ENROLLMENT_TOKEN_INVALID, text)

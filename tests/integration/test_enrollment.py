@@ -96,7 +96,9 @@ async def test_a_token_that_is_unknown_used_or_expired_gets_one_and_the_same_ans
         answers.add((caught.value.code(), caught.value.details()))
 
     assert len(answers) == 1
-    assert answers.pop()[0] is grpc.StatusCode.UNAUTHENTICATED
+    code, text = answers.pop()
+    assert code is grpc.StatusCode.UNAUTHENTICATED
+    assert "enrolment token" in (text or "")
 
 
 async def test_a_bad_request_does_not_use_the_token_up(plane: Serving) -> None:

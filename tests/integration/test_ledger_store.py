@@ -188,7 +188,7 @@ async def test_bad_records_go_to_the_rejects_and_stop_nobody(
         accepted(message_id(), account="users/eve"),
         accepted(message_id(), state=99),
         changed(message_id(), update(0, SENT)),
-        changed(message_id(), events=(event(EventType.EVENT_TYPE_SENT, 0, code=1_000_000),)),
+        changed(good[0].message_id, events=(event(EventType.EVENT_TYPE_SENT, 0, code=1_000_000),)),
     ]
     mixed = [bad[0], good[0], *bad[1:4], good[1], good[2], *bad[4:], *good[3:]]
     await _open(ledger)
@@ -331,3 +331,31 @@ async def test_a_result_completes_its_command_once(ledger: PostgresLedger, migra
         migrated_database, "SELECT command, changed_count FROM postroad.commands WHERE done_time > '-infinity'"
     )
     assert [tuple(row) for row in rows] == [(command, 3)]
+
+
+async def test_a_spool_says_nothing_of_messages_that_another_one_accepted(
+    ledger: PostgresLedger, migrated_database: Database
+) -> None:
+    await _open(ledger)
+    raw_id, own = message_id(), message_id()
+    await _store(ledger, 1, accepted(raw_id, "a@example.net"))
+    await add_node(migrated_database, "edge-2", serial="bb")
+    other = str(uuid.uuid4())
+    await ledger.open_spool("edge-2", SpoolOpening(other, 1, 0, 1, 10), NOW)
+    forged_event = event(EventType.EVENT_TYPE_BOUNCED, 0)
+    forged = [
+        changed(raw_id, update(0, BOUNCED), events=(forged_event,)),
+        changed(raw_id, events=(forged_event,)),
+        accepted(raw_id, "a@example.net", state=BOUNCED),
+        accepted(raw_id, "a@example.net", account="accounts/other", state=BOUNCED),
+        accepted(own, "b@example.net", state=SENT),
+    ]
+
+    raw = [record.SerializeToString() for record in forged]
+    stored = await ledger.store("edge-2", RawBatch(other, 1, 1, raw), NOW)
+
+    assert stored == Stored(Cursor(other, 5), 1, 4)
+    assert await _states(migrated_database, raw_id) == [QUEUED]
+    assert await _states(migrated_database, own) == [SENT]
+    assert await _count(migrated_database, "delivery_events") == 0
+    assert await _count(migrated_database, "ledger_rejects") == 4

@@ -13,6 +13,7 @@ UnavailableError leaves everything as it was.
     spool refused before                    refused: WENT_BACKWARDS, until AcceptSpool
     newer incarnation                       stored: the worker was restarted
 
+A spool speaks of messages that it accepted itself: what it says of others' is set aside, whoever's they are.
 A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
 """
 
@@ -116,6 +117,11 @@ FROM unnest(
     $9::text[], $10::text[], $11::text[], $12::smallint[], $13::text[], $14::text[], $15::bigint[], $16::bigint[],
     $17::bigint[], $18::bigint[]
 ) AS u (m, i, a, y, t, n, b, r, p, h, l, c, e, x, q, w, g, f)
+"""
+_COUNT_OWN = """
+SELECT count(*)
+FROM postroad.messages AS m JOIN unnest($1::uuid[], $2::text[]) AS u (i, a) ON m.message_id = u.i AND m.account = u.a
+WHERE m.message_id BETWEEN $3 AND $4 AND m.spool = $5
 """
 _COMPLETE_COMMANDS = """
 UPDATE postroad.commands AS c
@@ -319,8 +325,12 @@ class _Writer:
 
     async def _write_rows(self, rows: RecordRows) -> None:
         connection = self._connection
+        new: set[tuple[Any, ...]] = set()
         if rows.messages:
-            await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 12), self._node_id, self._spool)
+            answer = await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 12), self._node_id, self._spool)
+            if _count(answer) == len(rows.messages):
+                new = {row[:2] for row in rows.messages}
+        await self._check_own(rows, new)
         events = rows.events
         if rows.accepted:
             answer = await connection.execute(_INSERT_RECIPIENTS, *columns(rows.accepted.values(), 12))
@@ -333,6 +343,19 @@ class _Writer:
             await connection.execute(_INSERT_EVENTS, *columns(events, 18), self._node_id, self._spool)
         if rows.results:
             await connection.execute(_COMPLETE_COMMANDS, *columns(rows.results, 4), self._spool, self._now)
+
+    async def _check_own(self, rows: RecordRows, new: set[tuple[Any, ...]]) -> None:
+        """Refuse what is said of messages that this spool did not accept; `new` are those that it accepted just now."""
+        named = {row[:2] for row in rows.messages}
+        named |= {(row[0], row[2]) for row in (*rows.changed.values(), *rows.events)}
+        named -= new
+        if not named:
+            return
+        message_ids, accounts = columns(named, 2)
+        bounds = (min(message_ids), max(message_ids))
+        count = await self._connection.fetchval(_COUNT_OWN, message_ids, accounts, *bounds, self._spool)
+        if count < len(named):
+            raise _UnknownRecipientError("a message is none that this spool accepted")
 
     async def _update(self, rows: list[list[Any]]) -> list[tuple[Any, ...]]:
         """Change recipients that are not terminal yet; returns the events of outcomes that came too late."""
