@@ -172,7 +172,7 @@ async def until_waiting(stack: ApiStack, waits: int) -> None:
 
 
 @asynccontextmanager
-async def open_transaction(stack: ApiStack) -> AsyncIterator[asyncpg.Connection]:  # type: ignore[type-arg]
+async def open_transaction(stack: ApiStack) -> AsyncIterator[asyncpg.Connection]:
     """A transaction with a number of its own; committed when the block ends."""
     connection = await asyncpg.connect(stack.database.dsn())
     try:
