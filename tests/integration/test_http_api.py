@@ -68,18 +68,18 @@ async def test_an_account_lives_its_life_over_json(plane: Serving, http: aiohttp
         ("POST", "/api/v1/accounts?accountId=demo", {"colour": "red"}, 400, "FIELD_INVALID"),
         ("POST", "/api/v1/accounts?accountId=demo", ["no", "object"], 400, "FIELD_INVALID"),
         ("POST", "/api/v1/accounts?account.displayName=x", {}, 400, "FIELD_INVALID"),
-        ("GET", "/api/v1/nowhere", None, 404, None),
-        ("PUT", "/api/v1/accounts", {}, 405, None),
+        ("GET", "/api/v1/nowhere", None, 404, "METHOD_UNKNOWN"),
+        ("PUT", "/api/v1/accounts", {}, 405, "METHOD_UNKNOWN"),
     ],
 )
 async def test_errors_are_google_rpc_status_with_the_status_of_their_code(
-    plane: Serving, http: aiohttp.ClientSession, verb: str, path: str, body: Any, status: int, reason: str | None
+    plane: Serving, http: aiohttp.ClientSession, verb: str, path: str, body: Any, status: int, reason: str
 ) -> None:
     got, error = await _call(http, plane, verb, path, body)
 
     assert got == status
     assert isinstance(error["code"], int)
-    assert [one.get("reason") for one in error.get("details", ())][:1] == ([reason] if reason else [])
+    assert [one.get("reason") for one in error.get("details", ())][:1] == [reason]
 
 
 async def test_without_a_good_key_nothing_is_told(plane: Serving, http: aiohttp.ClientSession) -> None:

@@ -99,6 +99,17 @@ class Calls:
         finally:
             self._observe(method, ended, time.monotonic() - begun)
 
+    async def admit(self, method: str, metadata: Metadata) -> None:
+        """Raise ApiStatusError when the key does not open the method; for who wants to know before it reads on."""
+        begun = time.monotonic()
+        try:
+            async with asyncio.timeout(_DEADLINE_S):
+                await self._guard.admit(method, metadata)
+        except Exception as error:
+            status = self._status(method, error)
+            self._observe(method, code_of(status).name, time.monotonic() - begun)
+            raise ApiStatusError(status) from error
+
     async def take(self, writing: Awaitable[None]) -> None:
         """Wait until a stream's reader took an answer; ApiStatusError when that takes too long."""
         limit = asyncio.timeout(READER_S)

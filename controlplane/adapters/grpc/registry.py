@@ -63,6 +63,10 @@ class ApiRegistry:
         answer: Message = await self._calls.unary(full_name, metadata, lambda: behavior(request, None), timeout_s)
         return answer
 
+    async def admit(self, full_name: str, metadata: Metadata) -> None:
+        """Raise ApiStatusError when the key does not open the method; `call` looks again."""
+        await self._calls.admit(full_name, metadata)
+
     async def take(self, writing: Awaitable[None]) -> None:
         """Wait until the reader of a stream took an answer; ApiStatusError when that takes too long."""
         await self._calls.take(writing)

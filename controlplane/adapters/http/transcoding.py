@@ -27,7 +27,7 @@ from controlplane.adapters.grpc.errors import ApiStatusError, to_status
 from controlplane.adapters.grpc.registry import ApiRegistry
 from controlplane.adapters.http.openapi import describe
 from controlplane.adapters.http.routes import Found, Router, compile_routes
-from controlplane.domain.errors import InvalidArgumentError, Violation
+from controlplane.domain.errors import InvalidArgumentError, Reason, UnimplementedError, Violation
 
 # The table of google/rpc/code.proto.
 HTTP_STATUSES: dict[int, int] = {
@@ -49,6 +49,7 @@ HTTP_STATUSES: dict[int, int] = {
     code_pb2.DATA_LOSS: 500,
 }
 
+BODY_S = 30.0
 _FIRST_ANSWER_S = 0.5
 _TRUTH = {"true": True, "false": False}
 _SCALAR_MESSAGES = frozenset(
@@ -69,6 +70,9 @@ def add_json_api(app: web.Application, registry: ApiRegistry) -> None:
         if not isinstance(found, Found):
             return _no_route(request, found)
         try:
+            if request.can_read_body:
+                # Nobody makes us read and take apart 4 MiB whose key opens nothing.
+                await registry.admit(found.route.full_name, _metadata(request))
             message = await _request_message(request, found)
             answer = await registry.call(found.route.full_name, message, _metadata(request))
             if isinstance(answer, Message):
@@ -79,7 +83,7 @@ def add_json_api(app: web.Application, registry: ApiRegistry) -> None:
             return await _stream(request, registry, answer)
 
     app.router.add_get("/api/v1/openapi.json", openapi)
-    app.router.add_route("*", "/api/v1/{path:.*}", call)
+    app.router.add_route("*", "/api/v1/{path:(?s:.*)}", call)
 
 
 async def _stream(request: web.Request, registry: ApiRegistry, answers: AsyncIterator[Message]) -> web.StreamResponse:
@@ -128,6 +132,8 @@ async def _request_message(request: web.Request, found: Found) -> Message:
         raise _invalid("body", "this method takes none")
     for name, texts in _query(request).items():
         path, field = _field(route.method.input_type, name, values=None)
+        if ".".join(path) in found.variables:
+            raise _invalid(name, "stands in the path")
         if route.body == "*" or path[0] == route.body:
             raise _invalid(name, "belongs into the body")
         _put(values, path, _query_value(field, name, texts))
@@ -144,7 +150,10 @@ async def _request_message(request: web.Request, found: Found) -> Message:
 
 async def _body(request: web.Request) -> dict[str, Any]:
     try:
-        raw = await request.read()
+        async with asyncio.timeout(BODY_S):
+            raw = await request.read()
+    except TimeoutError as error:
+        raise _invalid("body", f"did not come within {BODY_S:g} s") from error
     except web.HTTPRequestEntityTooLarge as error:
         raise _invalid("body", "is larger than 4 MiB") from error
     if not raw:
@@ -240,12 +249,14 @@ def _status_json(status: status_pb2.Status) -> dict[str, Any]:
 
 def _no_route(request: web.Request, verbs: set[str]) -> web.Response:
     if verbs:
-        status = status_pb2.Status(code=code_pb2.UNIMPLEMENTED, message=f"{request.method} is not for this path")
-        response = _error(status)
+        unknown = UnimplementedError(Reason.METHOD_UNKNOWN, f"{request.method} is not for this path")
+        response = _error(to_status(unknown, ""))
         response.set_status(405)
         response.headers["Allow"] = ", ".join(sorted(verbs))
         return response
-    return _error(status_pb2.Status(code=code_pb2.NOT_FOUND, message="there is no such path"))
+    response = _error(to_status(UnimplementedError(Reason.METHOD_UNKNOWN, "there is no such path"), ""))
+    response.set_status(404)
+    return response
 
 
 def _invalid(field: str, text: str) -> ApiStatusError:
