@@ -203,7 +203,7 @@ class SmtpProvider(_message.Message):
     255 bytes.
     """
     password: _builtins.str
-    """Password for SMTP AUTH; sealed at rest, never returned."""
+    """Password for SMTP AUTH, at most 4,096 bytes without NUL; sealed at rest, never returned."""
     password_set: _builtins.bool
     """Whether a password is stored."""
     max_connections: _builtins.int
