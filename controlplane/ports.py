@@ -287,8 +287,8 @@ class Messages(Protocol):
     async def get(self, account: str, message_id: str, since_id: str) -> Message:
         """With recipients and timeline; NotFoundError, also for ids below `since_id`."""
 
-    async def list_page(self, query: MessageQuery) -> list[Message]:
-        """Newest first, with recipients."""
+    async def list_page(self, query: MessageQuery) -> tuple[list[Message], bool]:
+        """Newest first, with recipients, and whether there are more; fewer than asked for when they have very many."""
 
     async def now(self) -> Position:
         """The position after which everything is still to come."""

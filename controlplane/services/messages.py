@@ -80,16 +80,15 @@ class MessagesService:
             since = max(await _since(work, query.account), query.from_id or "")
             wanted = MessageQuery(
                 account=query.account,
-                limit=size + 1,
+                limit=size,
                 before_id=position[0] if position else None,
                 state=query.state,
                 recipient=query.recipient,
                 from_id=since,
                 to_id=query.to_id,
             )
-            found = await work.messages.list_page(wanted)
-        more = self._tokens.seal([found[size - 1].message_id], arguments) if len(found) > size else ""
-        return found[:size], more
+            found, more = await work.messages.list_page(wanted)
+        return found, self._tokens.seal([found[-1].message_id], arguments) if more else ""
 
     async def watch(
         self, caller: Caller, account: str, message_id: str | None, position_text: str

@@ -13,6 +13,7 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from controlplane.adapters.postgres import messages as repository
 from dataplane.core.ids import format_message_id, new_message_id
 from postroad.control.v1 import account_service_pb2
 from postroad.control.v1 import message_pb2 as pb
@@ -108,6 +109,23 @@ async def test_messages_are_listed_newest_first_in_pages(stack: ApiStack, client
         token = page.next_page_token
     assert ([message.name.rsplit("/", 1)[1] for message in found], token) == (ids, "")
     assert [len(message.recipients) for message in found] == [1] * len(ids)
+
+
+async def test_a_page_ends_early_where_its_recipients_are_too_many(
+    stack: ApiStack, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repository, "MAX_PAGE_RECIPIENTS", 3)
+    ids = [message_id(age_s) for age_s in (0, 10, 20, 30)]
+    for one, count in zip(ids, (2, 1, 5, 1), strict=True):
+        await add_message(stack, one, *[SENT] * count)
+    sizes, found, token = [], [], ""
+    for _ in range(3):
+        request = service.ListMessagesRequest(parent="accounts/acme", page_token=token)
+        page = await client.message("ListMessages", request)
+        sizes.append([len(message.recipients) for message in page.messages])
+        found += [message.name.rsplit("/", 1)[1] for message in page.messages]
+        token = page.next_page_token
+    assert (sizes, found, token) == ([[2, 1], [5], [1]], ids, "")
 
 
 async def test_lists_are_narrowed_by_state_recipient_and_time(stack: ApiStack, client: Client) -> None:

@@ -7,6 +7,7 @@ and only below the oldest transaction that is still open, so that nothing can ap
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import asyncpg
@@ -18,11 +19,17 @@ from controlplane.domain.errors import NotFoundError
 from controlplane.domain.messages import LEAST_ID, Command, Event, Message, MessageQuery, Position, Recipient
 from dataplane.core.queue import EventType, State
 
+# What one answer may hold in memory and in a message: 1,000 messages can have a million recipients.
+MAX_PAGE_RECIPIENTS = 20_000
 _GREATEST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 _RECIPIENTS = """
 SELECT * FROM postroad.recipients WHERE account = $1 AND message_id = ANY($2::uuid[])
 ORDER BY message_id, recipient_index
+"""
+_RECIPIENT_COUNTS = """
+SELECT message_id, count(*) FROM postroad.recipients WHERE account = $1 AND message_id = ANY($2::uuid[])
+GROUP BY message_id
 """
 _EVENTS = """
 SELECT e.message_id, e.account, e.change_xid::text AS transaction, e.position, e.recipient_index, r.address, e.type,
@@ -65,7 +72,7 @@ class MessagesRepository:
         )
         return _message(row, [_recipient(one) for one in recipients], [_event(one) for one in events])
 
-    async def list_page(self, query: MessageQuery) -> list[Message]:
+    async def list_page(self, query: MessageQuery) -> tuple[list[Message], bool]:
         """As the port says."""
         conditions = ""
         extra: list[object] = []
@@ -85,13 +92,23 @@ class MessagesRepository:
             "message_list",
             "SELECT * FROM postroad.messages m WHERE account = $1 AND message_id >= $2 AND message_id < $3"
             f"{conditions} ORDER BY message_id DESC LIMIT $4",
-            *(query.account, query.from_id or LEAST_ID, before, query.limit, *extra),
+            *(query.account, query.from_id or LEAST_ID, before, query.limit + 1, *extra),
         )
+        fitting = await self._fitting(query.account, [row["message_id"] for row in rows[: query.limit]])
+        more = len(rows) > fitting
+        rows = rows[:fitting]
         ids = [row["message_id"] for row in rows]
         recipients: dict[Any, list[Recipient]] = {one: [] for one in ids}
         for row in await self._session.rows("message_recipients", _RECIPIENTS, query.account, ids):
             recipients[row["message_id"]].append(_recipient(row))
-        return [_message(row, recipients[row["message_id"]], []) for row in rows]
+        return [_message(row, recipients[row["message_id"]], []) for row in rows], more
+
+    async def _fitting(self, account: str, ids: list[Any]) -> int:
+        """How many of these messages have no more recipients together than a page may hold; at least one."""
+        rows = await self._session.rows("message_recipient_counts", _RECIPIENT_COUNTS, account, ids)
+        counts: dict[Any, int] = {row["message_id"]: row["count"] for row in rows}
+        totals = accumulate(counts.get(one, 0) for one in ids)
+        return max(sum(total <= MAX_PAGE_RECIPIENTS for total in totals), min(len(ids), 1))
 
     async def now(self) -> Position:
         """As the port says."""
