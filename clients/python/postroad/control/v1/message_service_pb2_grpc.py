@@ -75,7 +75,8 @@ class MessageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListMessages(self, request, context):
-        """Lists messages, newest first, without timelines.
+        """Lists messages, newest first, without timelines. A page is shorter than
+        asked for when its messages have more than 20,000 recipients together.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

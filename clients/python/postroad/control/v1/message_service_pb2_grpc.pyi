@@ -43,7 +43,9 @@ class MessageServiceStub:
     within a second while the control plane is reachable.
     """
     ListMessages: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.ListMessagesRequest, _message_service_pb2.ListMessagesResponse]
-    """Lists messages, newest first, without timelines."""
+    """Lists messages, newest first, without timelines. A page is shorter than
+    asked for when its messages have more than 20,000 recipients together.
+    """
     WatchEvents: _grpc.UnaryStreamMultiCallable[_message_service_pb2.WatchEventsRequest, _message_service_pb2.WatchEventsResponse]
     """Streams delivery events as the ledger learns them. Without a position it
     begins now, or, with `message`, at the message's first event. Each event
@@ -70,7 +72,9 @@ class MessageServiceAsyncStub(MessageServiceStub):
     within a second while the control plane is reachable.
     """
     ListMessages: _aio.UnaryUnaryMultiCallable[_message_service_pb2.ListMessagesRequest, _message_service_pb2.ListMessagesResponse]  # type: ignore[assignment]
-    """Lists messages, newest first, without timelines."""
+    """Lists messages, newest first, without timelines. A page is shorter than
+    asked for when its messages have more than 20,000 recipients together.
+    """
     WatchEvents: _aio.UnaryStreamMultiCallable[_message_service_pb2.WatchEventsRequest, _message_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """Streams delivery events as the ledger learns them. Without a position it
     begins now, or, with `message`, at the message's first event. Each event
@@ -106,7 +110,9 @@ class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _message_service_pb2.ListMessagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_message_service_pb2.ListMessagesResponse, _abc.Awaitable[_message_service_pb2.ListMessagesResponse]]:
-        """Lists messages, newest first, without timelines."""
+        """Lists messages, newest first, without timelines. A page is shorter than
+        asked for when its messages have more than 20,000 recipients together.
+        """
 
     @_abc_1.abstractmethod
     def WatchEvents(
