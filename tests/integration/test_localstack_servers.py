@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from postroad.localstack import LocalStackError, PostgresServer, ValkeyServer, shelter
+from postroad.localstack.ports import DEFAULT_PORTS
 
 
 @pytest.fixture
@@ -106,8 +108,9 @@ def test_postgres_does_not_run_as_root(postgres: PostgresServer) -> None:
 @pytest.mark.parametrize("kind", [PostgresServer, ValkeyServer])
 def test_taken_port_is_named(kind: type[PostgresServer | ValkeyServer], passable_folder: Path, taken_port: int) -> None:
     server = kind(passable_folder / "data", taken_port)
-    with pytest.raises(LocalStackError, match=f"port {taken_port} .* is taken"):
+    with pytest.raises(LocalStackError, match=f"port {taken_port} .* is taken") as refused:
         server.start()
+    assert re.findall(r"--port (\w+)=0", refused.value.advice)[0] in DEFAULT_PORTS
     assert not server.is_running
 
 

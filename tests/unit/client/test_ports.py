@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from postroad.localstack import LocalStackError
-from postroad.localstack.ports import DEFAULT_PORTS, is_free, settle_ports, wished_ports
+from postroad.localstack.ports import DEFAULT_PORTS, is_free, port_taken, settle_ports, wished_ports
 
 
 def test_defaults_are_those_of_the_documentation() -> None:
@@ -47,3 +47,10 @@ def test_a_port_somebody_listens_on_is_not_free() -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         assert not is_free(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("name", DEFAULT_PORTS)
+def test_a_taken_port_is_told_with_an_option_that_moves_that_one(name: str) -> None:
+    error = port_taken(DEFAULT_PORTS[name], name)
+    assert f"--port {name}=0" in error.advice
+    assert set(wished_ports([f"{name}=0"], None, {})) == {name}

@@ -46,6 +46,15 @@ def is_free(port: int) -> bool:
         return True
 
 
+def port_taken(port: int, name: str) -> LocalStackError:
+    """The error for a port of DEFAULT_PORTS that another program has; made here, raised by who wanted it."""
+    return LocalStackError(
+        f"port {port} on {LOOPBACK}, wanted for {name}, is taken",
+        f"Stop the program that listens there, or choose another port (0: any free): `postroad up --port {name}=0`, "
+        f'`make up ARGS="--port {name}=0"`, or --port-base NUMBER for all in a row',
+    )
+
+
 def free_port() -> int:
     """A port that the kernel says is free."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

@@ -58,6 +58,7 @@ class PostgresServer(LocalServer):
     """A PostgreSQL cluster in a folder; see the module for the contract."""
 
     label: ClassVar[str] = "PostgreSQL"
+    port_name: ClassVar[str] = "postgres"
     stop_signals: ClassVar[Sequence[signal.Signals]] = _STOP_MODES["fast"]
 
     @property

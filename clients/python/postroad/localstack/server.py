@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from postroad.localstack.errors import LocalStackError
-from postroad.localstack.ports import free_port, is_free
+from postroad.localstack.ports import free_port, is_free, port_taken
 from postroad.localstack.shelter import Account, remove_folder, serving_account, settle_folder
 
 _POLL_S = 0.02
@@ -47,6 +47,8 @@ class LocalServer(ABC):
     """
 
     label: ClassVar[str]
+    # As in DEFAULT_PORTS.
+    port_name: ClassVar[str]
     # Signals of stop(), mildest first; each is given `stop_step_s` seconds.
     stop_signals: ClassVar[Sequence[signal.Signals]] = (signal.SIGTERM, signal.SIGKILL)
 
@@ -204,10 +206,7 @@ class LocalServer(ABC):
         if self._wanted_port == 0:
             self._port = free_port()
         elif not is_free(self._wanted_port):
-            raise LocalStackError(
-                f"port {self._wanted_port} on 127.0.0.1, wanted by {self.label}, is taken",
-                "Stop the program that listens there, or choose another port: `postroad up --port NAME=NUMBER`",
-            )
+            raise port_taken(self._wanted_port, self.port_name)
 
     def _spawn(self) -> None:
         if self.log_file.exists() and self.log_file.stat().st_size > _LOG_LIMIT_BYTES:

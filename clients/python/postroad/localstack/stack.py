@@ -30,7 +30,7 @@ from postroad.localstack.child import Child
 from postroad.localstack.demo import ACCOUNT, SENDER, make_demo, point_inbox
 from postroad.localstack.errors import LocalStackError
 from postroad.localstack.layout import Layout
-from postroad.localstack.ports import LOOPBACK, is_free
+from postroad.localstack.ports import LOOPBACK, is_free, port_taken
 from postroad.localstack.postgres import PostgresServer
 from postroad.localstack.probe import readiness
 from postroad.localstack.progress import Progress
@@ -125,10 +125,7 @@ class Stack:
         # The two databases look for themselves, after they have ended what a killed stack left behind.
         for name, port in self._ports.items():
             if name not in {"postgres", "valkey"} and not is_free(port):
-                raise LocalStackError(
-                    f"port {port} on {LOOPBACK}, wanted for {name}, is taken",
-                    f"Stop the program that listens there, or choose another one: --port {name}=NUMBER (0: any free)",
-                )
+                raise port_taken(port, name)
 
     async def _prepare_database(self) -> None:
         await self._start("PostgreSQL", self._databases[0].start())

@@ -30,6 +30,7 @@ class ValkeyServer(LocalServer):
     """A Valkey server in a folder; `settings` are lines of its configuration file. See the module."""
 
     label: ClassVar[str] = "Valkey"
+    port_name: ClassVar[str] = "valkey"
 
     @property
     def password(self) -> str:
