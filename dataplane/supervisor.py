@@ -6,7 +6,7 @@ whenever every process has come to serve, one `node.draining` when it begins to 
 
     0   drained
     1   a child could not be drained in time and was killed
-    69  the data directory is another node's, or a port is taken: nothing was started
+    69  the data directory is another node's or lies too deep, or a port is taken: nothing was started
     78  the node is not enrolled
 
 What each child is given: its listening sockets, a lifeline (a pipe that ends when we end) and a pipe to say that it is
@@ -48,6 +48,9 @@ HELD_REPORT_INTERVAL_S = 15.0
 AGENT_STOP_S = 10.0
 # Workers end by themselves at the drain's deadline; this is for one that does not.
 KILL_GRACE_S = 5.0
+# SQLite opens no file whose path is longer than 504 bytes; below the data directory come the spool, its quarantine and
+# the database's name.
+LONGEST_DATA_DIR_BYTES = 400
 _BACKLOG = 1024
 
 
@@ -139,7 +142,13 @@ def _probe(address: str, port: int) -> None:
 
 
 def prepare_data_dir(data_dir: Path) -> None:
-    """Make the folders that every process of the node expects. OSError."""
+    """Make the folders that every process of the node expects. OSError; SupervisorError when the path is too long."""
+    length = len(os.fsencode(data_dir.resolve()))
+    if length > LONGEST_DATA_DIR_BYTES:
+        raise SupervisorError(
+            f"the path of {data_dir} has {length} bytes, and the spool's files below it can be opened up to "
+            f"{LONGEST_DATA_DIR_BYTES}: choose a shorter data_dir"
+        )
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in ("run", "last-known-good", "identity"):
         (data_dir / name).mkdir(mode=0o700, exist_ok=True)

@@ -184,3 +184,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LocalStackError, match="cannot be used"):
         Layout(tmp_path / "file" / "stack").open()
+
+
+def test_a_folder_that_lies_too_deep_for_the_spool_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(LocalStackError, match="the path of the folder") as refused:
+        Layout(tmp_path.joinpath(*["deep" * 20] * 5) / ".postroad").open()
+    assert "--dir" in refused.value.advice
+    assert not list(tmp_path.iterdir())

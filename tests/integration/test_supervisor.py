@@ -20,7 +20,13 @@ from aiosmtpd.smtp import SMTP
 
 from dataplane.settings import ListenerSettings
 from dataplane.spool_folders import assign_spools
-from dataplane.supervisor import SupervisorError, bind_listeners, lock_data_dir
+from dataplane.supervisor import (
+    LONGEST_DATA_DIR_BYTES,
+    SupervisorError,
+    bind_listeners,
+    lock_data_dir,
+    prepare_data_dir,
+)
 from postroad.config.v1 import bundle_pb2 as pb
 from postroad.config.v1.denials_pb2 import Denial, DenialSet
 from postroad.node.v1.config_stream_service_pb2 import (
@@ -271,6 +277,14 @@ def test_a_data_directory_is_locked_until_its_holder_ends(tmp_path: Path) -> Non
         lock_data_dir(tmp_path)
     os.close(descriptor)
     os.close(lock_data_dir(tmp_path))
+
+
+def test_a_data_directory_that_lies_too_deep_for_the_spool_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["deep" * 20] * 5)
+    assert len(os.fsencode(deep)) > LONGEST_DATA_DIR_BYTES
+    with pytest.raises(SupervisorError, match="shorter data_dir"):
+        prepare_data_dir(deep)
+    assert not list(tmp_path.iterdir())
 
 
 async def test_a_worker_that_cannot_keep_going_is_left_out_and_the_others_serve(

@@ -26,6 +26,8 @@ from typing import Any, Self
 from postroad.files import write_private
 from postroad.localstack.errors import LocalStackError
 
+# SQLite opens no file whose path is longer than 504 bytes, and the node's spool lies deepest.
+_LONGEST_ROOT_BYTES = 390
 _FOLDERS = ("keys", "pki", "run", "logs", "controlplane", "inbox")
 
 
@@ -45,7 +47,13 @@ class Layout:
         return self.root / "logs" / f"{name}.log"
 
     def open(self) -> Self:
-        """Make and lock the folder; LocalStackError when it is in use or cannot be made."""
+        """Make and lock the folder; LocalStackError when it is in use, cannot be made, or lies too deep."""
+        length = len(os.fsencode(self.root.resolve()))
+        if length > _LONGEST_ROOT_BYTES:
+            raise LocalStackError(
+                f"the path of the folder {self.root} has {length} bytes, and {_LONGEST_ROOT_BYTES} are the most",
+                "Choose another one with --dir: what is made there does not depend on where Postroad is installed",
+            )
         try:
             self.root.mkdir(mode=0o711, parents=True, exist_ok=True)
             # The database may run as another user, who has to pass through; what is private says so itself.
