@@ -21,6 +21,7 @@ from postroad.cli.send import smtp_settings
 from postroad.cli.submission import canonical, compose
 from postroad.control.v1.account_pb2 import Account
 from postroad.control.v1.message_pb2 import DELIVERY_EVENT_TYPE_SENT, DeliveryEvent
+from postroad.inbox import Inbox
 from postroad.localstack import LocalStackError
 from postroad.sdk import (
     ErrorDetails,
@@ -237,3 +238,24 @@ def test_a_timeline_line_says_who_where_and_how_long() -> None:
     line = event_line(event)
     for part in ("sent", "a@example.net", "attempt 1", "via inbox", "inbox[127.0.0.1]:2526, TLSv1.3", "250 2.0.0 st"):
         assert part in line
+
+
+def test_where_nothing_is_known_the_server_is_named_and_not_the_account(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["messages", "list"]) == problems.NOT_CONFIGURED
+    assert "no server is known" in capsys.readouterr().err
+
+
+def test_mail_of_the_inbox_has_names_for_programs_as_the_api_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = b"Subject: hello\r\n\r\nbody\r\n"
+    Inbox(tmp_path).add(content, sender="a@example.com", recipients=["b@example.net"], receive_time="2026-11-20T10:00Z")
+    assert run(["inbox", "show", "1", "--dir", str(tmp_path), "--output", "json"]) == 0
+    (mail,) = json.loads(capsys.readouterr().out)["mails"]
+    assert (mail["receiveTime"], mail["sizeBytes"]) == ("2026-11-20T10:00Z", len(content))
+    assert not [name for name in mail if "_" in name]
+
+
+def test_a_mail_that_is_not_there_is_told_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inbox", "show", "7", "--dir", str(tmp_path)]) == problems.NOT_THERE
+    assert "postroad inbox list" in capsys.readouterr().err

@@ -7,14 +7,14 @@ from base64 import b64encode
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from postroad.cli.output import printable
 from postroad.cli.problems import NOT_CONFIGURED, CommandError
 from postroad.cli.session import Session, session_of
-from postroad.inbox import Inbox
+from postroad.inbox import Inbox, ReceivedMail
 
 app = typer.Typer(no_args_is_help=True, help="The inbox of the local stack: mail that was delivered, byte for byte.")
 
@@ -38,7 +38,7 @@ def list_mail(
     session = session_of(context)
     mails = _inbox(session, folder).mails(last)
     if session.printer.is_json:
-        session.printer.json({"mails": [asdict(mail) for mail in mails]})
+        session.printer.json({"mails": [_for_programs(mail) for mail in mails]})
         return
     session.printer.table(
         ("NUMBER", "RECEIVED", "FROM", "TO", "BYTES", "SUBJECT", "MESSAGE"),
@@ -73,7 +73,7 @@ def show_mail(
         sys.stdout.buffer.flush()
         return
     if session.printer.is_json:
-        contents = [{**asdict(mail), "contentBase64": b64encode(inbox.content(mail)).decode()} for mail in mails]
+        contents = [{**_for_programs(mail), "contentBase64": b64encode(inbox.content(mail)).decode()} for mail in mails]
         session.printer.json({"mails": contents})
         return
     for mail in mails:
@@ -84,6 +84,15 @@ def show_mail(
         session.printer.say("")
         text = inbox.content(mail).decode("utf-8", errors="replace").replace("\r\n", "\n")
         session.printer.say(printable(text))
+
+
+def _for_programs(mail: ReceivedMail) -> dict[str, Any]:
+    # Named as in the API's JSON, so that programs meet one style.
+    def camel_case(name: str) -> str:
+        first, *others = name.split("_")
+        return first + "".join(word.capitalize() for word in others)
+
+    return {camel_case(name): value for name, value in asdict(mail).items()}
 
 
 def _local(text: str) -> str:

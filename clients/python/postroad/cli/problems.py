@@ -117,6 +117,8 @@ def _texts(error: Exception) -> tuple[str, str]:
         return message, advice
     if isinstance(error, LocalStackError):
         return error.problem, error.advice
+    if isinstance(error, InboxError):
+        return str(error), "`postroad inbox list` shows what there is"
     return str(error), str(getattr(error, "advice", ""))
 
 

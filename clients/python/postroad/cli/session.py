@@ -36,12 +36,7 @@ class Session:
         """The API; ConnectionSettingsError when server or key are not known."""
         if self._client is None:
             connection = self.connection
-            if not connection.server or not connection.api_key:
-                missing = "server" if not connection.server else "API key"
-                raise ConnectionSettingsError(
-                    f"no {missing} is known",
-                    "Give --server and --api-key, set POSTROAD_SERVER and POSTROAD_API_KEY, or run `postroad up`",
-                )
+            self._check_connection()
             try:
                 self._client = connect(connection.server, connection.api_key, connection.ca_file)
             except OSError as error:
@@ -54,6 +49,8 @@ class Session:
     def account(self) -> str:
         """`accounts/{account}` that names without a slash belong to."""
         if not self.connection.account:
+            # Where nothing is known at all, the server is what to mend first.
+            self._check_connection()
             raise CommandError(
                 "no account is named", "Give --account, set POSTROAD_ACCOUNT, or write the full name", NOT_CONFIGURED
             )
@@ -65,6 +62,15 @@ class Session:
             return text
         parent = self.account if parent is None else parent
         return f"{parent}/{collection}/{text}" if parent else f"{collection}/{text}"
+
+    def _check_connection(self) -> None:
+        if not self.connection.server or not self.connection.api_key:
+            missing = "server" if not self.connection.server else "API key"
+            raise ConnectionSettingsError(
+                f"no {missing} is known",
+                "Give --server and --api-key, set POSTROAD_SERVER and POSTROAD_API_KEY, or start in the folder where "
+                "`postroad up` runs",
+            )
 
     def close(self) -> None:
         """Drop the connection, if one was made."""

@@ -72,7 +72,8 @@ def submit(
             ) from error
         raise CommandError(
             f"AUTH as {settings.username} was refused: {error.message}",
-            "Check user and password: `postroad credentials list`, `postroad credentials rotate …`",
+            "Check user and password: `postroad credentials list`, `postroad credentials rotate …`; "
+            "a suspended account cannot log in either: `postroad accounts list`",
             NOT_ALLOWED,
         ) from error
     except (aiosmtplib.SMTPConnectError, aiosmtplib.SMTPServerDisconnected, aiosmtplib.SMTPTimeoutError) as error:
@@ -81,7 +82,7 @@ def submit(
         ) from error
     except aiosmtplib.SMTPRecipientsRefused as error:
         first = error.recipients[0]
-        raise CommandError(f"{first.recipient} was refused: {first.code} {first.message}") from error
+        raise CommandError(f"recipient {first.recipient} was refused: {first.code} {first.message}") from error
     except aiosmtplib.SMTPResponseException as error:
         raise CommandError(f"the message was refused: {error.code} {error.message}") from error
     except aiosmtplib.SMTPException as error:
@@ -98,7 +99,9 @@ async def _submit(
             errors, reply = await client.sendmail(sender, list(recipients), content, mail_options=options)
             if errors:
                 address, (code, text) = next(iter(errors.items()))
-                raise CommandError(f"{address} was refused, the others were accepted: {code} {text} ({reply})")
+                raise CommandError(
+                    f"recipient {address} was refused, the others were accepted: {code} {text} ({reply})"
+                )
             found = _QUEUED.search(reply)
             if found is None:
                 raise CommandError(f"the server accepted the message, but named no id: {reply}")
