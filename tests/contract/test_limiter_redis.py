@@ -1,4 +1,4 @@
-"""What the shared limiter does when its server forgets, falls silent, dies or refuses (hazards, section 1.5)."""
+"""What the shared limiter does when its server forgets, falls silent, dies or refuses."""
 
 from __future__ import annotations
 

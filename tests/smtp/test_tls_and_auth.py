@@ -1,4 +1,4 @@
-"""Typed transcripts of STARTTLS and AUTH: RFC 3207, 4954, 4616, and HAZARDS: what must not survive TLS."""
+"""Typed transcripts of STARTTLS and AUTH: RFC 3207, 4954, 4616, and what must not survive TLS."""
 
 from __future__ import annotations
 
