@@ -1,18 +1,19 @@
 """Logs and metrics of the control plane: the one place that speaks to structlog and prometheus-client.
 
-Contract. `configure_logging` sends one JSON line per event to standard error; `get_logger` gives a logger
-whose events have stable names (`config.acked`, `ledger.refused`). `Metrics` holds every metric of the
-process in a registry of its own, so that two of them in one process do not clash; its methods take plain
-values and never raise on them. `render` is the text of `/metrics`. Nothing here sees a credential or a
-message body.
+Contract. `configure_logging` sends one JSON line per event to standard error; one that cannot be written is lost, and
+raises nothing. `get_logger` gives a logger whose events have stable names (`config.acked`, `ledger.refused`).
+`Metrics` holds every metric of the process in a registry of its own, so that two of them in one process do not clash;
+its methods take plain values and never raise on them. `render` is the text of `/metrics`. Nothing here sees a
+credential or a message body.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import orjson
 import structlog
@@ -27,7 +28,7 @@ _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1
 
 def configure_logging(level: str, stream: TextIO | None = None) -> None:
     """Log from `level` on to `stream`, standard error by default; the standard library's loggers too."""
-    out = stream or sys.stderr
+    out = cast("TextIO", _Lines(stream or sys.stderr))
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -52,6 +53,24 @@ def get_logger(component: str) -> structlog.typing.FilteringBoundLogger:
 
 def _to_json(value: Any, default: Callable[[Any], Any] | None = None, **_: Any) -> str:
     return orjson.dumps(value, default=default or str, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+class _Lines:
+    """A stream for log lines that fails in silence: no call may fail for want of somebody to tell."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, line: str) -> int:
+        """Write the line if that is possible."""
+        with contextlib.suppress(OSError):
+            self._stream.write(line)
+        return len(line)
+
+    def flush(self) -> None:
+        """Flush if that is possible."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 class _JsonFormatter(logging.Formatter):

@@ -2,7 +2,8 @@
 
 Contract. `configure_logging` sends one JSON line per event to standard error, for our loggers and those of
 libraries; a field that by its name may hold a secret or content is not written, and what looks like one of
-our keys is struck out of the line. `get_logger` gives a logger whose events have stable names
+our keys is struck out of the line. A line that cannot be written (the disk is full, the reader of a pipe left) is
+lost, and raises nothing. `get_logger` gives a logger whose events have stable names
 (`message.accepted`, `config.applied`). `METRICS` is every metric that a node exports; workers count in plain
 numbers and hand them to the agent as (name, label values, value), and `render` turns the lot into the text of
 `/metrics`: samples of the same name and labels are added, or for a gauge marked so the greatest counts. A
@@ -11,11 +12,12 @@ sample that METRICS does not know raises KeyError.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import orjson
 import structlog
@@ -37,7 +39,7 @@ Logger = structlog.typing.FilteringBoundLogger
 
 def configure_logging(level: str, process: str, stream: BinaryIO | None = None) -> None:
     """Log from `level` on to `stream`, standard error by default; every line names the `process`."""
-    out = stream or sys.stderr.buffer
+    out = cast("BinaryIO", _Lines(stream or sys.stderr.buffer))
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -67,6 +69,24 @@ def _render_line(logger: Any, method: str, event: MutableMapping[str, Any]) -> b
     if b"prs_" in line or b"prk_" in line:
         return _OUR_KEYS.sub(b"***", line)
     return line
+
+
+class _Lines:
+    """A stream for log lines that fails in silence: between a commit and its 250 there is a line, too."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def write(self, line: bytes) -> int:
+        """Write the line if that is possible."""
+        with contextlib.suppress(OSError):
+            self._stream.write(line)
+        return len(line)
+
+    def flush(self) -> None:
+        """Flush if that is possible."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 class _LibraryHandler(logging.Handler):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import structlog
 
+import controlplane.telemetry
 from dataplane.telemetry import METRICS, configure_logging, get_logger, render
 
 
@@ -23,6 +27,20 @@ def lines() -> Iterator[io.BytesIO]:
     root.handlers[:] = handlers
     root.setLevel(level)
     structlog.reset_defaults()
+
+
+def fail(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "no space left on device")
+
+
+def configure_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(buffer=SimpleNamespace(write=fail, flush=fail)))
+    configure_logging("info", "worker-0")
+
+
+def configure_control_plane(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=fail, flush=fail))
+    controlplane.telemetry.configure_logging("info")
 
 
 def test_a_line_is_json_with_event_process_and_fields(lines: io.BytesIO) -> None:
@@ -42,6 +60,16 @@ def test_fields_that_may_hold_secrets_and_our_keys_are_not_written(lines: io.Byt
     log.info("x", password="hush", content=b"hush", error="AUTH with prs_hushhush failed", token="hush")
     assert b"hush" not in lines.getvalue()
     assert json.loads(lines.getvalue())["error"] == "AUTH with *** failed"
+
+
+@pytest.mark.usefixtures("lines")
+@pytest.mark.parametrize("configure", [configure_node, configure_control_plane])
+def test_a_line_that_cannot_be_written_is_lost_and_raises_nothing(
+    configure: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(monkeypatch)
+    structlog.get_logger().info("message.accepted", message="m1")
+    logging.getLogger("some.library").warning("odd")
 
 
 def test_below_the_level_nothing_is_written(lines: io.BytesIO) -> None:
