@@ -379,3 +379,11 @@ class JobStore(Protocol):
     async def delete_enrollment_tokens(self, before: datetime) -> int:
         """Forget tokens that ended before then."""
         ...
+
+    async def delete_config_revisions(self, before: datetime, limit: int) -> int:
+        """Forget at most `limit` revisions made before then, never the current one of a bundle; returns how many."""
+        ...
+
+    async def delete_denials(self, now: datetime, limit: int) -> int:
+        """Forget at most `limit` denials that ended by now; the version moves, and replicas are told, if any did."""
+        ...

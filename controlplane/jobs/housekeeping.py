@@ -15,6 +15,11 @@ from controlplane.ports_fleet import JobStore
 _DAYS_BACK, _DAYS_AHEAD = 1, 3
 _IDEMPOTENCY = timedelta(hours=24)
 _EXPIRED_TOKENS = timedelta(days=1)
+_OLD_REVISIONS = timedelta(days=30)
+# A revision may be megabytes: few in a transaction, and what is left over after so many waits for the next run.
+_REVISIONS_A_BATCH, _BATCHES_A_RUN = 200, 100
+# One transaction, so that the nodes are sent the denials once a run at most.
+_DENIALS_A_RUN = 10_000
 
 
 def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
@@ -33,9 +38,19 @@ def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
     async def forget_tokens(now: datetime) -> None:
         await store.delete_enrollment_tokens(now - _EXPIRED_TOKENS)
 
+    async def forget_revisions(now: datetime) -> None:
+        for _ in range(_BATCHES_A_RUN):
+            if await store.delete_config_revisions(now - _OLD_REVISIONS, _REVISIONS_A_BATCH) < _REVISIONS_A_BATCH:
+                return
+
+    async def forget_denials(now: datetime) -> None:
+        await store.delete_denials(now, _DENIALS_A_RUN)
+
     return [
         Job("make_partitions", timedelta(hours=1), make_partitions),
         Job("drop_partitions", timedelta(hours=1), drop_partitions),
         Job("forget_requests", timedelta(minutes=10), forget_requests),
         Job("forget_tokens", timedelta(hours=1), forget_tokens),
+        Job("forget_revisions", timedelta(hours=6), forget_revisions),
+        Job("forget_denials", timedelta(hours=1), forget_denials),
     ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 
+import asyncpg
 import pytest
 
 from controlplane.adapters.postgres.feed import ChangeFeed
@@ -135,6 +136,99 @@ async def test_jobs_make_and_drop_partitions(migrated_database: Database) -> Non
 
         assert await jobs.drop_partitions(today - timedelta(days=30)) == 6
         assert len(await days()) == 5
+
+
+async def test_old_revisions_go_in_batches_and_the_current_one_stays(migrated_database: Database) -> None:
+    async def revisions() -> list[tuple[str, int]]:
+        rows = await fetch(migrated_database, "SELECT bundle, revision FROM postroad.config_revisions ORDER BY 1, 2")
+        return [(row["bundle"], row["revision"]) for row in rows]
+
+    for bundle, current, content in [("deleted", 4, None), ("quiet", 3, b"x"), ("young", 3, b"x")]:
+        await execute(
+            migrated_database,
+            """
+            INSERT INTO postroad.config_bundles (node_pool, bundle, kind, revision, hash, content)
+            VALUES ('default', $1, 2, $2, $3, $4)
+            """,
+            *(bundle, current, content and bytes(32), content),
+        )
+        await execute(
+            migrated_database,
+            """
+            INSERT INTO postroad.config_revisions (
+                node_pool, bundle, revision, kind, hash, content, principal, create_time
+            )
+            SELECT 'default', $1, n, 2, $2, 'x', 'test', $3 FROM generate_series(1, 3) AS n
+            """,
+            *(bundle, bytes(32), NOW - timedelta(days=29 if bundle == "young" else 31)),
+        )
+    # Of the same name and revision as the current one, but of another pool, that has none.
+    await execute(
+        migrated_database,
+        """
+        INSERT INTO postroad.config_revisions SELECT 'gone', bundle, revision, kind, account, hash, content,
+            principal, create_time FROM postroad.config_revisions WHERE bundle = 'quiet' AND revision = 3
+        """,
+    )
+
+    async with fleet_database(migrated_database) as database:
+        jobs, before = PostgresJobs(database), NOW - timedelta(days=30)
+        assert [await jobs.delete_config_revisions(before, 4) for _ in range(3)] == [4, 2, 0]
+
+    assert await revisions() == [("quiet", 3), ("young", 1), ("young", 2), ("young", 3)]
+
+
+async def _add_denials(database: Database, ends: dict[str, datetime | None]) -> None:
+    for denial, end in ends.items():
+        await execute(
+            database, "INSERT INTO postroad.denials (denial, kind, expire_time) VALUES ($1, 2, $2)", denial, end
+        )
+
+
+async def _denials(database: Database) -> tuple[int, list[str]]:
+    """Their version, and which there are."""
+    (state,) = await fetch(database, "SELECT version FROM postroad.denial_state")
+    rows = await fetch(database, "SELECT denial FROM postroad.denials ORDER BY 1")
+    return state["version"], [row["denial"] for row in rows]
+
+
+async def test_denials_that_ended_go_and_move_the_version_once(migrated_database: Database) -> None:
+    second = timedelta(seconds=1)
+    await _add_denials(
+        migrated_database, {"a": NOW - second, "b": NOW, "c": NOW - 2 * second, "d": NOW + second, "e": None}
+    )
+    scans = Scans()
+    async with fleet_database(migrated_database) as database, _feed(migrated_database, scans, poll_s=60):
+        jobs = PostgresJobs(database)
+        await until(scans.more_than(0))
+
+        assert await jobs.delete_denials(NOW, 2) == 2
+        assert await _denials(migrated_database) == (2, ["b", "d", "e"])
+        await until(scans.more_than(1))
+
+        assert await jobs.delete_denials(NOW, 2) == 1
+        assert await jobs.delete_denials(NOW, 2) == 0
+        assert await _denials(migrated_database) == (3, ["d", "e"])
+
+
+async def test_a_denial_that_is_renewed_while_it_is_being_deleted_stays(migrated_database: Database) -> None:
+    await _add_denials(migrated_database, {"a": NOW})
+    renewal = await asyncpg.connect(migrated_database.dsn())
+    try:
+        async with fleet_database(migrated_database) as database:
+            async with renewal.transaction():
+                await renewal.execute("UPDATE postroad.denials SET expire_time = $1", NOW + timedelta(days=31))
+                deletion = asyncio.create_task(PostgresJobs(database).delete_denials(NOW, 10))
+                await until(lambda: _waits_for_a_lock(migrated_database))
+            assert await deletion == 0
+    finally:
+        await renewal.close()
+    assert await _denials(migrated_database) == (1, ["a"])
+
+
+async def _waits_for_a_lock(database: Database) -> bool:
+    sql = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = $1"
+    return bool(await fetch(database, sql, database.name))
 
 
 async def test_a_transaction_that_is_cancelled_leaves_no_trace_on_its_connection(migrated_database: Database) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import asyncpg
 
+from controlplane.adapters.postgres.bundles import DENIALS_CHANNEL
 from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase
 
 _LOCK = 0x706F73746C656164  # "postlead"
@@ -94,7 +95,45 @@ class PostgresJobs:
         """As the port says."""
         return await self._delete("DELETE FROM postroad.enrollment_tokens WHERE expire_time < $1", before)
 
-    async def _delete(self, sql: str, before: datetime) -> int:
+    async def delete_config_revisions(self, before: datetime, limit: int) -> int:
+        """As the port says."""
+        return await self._delete(
+            """
+            DELETE FROM postroad.config_revisions WHERE (node_pool, bundle, revision) IN (
+                SELECT r.node_pool, r.bundle, r.revision FROM postroad.config_revisions r
+                WHERE r.create_time < $1 AND NOT EXISTS (
+                    SELECT FROM postroad.config_bundles b
+                    WHERE b.node_pool = r.node_pool AND b.bundle = r.bundle AND b.revision = r.revision
+                )
+                LIMIT $2
+            )
+            """,
+            *(before, limit),
+        )
+
+    async def delete_denials(self, now: datetime, limit: int) -> int:
+        """As the port says."""
+        async with self._database.transaction("job_delete_denials") as connection:
+            # The time is asked again outside: one that is renewed meanwhile must stay.
+            answer = await connection.execute(
+                """
+                DELETE FROM postroad.denials WHERE expire_time <= $1 AND denial IN (
+                    SELECT denial FROM postroad.denials WHERE expire_time <= $1 ORDER BY expire_time LIMIT $2
+                )
+                """,
+                *(now, limit),
+            )
+            count = _count(answer)
+            if count:
+                await connection.execute("UPDATE postroad.denial_state SET version = version + 1")
+                await connection.execute("SELECT pg_notify($1, '')", DENIALS_CHANNEL)
+        return count
+
+    async def _delete(self, sql: str, *arguments: object) -> int:
         async with self._database.transaction("job_delete") as connection:
-            answer = await connection.execute(sql, before)
-        return int(answer.rpartition(" ")[2])
+            answer = await connection.execute(sql, *arguments)
+        return _count(answer)
+
+
+def _count(answer: str) -> int:
+    return int(answer.rpartition(" ")[2])

@@ -109,8 +109,9 @@ async def test_a_job_that_fails_stops_nobody_and_runs_again_at_the_next_turn() -
 class Store:
     """Remembers what the jobs asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, old_revisions: int = 0) -> None:
         self.asked: list[tuple[object, ...]] = []
+        self.old_revisions = old_revisions
 
     async def ensure_partitions(self, first: date, days: int) -> None:
         self.asked.append(("ensure", first, days))
@@ -127,6 +128,16 @@ class Store:
         self.asked.append(("tokens", before))
         return 0
 
+    async def delete_config_revisions(self, before: datetime, limit: int) -> int:
+        self.asked.append(("revisions", before, limit))
+        forgotten = min(limit, self.old_revisions)
+        self.old_revisions -= forgotten
+        return forgotten
+
+    async def delete_denials(self, now: datetime, limit: int) -> int:
+        self.asked.append(("denials", now, limit))
+        return limit
+
 
 @pytest.mark.parametrize(
     ("job", "asked"),
@@ -135,6 +146,8 @@ class Store:
         ("drop_partitions", ("drop", date(2026, 10, 21))),
         ("forget_requests", ("idempotency", START - timedelta(hours=24))),
         ("forget_tokens", ("tokens", START - timedelta(days=1))),
+        ("forget_revisions", ("revisions", START - timedelta(days=30), 200)),
+        ("forget_denials", ("denials", START, 10_000)),
     ],
 )
 async def test_housekeeping_asks_for_the_days_around_the_clock(job: str, asked: tuple[object, ...]) -> None:
@@ -146,3 +159,15 @@ async def test_housekeeping_asks_for_the_days_around_the_clock(job: str, asked: 
     await run[job](START)
 
     assert store.asked == [asked]
+
+
+@pytest.mark.parametrize(("old", "batches", "left"), [(399, 2, 0), (400, 3, 0), (20_001, 100, 1)])
+async def test_old_revisions_go_in_batches_and_no_run_is_endless(old: int, batches: int, left: int) -> None:
+    store = Store(old)
+    (run,) = [
+        one.run for one in housekeeping_jobs(store, retention=timedelta(days=30)) if one.name == "forget_revisions"
+    ]
+
+    await run(START)
+
+    assert (len(store.asked), store.old_revisions) == (batches, left)
