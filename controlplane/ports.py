@@ -270,6 +270,9 @@ class Bundles(Protocol):
     async def lift_account(self, account: str) -> None:
         """Take away all denials of an account."""
 
+    async def denials_full_until(self, account: str, kind: int, limit: int) -> datetime | None:
+        """When fewer than `limit` of the account's denials of a kind will be left; None when they are fewer now."""
+
 
 class Idempotency(Protocol):
     """idempotency."""

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from controlplane.domain import names, secrets
 from controlplane.domain.access import ACCOUNT_SCOPES, Caller, Scope
-from controlplane.domain.errors import FailedPreconditionError, NotFoundError, Reason, invalid
+from controlplane.domain.errors import FailedPreconditionError, NotFoundError, Reason, ResourceExhaustedError, invalid
 from controlplane.domain.etags import parse_etag
 from controlplane.domain.paging import PageTokens, coerce_page_size
 from controlplane.domain.resources import ApiKey, SmtpCredential
@@ -25,6 +25,8 @@ from controlplane.services.mutations import Mutation, Replay, mutate
 DENIAL_CREDENTIAL = 2
 # Longer than any message waits (30 days), and than any node serves without the control plane (7 days).
 _DENIAL_LIFE = timedelta(days=31)
+# All denials of the fleet travel to every node in one message.
+_DENIED_LIMIT = 1_000
 
 
 class ApiKeysService:
@@ -162,6 +164,7 @@ class SmtpCredentialsService:
         async def action(work: Work) -> SmtpCredential:
             check_expiry(credential.expire_time, await work.now(), "smtp_credential.expire_time")
             await work.accounts.lock(credential.account)
+            await _keep_denials_few(work, credential.account)
             await work.smtp_credentials.insert(replace(credential, secret_sha256=sha256), verifier)
             await work.bundles.lift(_name(credential))
             return await self._changed(work, credential, secret)
@@ -270,6 +273,17 @@ def _name(credential: SmtpCredential) -> str:
 async def _deny(work: Work, credential: SmtpCredential) -> None:
     expire_time = await work.now() + _DENIAL_LIFE
     await work.bundles.deny(_name(credential), DENIAL_CREDENTIAL, credential.account, expire_time)
+
+
+async def _keep_denials_few(work: Work, account: str) -> None:
+    until = await work.bundles.denials_full_until(account, DENIAL_CREDENTIAL, _DENIED_LIMIT)
+    if until is not None:
+        raise ResourceExhaustedError(
+            Reason.TOO_MANY_DENIED_CREDENTIALS,
+            f"{_DENIED_LIMIT:,} SMTP credentials of accounts/{account} were revoked or deleted in the last "
+            f"{_DENIAL_LIFE.days} days",
+            retry_after_s=(until - await work.now()).total_seconds(),
+        )
 
 
 async def _keep_one_operator_key(work: Work, key: ApiKey) -> None:

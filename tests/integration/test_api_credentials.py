@@ -210,6 +210,46 @@ async def test_a_credential_that_goes_is_denied_to_every_node(stack: ApiStack, v
         assert await stack.as_superuser("SELECT 1 FROM postroad.denials") == []
 
 
+async def deny(stack: ApiStack, account: str, first: int, last: int, days: int) -> None:
+    await stack.as_superuser(
+        """
+        INSERT INTO postroad.denials (denial, kind, account, expire_time)
+        SELECT 'accounts/' || $1::text || '/smtpCredentials/c' || n, 2, $1, now() + make_interval(days => $4)
+        FROM generate_series($2::int, $3::int) AS n
+        """,
+        *(account, first, last, days),
+    )
+
+
+async def test_an_account_with_1000_denied_credentials_gets_no_new_one_until_a_denial_ends(stack: ApiStack) -> None:
+    client = await stack.make_account("acme")
+    other = await stack.make_account("other")
+    create = service.CreateSmtpCredentialRequest(parent="accounts/acme", smtp_credential_id="app", request_id=UUID_1)
+    await deny(stack, "acme", 1, 100, -1)
+    await deny(stack, "acme", 101, 101, 5)
+    await deny(stack, "acme", 102, 1_099, 20)
+    made = await client.credential("CreateSmtpCredential", create)
+    await client.credential("DeleteSmtpCredential", service.DeleteSmtpCredentialRequest(name=made.name, etag=made.etag))
+
+    more = service.CreateSmtpCredentialRequest(parent="accounts/acme", smtp_credential_id="more")
+    for refused in (client, stack.operator):
+        error = await refused.refused(refused.credential("CreateSmtpCredential", more))
+        assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_DENIED_CREDENTIALS")
+        (quota,) = error.details["QuotaFailure"].violations
+        assert "1,000 SMTP credentials of accounts/acme" in quota.description
+        wait = error.details["RetryInfo"].retry_delay.ToTimedelta()
+        assert timedelta(days=4, hours=23) < wait <= timedelta(days=5)
+    assert await stack.as_superuser("SELECT 1 FROM postroad.smtp_credentials") == []
+    assert (await client.credential("CreateSmtpCredential", create)).uid == made.uid  # the answer of the first call
+    await other.credential(
+        "CreateSmtpCredential",
+        service.CreateSmtpCredentialRequest(parent="accounts/other", smtp_credential_id="app"),
+    )
+
+    await stack.as_superuser("UPDATE postroad.denials SET expire_time = now() WHERE denial LIKE '%/c101'")
+    await client.credential("CreateSmtpCredential", more)
+
+
 async def test_two_keys_in_one_call_are_refused(stack: ApiStack) -> None:
     client = await stack.make_account("acme")
     client.metadata = (*client.metadata, *stack.operator.metadata)

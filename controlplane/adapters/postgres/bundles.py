@@ -114,6 +114,19 @@ class BundlesRepository:
         if lifted:
             await self._move_denials()
 
+    async def denials_full_until(self, account: str, kind: int, limit: int) -> datetime | None:
+        """As the port says."""
+        until: datetime | None = await self._session.value(
+            "denials_full_until",
+            """
+            SELECT expire_time FROM postroad.denials
+            WHERE account = $1 AND kind = $2 AND expire_time > transaction_timestamp()
+            ORDER BY expire_time DESC OFFSET $3 LIMIT 1
+            """,
+            *(account, kind, limit - 1),
+        )
+        return until
+
     async def _move_denials(self) -> None:
         # The row lock orders the versions as the transactions commit.
         await self._session.run("denial_version", "UPDATE postroad.denial_state SET version = version + 1")

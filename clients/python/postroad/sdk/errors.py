@@ -186,6 +186,7 @@ BY_REASON: Mapping[str, type[PostroadError]] = {
     "CONCURRENT_EDIT": AbortedError,
     "READER_TOO_SLOW": ResourceExhaustedError,
     "TOO_MANY_WATCHERS": ResourceExhaustedError,
+    "TOO_MANY_DENIED_CREDENTIALS": ResourceExhaustedError,
     "DATABASE_UNAVAILABLE": UnavailableError,
     "DRAINING": UnavailableError,
     "DEADLINE_TOO_SHORT": DeadlineError,

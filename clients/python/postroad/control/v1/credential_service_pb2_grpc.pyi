@@ -59,7 +59,10 @@ class CredentialServiceStub:
     key cannot be revoked: FAILED_PRECONDITION.
     """
     CreateSmtpCredential: _grpc.UnaryUnaryMultiCallable[_credential_service_pb2.CreateSmtpCredentialRequest, _credential_pb2.SmtpCredential]
-    """Creates an SMTP credential and returns its secret, once."""
+    """Creates an SMTP credential and returns its secret, once. Each one that was
+    revoked or deleted stays denied to the nodes for 31 days; while 1,000 of
+    the account are, RESOURCE_EXHAUSTED.
+    """
     GetSmtpCredential: _grpc.UnaryUnaryMultiCallable[_credential_service_pb2.GetSmtpCredentialRequest, _credential_pb2.SmtpCredential]
     """Returns one SMTP credential, without its secret. NOT_FOUND."""
     ListSmtpCredentials: _grpc.UnaryUnaryMultiCallable[_credential_service_pb2.ListSmtpCredentialsRequest, _credential_service_pb2.ListSmtpCredentialsResponse]
@@ -104,7 +107,10 @@ class CredentialServiceAsyncStub(CredentialServiceStub):
     key cannot be revoked: FAILED_PRECONDITION.
     """
     CreateSmtpCredential: _aio.UnaryUnaryMultiCallable[_credential_service_pb2.CreateSmtpCredentialRequest, _credential_pb2.SmtpCredential]  # type: ignore[assignment]
-    """Creates an SMTP credential and returns its secret, once."""
+    """Creates an SMTP credential and returns its secret, once. Each one that was
+    revoked or deleted stays denied to the nodes for 31 days; while 1,000 of
+    the account are, RESOURCE_EXHAUSTED.
+    """
     GetSmtpCredential: _aio.UnaryUnaryMultiCallable[_credential_service_pb2.GetSmtpCredentialRequest, _credential_pb2.SmtpCredential]  # type: ignore[assignment]
     """Returns one SMTP credential, without its secret. NOT_FOUND."""
     ListSmtpCredentials: _aio.UnaryUnaryMultiCallable[_credential_service_pb2.ListSmtpCredentialsRequest, _credential_service_pb2.ListSmtpCredentialsResponse]  # type: ignore[assignment]
@@ -188,7 +194,10 @@ class CredentialServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _credential_service_pb2.CreateSmtpCredentialRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_credential_pb2.SmtpCredential, _abc.Awaitable[_credential_pb2.SmtpCredential]]:
-        """Creates an SMTP credential and returns its secret, once."""
+        """Creates an SMTP credential and returns its secret, once. Each one that was
+        revoked or deleted stays denied to the nodes for 31 days; while 1,000 of
+        the account are, RESOURCE_EXHAUSTED.
+        """
 
     @_abc_1.abstractmethod
     def GetSmtpCredential(
