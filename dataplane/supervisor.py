@@ -11,8 +11,9 @@ whenever every process has come to serve, one `node.draining` when it begins to 
 
 What each child is given: its listening sockets, a lifeline (a pipe that ends when we end) and a pipe to say that it is
 ready. A child that ends is started again after a wait that doubles from 0.1 s to 10 s; a worker that ended three times
-within 30 s of its start has its spool quarantined and is left out, unless it is the only one. SIGTERM asks the workers
-to drain, then the agent to end, so that the ledger gets out; a second SIGTERM makes them hurry.
+within 30 s of its start has its spool quarantined and is left out, unless it is the only one. A full disk, or a system
+out of processes or descriptors, ends nothing that runs: what could not be written or started is tried again. SIGTERM
+asks the workers to drain, then the agent to end, so that the ledger gets out; a second SIGTERM makes them hurry.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ READY_FILE = Path("run") / "ready.json"
 PORT_WAIT_S = 3.0
 HELD_REPORT_INTERVAL_S = 15.0
 AGENT_STOP_S = 10.0
+# After this what the system refused is tried again: a process, a line on a full disk.
+AGAIN_S = 1.0
 # Workers end by themselves at the drain's deadline; this is for one that does not.
 KILL_GRACE_S = 5.0
 # SQLite opens no file whose path is longer than 504 bytes; below the data directory come the spool, its quarantine and
@@ -180,6 +183,7 @@ class Supervisor:
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._stop_requests = 0
         self._announced = False
+        self._unpublished = False
         self._agent = Child("agent", ["agent", "--workers", "0"])
         self._workers: list[Child] = []
         self._ports: list[int] = []
@@ -215,13 +219,25 @@ class Supervisor:
             now = time.monotonic()
             for child in self._children:
                 if child.process is None and child.start_due is not None and child.start_due <= now:
-                    self._start(child)
-            self._wait(self._until_next_start(now))
+                    self._try_to_start(child)
+            self._wait(self._until_next_look(now))
             self._reap(restart=True)
+            if self._unpublished:
+                self._write_ready()
 
-    def _until_next_start(self, now: float) -> float | None:
+    def _until_next_look(self, now: float) -> float | None:
         due = [child.start_due for child in self._children if child.process is None and child.start_due is not None]
+        if self._unpublished:
+            due.append(now + AGAIN_S)
         return max(0.0, min(due) - now) if due else None
+
+    def _try_to_start(self, child: Child) -> None:
+        """Start it, or try again soon: what runs must not end because processes or descriptors ran out."""
+        try:
+            self._start(child)
+        except OSError as error:
+            self._log.warning("process.not_started", name=child.name, error=str(error))
+            child.start_due = time.monotonic() + AGAIN_S
 
     def _start(self, child: Child) -> None:
         ready_read, ready_write = os.pipe()
@@ -234,10 +250,15 @@ class Supervisor:
         if child.sockets:
             command += ["--listener-fds", ",".join(str(bound.fileno()) for bound in child.sockets)]
         # A process group of its own: Ctrl-C in a terminal is ours to turn into an orderly drain.
-        child.process = subprocess.Popen(
-            command, cwd=self._folder, pass_fds=inherited, process_group=0, stdin=subprocess.DEVNULL
-        )
-        os.close(ready_write)
+        try:
+            child.process = subprocess.Popen(
+                command, cwd=self._folder, pass_fds=inherited, process_group=0, stdin=subprocess.DEVNULL
+            )
+        except OSError:
+            os.close(ready_read)
+            raise
+        finally:
+            os.close(ready_write)
         child.ready_pipe = os.fdopen(ready_read, "rb", buffering=0)
         child.ready, child.heard = None, b""
         child.started_at = time.monotonic()
@@ -287,10 +308,7 @@ class Supervisor:
     def _plan_restart(self, child: Child, ran_for_s: float) -> None:
         wait_s = child.restarts.ended(ran_for_s)
         others = [worker for worker in self._workers if worker is not child and not worker.given_up]
-        if child.spools and child.restarts.is_failing and others:
-            for spool in child.spools:
-                quarantine_spool(Path("spool") / spool, f"{child.name} ended three times within seconds")
-                self._log.info("spool.quarantined", spool=spool, name=child.name)
+        if child.spools and child.restarts.is_failing and others and self._quarantine(child):
             # Its share of new connections must not wait for somebody who does not come.
             for bound in child.sockets:
                 bound.close()
@@ -299,6 +317,17 @@ class Supervisor:
         if child.restarts.is_failing:
             self._log.info("process.failing", name=child.name, retry_in_s=wait_s)
         child.start_due = time.monotonic() + wait_s
+
+    def _quarantine(self, child: Child) -> bool:
+        """Set its spools aside; False where the disk does not take even that, which is then what the worker dies of."""
+        try:
+            for spool in child.spools:
+                quarantine_spool(Path("spool") / spool, f"{child.name} ended three times within seconds")
+                self._log.info("spool.quarantined", spool=spool, name=child.name)
+        except OSError as error:
+            self._log.warning("spool.not_quarantined", name=child.name, error=str(error))
+            return False
+        return True
 
     def _write_ready(self) -> None:
         serving = [child for child in self._children if not child.given_up]
@@ -315,12 +344,23 @@ class Supervisor:
             "quarantined": [spool for child in self._workers if child.given_up for spool in child.spools],
             **(self._agent.ready or {}),
         }
-        temporary = READY_FILE.with_suffix(".new")
-        temporary.write_text(json.dumps(state) + "\n", encoding="utf-8")
-        temporary.replace(READY_FILE)
+        self._publish(json.dumps(state) + "\n")
         newly, self._announced = ready and not self._announced, ready
         if newly:
             _say(state)
+
+    def _publish(self, text: str) -> None:
+        """Replace the file for those who look; on a full disk the old one stays until the new one can be written."""
+        temporary = READY_FILE.with_suffix(".new")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(READY_FILE)
+        except OSError as error:
+            if not self._unpublished:
+                self._log.warning("ready.not_written", error=str(error))
+            self._unpublished = True
+        else:
+            self._unpublished = False
 
     # --- stopping --------------------------------------------------------------------------------------------
 

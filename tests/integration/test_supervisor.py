@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import signal
 import smtplib
 import socket
+import subprocess
 from collections.abc import AsyncIterator
 from email.message import EmailMessage
 from pathlib import Path
@@ -18,10 +20,13 @@ from typing import Any
 import pytest
 from aiosmtpd.smtp import SMTP
 
-from dataplane.settings import ListenerSettings
+from dataplane.settings import ListenerSettings, Settings
 from dataplane.spool_folders import assign_spools
 from dataplane.supervisor import (
     LONGEST_DATA_DIR_BYTES,
+    READY_FILE,
+    Child,
+    Supervisor,
     SupervisorError,
     bind_listeners,
     lock_data_dir,
@@ -37,6 +42,7 @@ from postroad.node.v1.config_stream_service_pb2 import (
     StreamConfigResponse,
 )
 from postroad.node.v1.ledger_pb2 import RECIPIENT_STATE_SENT, LedgerRecord
+from support.ingress import Log
 from support.node_plane import WAIT_S, ControlPlane, Pki, Stream, control_plane
 from support.node_process import NodeProcess, running, starting, wait_gone, write_settings
 
@@ -187,6 +193,66 @@ async def test_a_killed_worker_and_a_killed_agent_are_started_again(
             await send(node, name)
             assert f"Subject: {name}".encode() in await sink.next()
         assert await node.stop() == 0
+
+
+async def test_a_node_goes_on_where_its_ready_file_cannot_be_written_and_writes_it_as_soon_as_it_can(
+    settings_file: Path, plane: ControlPlane, sink: Sink
+) -> None:
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        ready_file = node.data_dir / READY_FILE
+        # What a full disk does, told to root as well: the file that would replace it cannot be opened.
+        (in_the_way := ready_file.with_suffix(".new")).mkdir()
+        former = node.ready["processes"]["worker-0"]
+        os.kill(former, signal.SIGKILL)
+        await node.wait_ready()
+        await send(node, "after")
+        assert b"Subject: after" in await sink.next()
+        assert json.loads(ready_file.read_text())["processes"]["worker-0"] == former
+        in_the_way.rmdir()
+        async with asyncio.timeout(WAIT_S):
+            while json.loads(ready_file.read_text()) != node.ready:  # noqa: ASYNC110 - a file of another process
+                await asyncio.sleep(0.02)
+        assert await node.stop() == 0
+
+
+def plain_settings(data_dir: Path) -> Settings:
+    listener = ListenerSettings(address="127.0.0.1", port=0, mode="plain")
+    return Settings(data_dir=data_dir, hostname="h", listeners=(listener,))
+
+
+def test_a_process_that_cannot_be_started_now_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "too many processes")
+
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    supervisor = Supervisor(plain_settings(Path("/x")), Path(), None, Log())
+    before = descriptors()
+    child = Child("agent", ["agent"])
+    supervisor._try_to_start(child)
+    assert child.process is None
+    assert child.start_due is not None
+    assert child.start_due > 0
+    assert descriptors() == before
+
+
+def test_a_spool_is_not_given_up_where_the_disk_does_not_take_the_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    supervisor = Supervisor(plain_settings(tmp_path), Path(), None, Log())
+    worker = Child("worker-0", ["worker"], spools=["gone"])
+    supervisor._workers = [worker, Child("worker-1", ["worker"], spools=["other"])]
+    for _ in range(3):
+        supervisor._plan_restart(worker, 1.0)
+    assert not worker.given_up
+    assert worker.start_due is not None
+    (tmp_path / "spool" / "gone").mkdir(parents=True)
+    supervisor._plan_restart(worker, 1.0)
+    assert worker.given_up
 
 
 async def test_nobody_outlives_a_killed_supervisor_and_the_node_starts_again_at_once(
