@@ -223,7 +223,7 @@ async def deny(stack: ApiStack, account: str, first: int, last: int, days: int) 
 
 async def test_an_account_with_1000_denied_credentials_gets_no_new_one_until_a_denial_ends(stack: ApiStack) -> None:
     client = await stack.make_account("acme")
-    other = await stack.make_account("other")
+    await stack.make_account("other")
     create = service.CreateSmtpCredentialRequest(parent="accounts/acme", smtp_credential_id="app", request_id=UUID_1)
     await deny(stack, "acme", 1, 100, -1)
     await deny(stack, "acme", 101, 101, 5)
@@ -241,7 +241,7 @@ async def test_an_account_with_1000_denied_credentials_gets_no_new_one_until_a_d
         assert timedelta(days=4, hours=23) < wait <= timedelta(days=5)
     assert await stack.as_superuser("SELECT 1 FROM postroad.smtp_credentials") == []
     assert (await client.credential("CreateSmtpCredential", create)).uid == made.uid  # the answer of the first call
-    await other.credential(
+    await stack.operator.credential(
         "CreateSmtpCredential",
         service.CreateSmtpCredentialRequest(parent="accounts/other", smtp_credential_id="app"),
     )
