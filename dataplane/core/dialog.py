@@ -154,7 +154,7 @@ class Dialog:
         elif not self.helo:
             self._error(replies.HELLO_FIRST)
         elif not self.authorized:
-            self._error(replies.AUTH_REQUIRED)
+            self._error(replies.AUTH_REQUIRED if self.tls_active or self._tls_available else replies.NETWORK_UNBOUND)
         elif self._in_transaction:
             self._error(replies.NESTED_MAIL)
         else:

@@ -389,7 +389,7 @@ async def test_nothing_is_relayed_without_auth_for_addresses_of_nobody() -> None
     async with running(make_node(networks=())) as node:
         peer = await node.greeted()
         assert b"AUTH" not in await peer.ask(EHLO)
-        assert (await peer.ask(MAIL)).startswith(b"530 5.7.0")
+        assert (await peer.ask(MAIL)).startswith(b"550 5.7.1 Only networks")
         assert (await peer.ask(b"AUTH PLAIN AGEAYg==\r\n")).startswith(b"503 5.5.1")
         assert (await peer.ask(RCPT)).startswith(b"503")
 

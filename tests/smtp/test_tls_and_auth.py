@@ -261,7 +261,8 @@ def test_a_login_may_be_refused_for_now() -> None:
 
 
 def test_mail_without_auth_is_refused_on_every_kind_of_port() -> None:
-    for make, hello in ((clear, EHLO_PLAIN), (encrypted, EHLO_TLS), (plain, EHLO_BARE)):
-        driver = run_every_way(make, [hello, (MAIL[0], b"530 5.7.0"), (b"RCPT TO:<b@example.net>\r\n", b"503")])
+    ports = ((clear, EHLO_PLAIN, b"530 5.7.0"), (encrypted, EHLO_TLS, b"530 5.7.0"), (plain, EHLO_BARE, b"550 5.7.1"))
+    for make, hello, refusal in ports:
+        driver = run_every_way(make, [hello, (MAIL[0], refusal), (b"RCPT TO:<b@example.net>\r\n", b"503")])
         assert driver.policy.calls == []
         assert driver.session.timer is Timer.COMMAND_BEFORE_AUTH
