@@ -83,12 +83,7 @@ UNKNOWN_PARAMETER = make_reply(555, "5.4", "Parameter not recognized or not impl
 # --- who may do what -------------------------------------------------------------------------------------------------
 
 AUTH_REQUIRED = make_reply(530, "7.0", "Authentication required", "auth_required")
-NETWORK_UNBOUND = make_reply(
-    550,
-    "7.1",
-    "Only networks bound to an account may send here; others use a port with TLS and AUTH",
-    "network_unbound",
-)
+NETWORK_UNBOUND = make_reply(550, "7.1", "Only networks bound to an account may send here", "network_unbound")
 AUTH_NEEDS_TLS = make_reply(538, "7.11", "Encryption required for authentication", "auth_needs_tls")
 AUTH_FAILED = make_reply(535, "7.8", "Authentication credentials invalid", "auth_failed")
 SENDER_DENIED = make_reply(550, "7.1", "Sending is suspended or not allowed", "sender_denied")
