@@ -40,6 +40,7 @@ from postroad.node.v1.config_stream_service_pb2_grpc import ConfigStreamServiceS
 
 STATUS_INTERVAL_S = 20.0
 LOOK_FOR_WORKERS_S = 1.0
+STORE_AGAIN_S = 5.0
 CONTACT_WRITE_INTERVAL_S = 10.0
 
 
@@ -121,6 +122,7 @@ class ConfigStream:
         backoff = Backoff(self._random, base_s=1.0, cap_s=60.0)
         async with asyncio.TaskGroup() as self._group:
             self._group.create_task(self._watch_workers())
+            self._group.create_task(self._store_again())
             while True:
                 while self._work:
                     await asyncio.wait(self._work)
@@ -194,6 +196,11 @@ class ConfigStream:
         while True:
             await asyncio.sleep(LOOK_FOR_WORKERS_S)
             self._node.look_for_absent()
+
+    async def _store_again(self) -> None:
+        while True:
+            await asyncio.sleep(STORE_AGAIN_S)
+            self._do(self._machine.store_again())
 
     def _send(self, request: StreamConfigRequest) -> None:
         if self._outgoing is not None:

@@ -10,6 +10,10 @@ goes on through the lane first. Ack leaves only when every worker has it in use.
 to a stream that has ended still count for what the node holds, but nothing is answered: a nonce dies with its
 stream. A response that comes while its lane is busy breaks the sender's rules and ends the stream. Denials
 never go back to a lower version.
+
+What the disk did not take is refused, too, and the control plane does not send it again: `store_again`, called every
+few seconds, tries until it is stored or something newer came, so that a denial is in force as soon as there is room.
+The control plane hears of it by the next status report.
 """
 
 from __future__ import annotations
@@ -177,6 +181,8 @@ class StreamMachine:
         self._config_answer: _ConfigAnswer | None = None
         self._denials_answer: _DenialsAnswer | None = None
         self._forget = False
+        self._unstored_config: tuple[HeldConfig, Proposal] | None = None
+        self._unstored_denials: DenialSet | None = None
 
     # --- the stream itself
     # -----------------------------------------------------------------------------------
@@ -269,6 +275,7 @@ class StreamMachine:
         return self._begin(delta.nonce, proposal)
 
     def _begin(self, nonce: str, proposal: Proposal) -> list[Action]:
+        self._unstored_config = None
         self._config_answer = _ConfigAnswer(nonce, proposal)
         return [Check(proposal)]
 
@@ -283,6 +290,7 @@ class StreamMachine:
         answer = self._owed_config()
         if error:
             self._config_answer = None
+            self._unstored_config = (config, answer.proposal)
             refusal = RefusedResponseError("STORAGE_FAILED", error)
             return [self._refuse_config(answer.nonce, refusal)] if answer.nonce else []
         self.config = config
@@ -326,11 +334,29 @@ class StreamMachine:
         answer = self._denials_answer
         if error:
             self._denials_answer = None
+            self._unstored_denials = denials
             return [self._refuse_denials(answer.nonce, error)] if answer.nonce else []
         self.denials = denials
         self.workers.announced()
         self._denials_answer = replace(answer, awaits_workers=True) if answer.nonce else None
         return [TellDenials(), *self.workers_changed()]
+
+    # --- what the disk did not take
+    # -------------------------------------------------------------------------------------------
+
+    def store_again(self) -> list[Action]:
+        """Try once more to store what was refused for want of a disk that takes it."""
+        actions: list[Action] = []
+        if self._unstored_denials is not None and self._denials_answer is None:
+            denials, self._unstored_denials = self._unstored_denials, None
+            if denials.version > self.denials.version:
+                self._denials_answer = _DenialsAnswer("")
+                actions.append(StoreDenials(denials))
+        if self._unstored_config is not None and self._config_answer is None:
+            (config, proposal), self._unstored_config = self._unstored_config, None
+            self._config_answer = _ConfigAnswer("", proposal)
+            actions.append(StoreConfig(config))
+        return actions
 
     # --- workers
     # ---------------------------------------------------------------------------------------------

@@ -330,6 +330,46 @@ def test_denials_that_cannot_be_written_are_refused() -> None:
     assert node.machine.denials.version == 0
 
 
+def test_what_a_full_disk_did_not_take_is_stored_when_there_is_room_though_nobody_sends_it_again() -> None:
+    node = Node()
+    node.disk_error = "no space"
+    node.receive(snapshot("n", bundle("accounts/a")))
+    node.receive(denials("d", 2))
+    node.work(node.machine.store_again())
+    assert [r.WhichOneof("message") for r in node.sent] == ["nack", "nack"]
+    node.disk_error = ""
+    node.work(node.machine.store_again())
+    node.worker_swaps()
+    node.worker_denies()
+    assert set(node.machine.config.bundles) == {"accounts/a"}
+    assert (node.machine.denials.version, node.machine.denials_in_force) == (2, 2)
+    assert len(node.sent) == 2
+    assert node.machine.store_again() == []
+
+
+def test_what_was_not_stored_never_replaces_what_came_later() -> None:
+    node = Node()
+    node.disk_error = "no space"
+    node.receive(snapshot("n1", bundle("accounts/a")))
+    node.receive(denials("d1", 2))
+    node.disk_error = ""
+    node.receive(snapshot("n2", bundle("accounts/b")))
+    node.receive(denials("d2", 3))
+    node.worker_swaps()
+    node.worker_denies()
+    assert node.machine.store_again() == []
+    assert set(node.machine.config.bundles) == {"accounts/b"}
+    assert node.machine.denials.version == 3
+
+
+def test_storing_again_waits_for_what_is_under_way() -> None:
+    node = Node()
+    node.disk_error = "no space"
+    node.receive(denials("d1", 2))
+    assert node.machine.receive(denials("d2", 3))
+    assert node.machine.store_again() == []
+
+
 def test_a_nonce_dies_with_its_stream() -> None:
     node = Node()
     node.receive(snapshot("n", bundle("accounts/a")))
