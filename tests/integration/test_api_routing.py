@@ -15,7 +15,7 @@ from controlplane.services import compile as compiling
 from dataplane.adapters.sealing import KeyRing
 from dataplane.core.config import SealedValue, seal_context
 from postroad.config.v1 import bundle_pb2
-from postroad.control.v1 import provider_pb2, provider_service_pb2
+from postroad.control.v1 import account_service_pb2, provider_pb2, provider_service_pb2
 from postroad.control.v1 import routing_rule_pb2 as pb
 from postroad.control.v1 import routing_rule_service_pb2 as service
 from support.api import ApiStack, Client, running_api
@@ -152,6 +152,20 @@ async def test_a_provider_that_a_rule_names_cannot_be_deleted(client: Client) ->
     assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PROVIDER_IN_USE")
     await client.rule("DeleteRoutingRule", service.DeleteRoutingRuleRequest(name=rule.name, etag=rule.etag))
     await client.provider("DeleteProvider", delete)
+
+
+async def test_an_account_is_deleted_with_its_rules_and_providers(stack: ApiStack, client: Client) -> None:
+    made = await client.provider("CreateProvider", provider_request("relay"))
+    await client.rule("CreateRoutingRule", rule_request("all", made.name))
+    account = await client.account("GetAccount", account_service_pb2.GetAccountRequest(name="accounts/acme"))
+    stale = account_service_pb2.DeleteAccountRequest(name=account.name, etag=f'{account.etag[:-1]}9"')
+    assert (await stack.operator.refused(stack.operator.account("DeleteAccount", stale))).reason == "ETAG_MISMATCH"
+    assert await stack.as_superuser("SELECT 1 FROM postroad.routing_rules")
+    delete = account_service_pb2.DeleteAccountRequest(name=account.name, etag=account.etag)
+    await stack.operator.account("DeleteAccount", delete)
+    assert await stack.as_superuser("SELECT account FROM postroad.routing_rules") == []
+    assert await stack.as_superuser("SELECT account FROM postroad.providers") == []
+    assert await stack.as_superuser("SELECT account FROM postroad.accounts") == []
 
 
 async def test_suspending_a_provider_is_a_denial_and_verify_says_so(stack: ApiStack, client: Client) -> None:

@@ -105,6 +105,10 @@ class AccountsRepository:
     async def delete(self, account: str, etag: Etag) -> None:
         """As the port says."""
         self._session.subject = names.format_name(names.ACCOUNT, account)
+        # The cascade takes providers and rules in turn, and a provider that a rule still names cannot go.
+        await self._session.run(
+            "account_rules_delete", "DELETE FROM postroad.routing_rules WHERE account = $1", account
+        )
         await rows_changed(
             self._session,
             "account_delete",
