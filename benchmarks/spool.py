@@ -4,8 +4,7 @@ A life is accept (4 KiB, one recipient, handed on in memory), settle with its re
 acknowledgement; `batch` lives run side by side, each waiting for its commits. CPU counts user and system time of the
 whole process, the commit thread included, and the benchmark's own callbacks (shown by the null spool). Beside a busy
 loop each life also burns the given microseconds on the loop; beside a saturated loop a callback burns without pause, so
-that the spool gets what the switch interval leaves. Durability is that of production: WAL, synchronous=FULL. The
-largest stretch of the loop's thread in one callback is the spool's share of the 2 ms that a callback may take.
+that the spool gets what the switch interval leaves. Durability is that of production: WAL, synchronous=FULL.
 """
 
 from __future__ import annotations
