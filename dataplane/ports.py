@@ -225,11 +225,39 @@ class Grant(NamedTuple):
     local: bool
 
 
+class Slot(NamedTuple):
+    """A wish to hold one of `capacity` places under `key` for at most `ttl_s` seconds, then to be renewed.
+
+    `holder` is unique to whoever holds it (worker and connection).
+    """
+
+    key: str
+    tag: str
+    capacity: int
+    ttl_s: float
+    holder: str
+
+
 class Limiter(Protocol):
-    """Token buckets, all or nothing over many keys. Never raises: a dead server means the local share decides."""
+    """Token buckets, all or nothing over many keys, and slots that are held for a while.
+
+    Never raises: a dead server means the local share decides.
+    """
 
     async def take(self, takes: Sequence[Take]) -> Grant:
         """Take all or none."""
+        ...
+
+    def refund(self, takes: Sequence[Take]) -> None:
+        """Give back what was granted and not used. Leaves with the next call; lost when there is none."""
+        ...
+
+    async def hold(self, slots: Sequence[Slot]) -> Grant:
+        """Hold all or none; a slot that is held already by this holder is renewed."""
+        ...
+
+    def release(self, slots: Sequence[Slot]) -> None:
+        """Give slots back. Leaves with the next call; what is lost ends with its `ttl_s`."""
         ...
 
     async def close(self) -> None:

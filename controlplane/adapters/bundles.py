@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from dataplane.core import config
+from dataplane.core.limits import Limit
 from postroad.config.v1 import bundle_pb2 as pb
 
 
@@ -38,6 +39,8 @@ class ProtobufBundleEncoder:
                     cap=_duration(policy.cap_s),
                     lifetime=_duration(policy.lifetime_s),
                 ),
+                limits=[_limit(limit) for limit in account.limits],
+                delivery_weight=account.delivery_weight,
             )
         )
 
@@ -62,6 +65,10 @@ class ProtobufBundleEncoder:
                 max_message_bytes=settings.max_message_bytes,
                 max_recipients=settings.max_recipients,
                 node_count=settings.node_count,
+                limits=[_limit(limit) for limit in settings.limits],
+                max_connections=settings.max_connections,
+                max_connections_per_address=settings.max_connections_per_address,
+                log_level=settings.log_level,
             )
         )
 
@@ -73,6 +80,20 @@ def _bytes(message: Message) -> bytes:
 def _duration(seconds: float) -> Duration:
     value = Duration()
     value.FromMicroseconds(round(seconds * 1_000_000))
+    return value
+
+
+def _limit(limit: Limit) -> pb.Limit:
+    value = pb.Limit(
+        name=limit.name,
+        scope=pb.Limit.Scope.ValueType(limit.scope),
+        subject=limit.subject,
+        unit=pb.Limit.Unit.ValueType(limit.unit),
+        amount=limit.amount,
+        burst=limit.burst,
+    )
+    if limit.period_s:
+        value.period.CopyFrom(_duration(limit.period_s))
     return value
 
 

@@ -36,6 +36,7 @@ from dataplane.core.config import (
     validate_provider,
     validate_settings,
 )
+from dataplane.core.limits import Limit, LimitScope, LimitUnit
 from postroad.config.v1 import bundle_pb2 as pb
 from postroad.config.v1.denials_pb2 import DenialSet
 
@@ -66,6 +67,8 @@ def decode_account(bundle: pb.Bundle) -> Account:
         providers=_by_name(_provider(provider, content.account) for provider in content.providers),
         rules=tuple([_rule(rule) for rule in content.rules]),
         retry_policy=_retry_policy(content.retry_policy),
+        limits=tuple([_limit(limit) for limit in content.limits]),
+        delivery_weight=content.delivery_weight or 1,
     )
 
 
@@ -95,6 +98,10 @@ def decode_settings(bundle: pb.Bundle) -> NodeSettings:
         max_message_bytes=content.max_message_bytes,
         max_recipients=content.max_recipients,
         node_count=content.node_count,
+        limits=tuple([_limit(limit) for limit in content.limits]),
+        max_connections=content.max_connections,
+        max_connections_per_address=content.max_connections_per_address,
+        log_level=content.log_level,
     )
 
 
@@ -226,6 +233,22 @@ def _rule(rule: pb.Rule) -> Rule:
         headers=tuple([HeaderCondition(each.name, each.pattern) for each in rule.headers]),
         min_size_bytes=rule.min_size_bytes,
         max_size_bytes=rule.max_size_bytes,
+    )
+
+
+def _limit(limit: pb.Limit) -> Limit:
+    try:
+        scope, unit = LimitScope(limit.scope), LimitUnit(limit.unit)
+    except ValueError as error:
+        raise CodecError(f"{limit.name} has a scope or unit that is not known to this version") from error
+    return Limit(
+        name=limit.name,
+        scope=scope,
+        unit=unit,
+        amount=limit.amount,
+        period_s=_seconds(limit.period),
+        burst=limit.burst,
+        subject=limit.subject,
     )
 
 

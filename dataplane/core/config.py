@@ -17,6 +17,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from uuid import UUID
 
 from dataplane.core.address import AddressError, parse_domain, parse_mailbox
+from dataplane.core.limits import Limit, limit_problems
 
 MAX_SENDER_DOMAINS = 500
 MAX_RULES = 10_000
@@ -24,6 +25,8 @@ MAX_RESIDUE_RULES = 500
 MAX_RULE_PATTERNS = 500
 MAX_ACCOUNT_PATTERNS = 100_000
 MAX_NETWORKS = 100
+MAX_LIMITS = 200
+LOG_LEVELS = frozenset({"", "debug", "info", "warning", "error"})
 
 NULL_SENDER_PATTERN = "<>"
 
@@ -157,11 +160,13 @@ class Account:
     providers: dict[str, SmtpProvider] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     retry_policy: RetryPolicy = RetryPolicy()
+    limits: tuple[Limit, ...] = ()
+    delivery_weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
-    """Settings of a node pool. Limits: 0 means none."""
+    """Settings of a node pool. Limits: 0 means none. `max_connections…` of 0 and no level: the node's own settings."""
 
     account_messages_per_hour: int = 100_000
     credential_messages_per_hour: int = 50_000
@@ -169,6 +174,10 @@ class NodeSettings:
     max_message_bytes: int = 26_214_400
     max_recipients: int = 1_000
     node_count: int = 1
+    limits: tuple[Limit, ...] = ()
+    max_connections: int = 0
+    max_connections_per_address: int = 0
+    log_level: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +226,8 @@ def validate_account(account: Account) -> list[Problem]:
             problems.append(Problem(f'providers["{key}"]', "must be a provider of this account"))
     problems += _rules_problems(account)
     problems += _under("retry_policy", validate_retry_policy(account.retry_policy))
+    problems += validate_limits(account.limits, account.name)
+    problems += _range_problem("delivery_weight", account.delivery_weight, 1, 100)
     return problems
 
 
@@ -275,6 +286,26 @@ def validate_settings(settings: NodeSettings) -> list[Problem]:
     problems += _range_problem("max_message_bytes", settings.max_message_bytes, 1_024, 268_435_456)
     problems += _range_problem("max_recipients", settings.max_recipients, 1, 10_000)
     problems += _range_problem("node_count", settings.node_count, 1, 1_000_000)
+    problems += _range_problem("max_connections", settings.max_connections, 0, 1_000_000)
+    problems += _range_problem("max_connections_per_address", settings.max_connections_per_address, 0, 1_000_000)
+    if settings.log_level not in LOG_LEVELS:
+        problems.append(Problem("log_level", "must be debug, info, warning, error or empty"))
+    problems += validate_limits(settings.limits, "")
+    return problems
+
+
+def validate_limits(limits: Sequence[Limit], account: str) -> list[Problem]:
+    """Return what is wrong with the limits of an account (its resource name), or with the shared ones."""
+    problems = []
+    if len(limits) > MAX_LIMITS:
+        problems.append(Problem("limits", f"must be at most {MAX_LIMITS}"))
+    seen: set[str] = set()
+    for limit in limits:
+        path = f'limits["{limit.name}"]'
+        problems += [Problem(f"{path}.{field}", description) for field, description in limit_problems(limit, account)]
+        if limit.name in seen:
+            problems.append(Problem(path, "is there twice"))
+        seen.add(limit.name)
     return problems
 
 

@@ -26,47 +26,53 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpostroad/config/v1/bundle.proto\x12\x12postroad.config.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"u\n\x06\x42undle\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x04kind\x18\x02 \x01(\x0e\x32\x1e.postroad.config.v1.BundleKind\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x0c\n\x04hash\x18\x04 \x01(\x0c\x12\x0f\n\x07\x63ontent\x18\x05 \x01(\x0c\"\x9f\x02\n\rAccountBundle\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x16\n\x0esender_domains\x18\x03 \x03(\t\x12\x12\n\nreplicated\x18\x04 \x01(\x08\x12\x33\n\x0b\x63redentials\x18\x05 \x03(\x0b\x32\x1e.postroad.config.v1.Credential\x12/\n\tproviders\x18\x06 \x03(\x0b\x32\x1c.postroad.config.v1.Provider\x12\'\n\x05rules\x18\x07 \x03(\x0b\x32\x18.postroad.config.v1.Rule\x12\x35\n\x0cretry_policy\x18\x08 \x01(\x0b\x32\x1f.postroad.config.v1.RetryPolicy\"b\n\nCredential\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rsecret_sha256\x18\x02 \x01(\x0c\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"1\n\x0bSealedValue\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\nciphertext\x18\x02 \x01(\x0c\"R\n\x08Provider\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x04smtp\x18\x02 \x01(\x0b\x32 .postroad.config.v1.SmtpProviderH\x00\x42\x06\n\x04kind\"\xf5\x03\n\x0cSmtpProvider\x12<\n\tendpoints\x18\x01 \x03(\x0b\x32).postroad.config.v1.SmtpProvider.Endpoint\x12>\n\ntls_policy\x18\x02 \x01(\x0e\x32*.postroad.config.v1.SmtpProvider.TlsPolicy\x12\x0e\n\x06\x63\x61_pem\x18\x03 \x01(\t\x12\x10\n\x08username\x18\x04 \x01(\t\x12\x31\n\x08password\x18\x05 \x01(\x0b\x32\x1f.postroad.config.v1.SealedValue\x12\x17\n\x0fmax_connections\x18\x06 \x01(\x05\x12#\n\x1bmax_messages_per_connection\x18\x07 \x01(\x05\x1a<\n\x08\x45ndpoint\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\x05\x12\x14\n\x0cimplicit_tls\x18\x03 \x01(\x08\"\x95\x01\n\tTlsPolicy\x12\x1a\n\x16TLS_POLICY_UNSPECIFIED\x10\x00\x12\x13\n\x0fTLS_POLICY_NONE\x10\x01\x12\x1c\n\x18TLS_POLICY_OPPORTUNISTIC\x10\x02\x12\x17\n\x13TLS_POLICY_REQUIRED\x10\x03\x12 \n\x1cTLS_POLICY_REQUIRED_VERIFIED\x10\x04\"\xed\x02\n\x04Rule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\x05\x12\x17\n\x0fsender_patterns\x18\x03 \x03(\t\x12\x1a\n\x12recipient_patterns\x18\x04 \x03(\t\x12\x39\n\x07headers\x18\x05 \x03(\x0b\x32(.postroad.config.v1.Rule.HeaderCondition\x12\x16\n\x0emin_size_bytes\x18\x06 \x01(\x03\x12\x16\n\x0emax_size_bytes\x18\x07 \x01(\x03\x12\x30\n\x07targets\x18\x08 \x03(\x0b\x32\x1f.postroad.config.v1.Rule.Target\x1a\x30\n\x0fHeaderCondition\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07pattern\x18\x02 \x01(\t\x1a\x41\n\x06Target\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\x15\n\regress_source\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x05\"\x9b\x01\n\x0bRetryPolicy\x12\'\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x66\x61\x63tor\x18\x02 \x01(\x01\x12&\n\x03\x63\x61p\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08lifetime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"H\n\x15SharedProvidersBundle\x12/\n\tproviders\x18\x01 \x03(\x0b\x32\x1c.postroad.config.v1.Provider\"{\n\x0eNetworksBundle\x12<\n\x08\x62indings\x18\x01 \x03(\x0b\x32*.postroad.config.v1.NetworksBundle.Binding\x1a+\n\x07\x42inding\x12\x0f\n\x07network\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\"\xcc\x01\n\x12NodeSettingsBundle\x12!\n\x19\x61\x63\x63ount_messages_per_hour\x18\x01 \x01(\x03\x12$\n\x1c\x63redential_messages_per_hour\x18\x02 \x01(\x03\x12&\n\x1e\x61\x64\x64ress_connections_per_minute\x18\x03 \x01(\x03\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x03\x12\x16\n\x0emax_recipients\x18\x05 \x01(\x05\x12\x12\n\nnode_count\x18\x06 \x01(\x05\"&\n\x07PoolKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\x0c*\x9d\x01\n\nBundleKind\x12\x1b\n\x17\x42UNDLE_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x42UNDLE_KIND_ACCOUNT\x10\x01\x12 \n\x1c\x42UNDLE_KIND_SHARED_PROVIDERS\x10\x02\x12\x18\n\x14\x42UNDLE_KIND_NETWORKS\x10\x03\x12\x1d\n\x19\x42UNDLE_KIND_NODE_SETTINGS\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpostroad/config/v1/bundle.proto\x12\x12postroad.config.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"u\n\x06\x42undle\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x04kind\x18\x02 \x01(\x0e\x32\x1e.postroad.config.v1.BundleKind\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x0c\n\x04hash\x18\x04 \x01(\x0c\x12\x0f\n\x07\x63ontent\x18\x05 \x01(\x0c\"\xe3\x02\n\rAccountBundle\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x16\n\x0esender_domains\x18\x03 \x03(\t\x12\x12\n\nreplicated\x18\x04 \x01(\x08\x12\x33\n\x0b\x63redentials\x18\x05 \x03(\x0b\x32\x1e.postroad.config.v1.Credential\x12/\n\tproviders\x18\x06 \x03(\x0b\x32\x1c.postroad.config.v1.Provider\x12\'\n\x05rules\x18\x07 \x03(\x0b\x32\x18.postroad.config.v1.Rule\x12\x35\n\x0cretry_policy\x18\x08 \x01(\x0b\x32\x1f.postroad.config.v1.RetryPolicy\x12)\n\x06limits\x18\t \x03(\x0b\x32\x19.postroad.config.v1.Limit\x12\x17\n\x0f\x64\x65livery_weight\x18\n \x01(\x05\"b\n\nCredential\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rsecret_sha256\x18\x02 \x01(\x0c\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"1\n\x0bSealedValue\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x12\n\nciphertext\x18\x02 \x01(\x0c\"R\n\x08Provider\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x04smtp\x18\x02 \x01(\x0b\x32 .postroad.config.v1.SmtpProviderH\x00\x42\x06\n\x04kind\"\xf5\x03\n\x0cSmtpProvider\x12<\n\tendpoints\x18\x01 \x03(\x0b\x32).postroad.config.v1.SmtpProvider.Endpoint\x12>\n\ntls_policy\x18\x02 \x01(\x0e\x32*.postroad.config.v1.SmtpProvider.TlsPolicy\x12\x0e\n\x06\x63\x61_pem\x18\x03 \x01(\t\x12\x10\n\x08username\x18\x04 \x01(\t\x12\x31\n\x08password\x18\x05 \x01(\x0b\x32\x1f.postroad.config.v1.SealedValue\x12\x17\n\x0fmax_connections\x18\x06 \x01(\x05\x12#\n\x1bmax_messages_per_connection\x18\x07 \x01(\x05\x1a<\n\x08\x45ndpoint\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\x05\x12\x14\n\x0cimplicit_tls\x18\x03 \x01(\x08\"\x95\x01\n\tTlsPolicy\x12\x1a\n\x16TLS_POLICY_UNSPECIFIED\x10\x00\x12\x13\n\x0fTLS_POLICY_NONE\x10\x01\x12\x1c\n\x18TLS_POLICY_OPPORTUNISTIC\x10\x02\x12\x17\n\x13TLS_POLICY_REQUIRED\x10\x03\x12 \n\x1cTLS_POLICY_REQUIRED_VERIFIED\x10\x04\"\xed\x02\n\x04Rule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08priority\x18\x02 \x01(\x05\x12\x17\n\x0fsender_patterns\x18\x03 \x03(\t\x12\x1a\n\x12recipient_patterns\x18\x04 \x03(\t\x12\x39\n\x07headers\x18\x05 \x03(\x0b\x32(.postroad.config.v1.Rule.HeaderCondition\x12\x16\n\x0emin_size_bytes\x18\x06 \x01(\x03\x12\x16\n\x0emax_size_bytes\x18\x07 \x01(\x03\x12\x30\n\x07targets\x18\x08 \x03(\x0b\x32\x1f.postroad.config.v1.Rule.Target\x1a\x30\n\x0fHeaderCondition\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07pattern\x18\x02 \x01(\t\x1a\x41\n\x06Target\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\x15\n\regress_source\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x05\"\xbe\x03\n\x05Limit\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x05scope\x18\x02 \x01(\x0e\x32\x1f.postroad.config.v1.Limit.Scope\x12\x0f\n\x07subject\x18\x03 \x01(\t\x12,\n\x04unit\x18\x04 \x01(\x0e\x32\x1e.postroad.config.v1.Limit.Unit\x12\x0e\n\x06\x61mount\x18\x05 \x01(\x03\x12)\n\x06period\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x62urst\x18\x07 \x01(\x03\"\x85\x01\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x11\n\rSCOPE_ACCOUNT\x10\x01\x12\x14\n\x10SCOPE_CREDENTIAL\x10\x02\x12\x11\n\rSCOPE_ADDRESS\x10\x03\x12\x12\n\x0eSCOPE_PROVIDER\x10\x04\x12\x15\n\x11SCOPE_DESTINATION\x10\x05\"f\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x10\n\x0cUNIT_MESSAGE\x10\x01\x12\x12\n\x0eUNIT_RECIPIENT\x10\x02\x12\r\n\tUNIT_BYTE\x10\x03\x12\x13\n\x0fUNIT_CONNECTION\x10\x04\"\x9b\x01\n\x0bRetryPolicy\x12\'\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x66\x61\x63tor\x18\x02 \x01(\x01\x12&\n\x03\x63\x61p\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08lifetime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"H\n\x15SharedProvidersBundle\x12/\n\tproviders\x18\x01 \x03(\x0b\x32\x1c.postroad.config.v1.Provider\"{\n\x0eNetworksBundle\x12<\n\x08\x62indings\x18\x01 \x03(\x0b\x32*.postroad.config.v1.NetworksBundle.Binding\x1a+\n\x07\x42inding\x12\x0f\n\x07network\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\"\xc8\x02\n\x12NodeSettingsBundle\x12!\n\x19\x61\x63\x63ount_messages_per_hour\x18\x01 \x01(\x03\x12$\n\x1c\x63redential_messages_per_hour\x18\x02 \x01(\x03\x12&\n\x1e\x61\x64\x64ress_connections_per_minute\x18\x03 \x01(\x03\x12\x19\n\x11max_message_bytes\x18\x04 \x01(\x03\x12\x16\n\x0emax_recipients\x18\x05 \x01(\x05\x12\x12\n\nnode_count\x18\x06 \x01(\x05\x12)\n\x06limits\x18\x07 \x03(\x0b\x32\x19.postroad.config.v1.Limit\x12\x17\n\x0fmax_connections\x18\x08 \x01(\x05\x12#\n\x1bmax_connections_per_address\x18\t \x01(\x05\x12\x11\n\tlog_level\x18\n \x01(\t\"&\n\x07PoolKey\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\x0c*\x9d\x01\n\nBundleKind\x12\x1b\n\x17\x42UNDLE_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x42UNDLE_KIND_ACCOUNT\x10\x01\x12 \n\x1c\x42UNDLE_KIND_SHARED_PROVIDERS\x10\x02\x12\x18\n\x14\x42UNDLE_KIND_NETWORKS\x10\x03\x12\x1d\n\x19\x42UNDLE_KIND_NODE_SETTINGS\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'postroad.config.v1.bundle_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BUNDLEKIND']._serialized_start=2241
-  _globals['_BUNDLEKIND']._serialized_end=2398
+  _globals['_BUNDLEKIND']._serialized_start=2882
+  _globals['_BUNDLEKIND']._serialized_end=3039
   _globals['_BUNDLE']._serialized_start=120
   _globals['_BUNDLE']._serialized_end=237
   _globals['_ACCOUNTBUNDLE']._serialized_start=240
-  _globals['_ACCOUNTBUNDLE']._serialized_end=527
-  _globals['_CREDENTIAL']._serialized_start=529
-  _globals['_CREDENTIAL']._serialized_end=627
-  _globals['_SEALEDVALUE']._serialized_start=629
-  _globals['_SEALEDVALUE']._serialized_end=678
-  _globals['_PROVIDER']._serialized_start=680
-  _globals['_PROVIDER']._serialized_end=762
-  _globals['_SMTPPROVIDER']._serialized_start=765
-  _globals['_SMTPPROVIDER']._serialized_end=1266
-  _globals['_SMTPPROVIDER_ENDPOINT']._serialized_start=1054
-  _globals['_SMTPPROVIDER_ENDPOINT']._serialized_end=1114
-  _globals['_SMTPPROVIDER_TLSPOLICY']._serialized_start=1117
-  _globals['_SMTPPROVIDER_TLSPOLICY']._serialized_end=1266
-  _globals['_RULE']._serialized_start=1269
-  _globals['_RULE']._serialized_end=1634
-  _globals['_RULE_HEADERCONDITION']._serialized_start=1519
-  _globals['_RULE_HEADERCONDITION']._serialized_end=1567
-  _globals['_RULE_TARGET']._serialized_start=1569
-  _globals['_RULE_TARGET']._serialized_end=1634
-  _globals['_RETRYPOLICY']._serialized_start=1637
-  _globals['_RETRYPOLICY']._serialized_end=1792
-  _globals['_SHAREDPROVIDERSBUNDLE']._serialized_start=1794
-  _globals['_SHAREDPROVIDERSBUNDLE']._serialized_end=1866
-  _globals['_NETWORKSBUNDLE']._serialized_start=1868
-  _globals['_NETWORKSBUNDLE']._serialized_end=1991
-  _globals['_NETWORKSBUNDLE_BINDING']._serialized_start=1948
-  _globals['_NETWORKSBUNDLE_BINDING']._serialized_end=1991
-  _globals['_NODESETTINGSBUNDLE']._serialized_start=1994
-  _globals['_NODESETTINGSBUNDLE']._serialized_end=2198
-  _globals['_POOLKEY']._serialized_start=2200
-  _globals['_POOLKEY']._serialized_end=2238
+  _globals['_ACCOUNTBUNDLE']._serialized_end=595
+  _globals['_CREDENTIAL']._serialized_start=597
+  _globals['_CREDENTIAL']._serialized_end=695
+  _globals['_SEALEDVALUE']._serialized_start=697
+  _globals['_SEALEDVALUE']._serialized_end=746
+  _globals['_PROVIDER']._serialized_start=748
+  _globals['_PROVIDER']._serialized_end=830
+  _globals['_SMTPPROVIDER']._serialized_start=833
+  _globals['_SMTPPROVIDER']._serialized_end=1334
+  _globals['_SMTPPROVIDER_ENDPOINT']._serialized_start=1122
+  _globals['_SMTPPROVIDER_ENDPOINT']._serialized_end=1182
+  _globals['_SMTPPROVIDER_TLSPOLICY']._serialized_start=1185
+  _globals['_SMTPPROVIDER_TLSPOLICY']._serialized_end=1334
+  _globals['_RULE']._serialized_start=1337
+  _globals['_RULE']._serialized_end=1702
+  _globals['_RULE_HEADERCONDITION']._serialized_start=1587
+  _globals['_RULE_HEADERCONDITION']._serialized_end=1635
+  _globals['_RULE_TARGET']._serialized_start=1637
+  _globals['_RULE_TARGET']._serialized_end=1702
+  _globals['_LIMIT']._serialized_start=1705
+  _globals['_LIMIT']._serialized_end=2151
+  _globals['_LIMIT_SCOPE']._serialized_start=1914
+  _globals['_LIMIT_SCOPE']._serialized_end=2047
+  _globals['_LIMIT_UNIT']._serialized_start=2049
+  _globals['_LIMIT_UNIT']._serialized_end=2151
+  _globals['_RETRYPOLICY']._serialized_start=2154
+  _globals['_RETRYPOLICY']._serialized_end=2309
+  _globals['_SHAREDPROVIDERSBUNDLE']._serialized_start=2311
+  _globals['_SHAREDPROVIDERSBUNDLE']._serialized_end=2383
+  _globals['_NETWORKSBUNDLE']._serialized_start=2385
+  _globals['_NETWORKSBUNDLE']._serialized_end=2508
+  _globals['_NETWORKSBUNDLE_BINDING']._serialized_start=2465
+  _globals['_NETWORKSBUNDLE_BINDING']._serialized_end=2508
+  _globals['_NODESETTINGSBUNDLE']._serialized_start=2511
+  _globals['_NODESETTINGSBUNDLE']._serialized_end=2839
+  _globals['_POOLKEY']._serialized_start=2841
+  _globals['_POOLKEY']._serialized_end=2879
 # @@protoc_insertion_point(module_scope)

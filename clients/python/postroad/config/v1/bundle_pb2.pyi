@@ -109,6 +109,8 @@ class AccountBundle(_message.Message):
     PROVIDERS_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
     RETRY_POLICY_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    DELIVERY_WEIGHT_FIELD_NUMBER: _builtins.int
     account: _builtins.str
     """`accounts/{account}`."""
     uid: _builtins.str
@@ -117,6 +119,8 @@ class AccountBundle(_message.Message):
     """
     replicated: _builtins.bool
     """Whether 250 must wait for PostgreSQL."""
+    delivery_weight: _builtins.int
+    """Its share of delivery beside other accounts, 1 to 100; 0 is 1."""
     @_builtins.property
     def sender_domains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Exact domains, or `*.domain` for every name below it; lower case,
@@ -139,6 +143,12 @@ class AccountBundle(_message.Message):
     def retry_policy(self) -> Global___RetryPolicy:
         """Retry policy with every field filled in."""
 
+    @_builtins.property
+    def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Limit]:
+        """The account's limits. One of scope and unit of a default of the node pool
+        takes its place.
+        """
+
     def __init__(
         self,
         *,
@@ -150,10 +160,12 @@ class AccountBundle(_message.Message):
         providers: _abc.Iterable[Global___Provider] | None = ...,
         rules: _abc.Iterable[Global___Rule] | None = ...,
         retry_policy: Global___RetryPolicy | None = ...,
+        limits: _abc.Iterable[Global___Limit] | None = ...,
+        delivery_weight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retry_policy", b"retry_policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "credentials", b"credentials", "providers", b"providers", "replicated", b"replicated", "retry_policy", b"retry_policy", "rules", b"rules", "sender_domains", b"sender_domains", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "credentials", b"credentials", "delivery_weight", b"delivery_weight", "limits", b"limits", "providers", b"providers", "replicated", b"replicated", "retry_policy", b"retry_policy", "rules", b"rules", "sender_domains", b"sender_domains", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -472,6 +484,122 @@ class Rule(_message.Message):
 Global___Rule: _TypeAlias = Rule  # noqa: Y015
 
 @_typing.final
+class Limit(_message.Message):
+    """How much may pass: a token bucket, or a number of connections at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Scope:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Limit._Scope.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        SCOPE_UNSPECIFIED: Limit._Scope.ValueType  # 0
+        """A node refuses it."""
+        SCOPE_ACCOUNT: Limit._Scope.ValueType  # 1
+        """An account."""
+        SCOPE_CREDENTIAL: Limit._Scope.ValueType  # 2
+        """An SMTP credential."""
+        SCOPE_ADDRESS: Limit._Scope.ValueType  # 3
+        """A client address, an IPv6 one by its /64."""
+        SCOPE_PROVIDER: Limit._Scope.ValueType  # 4
+        """A provider."""
+        SCOPE_DESTINATION: Limit._Scope.ValueType  # 5
+        """A host that connections to next hops go to, of whatever provider."""
+
+    class Scope(_Scope, metaclass=_ScopeEnumTypeWrapper):
+        """Whose mail or connections are counted together."""
+
+    SCOPE_UNSPECIFIED: Limit.Scope.ValueType  # 0
+    """A node refuses it."""
+    SCOPE_ACCOUNT: Limit.Scope.ValueType  # 1
+    """An account."""
+    SCOPE_CREDENTIAL: Limit.Scope.ValueType  # 2
+    """An SMTP credential."""
+    SCOPE_ADDRESS: Limit.Scope.ValueType  # 3
+    """A client address, an IPv6 one by its /64."""
+    SCOPE_PROVIDER: Limit.Scope.ValueType  # 4
+    """A provider."""
+    SCOPE_DESTINATION: Limit.Scope.ValueType  # 5
+    """A host that connections to next hops go to, of whatever provider."""
+
+    class _Unit:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _UnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Limit._Unit.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        UNIT_UNSPECIFIED: Limit._Unit.ValueType  # 0
+        """A node refuses it."""
+        UNIT_MESSAGE: Limit._Unit.ValueType  # 1
+        """Messages."""
+        UNIT_RECIPIENT: Limit._Unit.ValueType  # 2
+        """Recipients."""
+        UNIT_BYTE: Limit._Unit.ValueType  # 3
+        """Octets of content."""
+        UNIT_CONNECTION: Limit._Unit.ValueType  # 4
+        """Connections."""
+
+    class Unit(_Unit, metaclass=_UnitEnumTypeWrapper):
+        """What is counted."""
+
+    UNIT_UNSPECIFIED: Limit.Unit.ValueType  # 0
+    """A node refuses it."""
+    UNIT_MESSAGE: Limit.Unit.ValueType  # 1
+    """Messages."""
+    UNIT_RECIPIENT: Limit.Unit.ValueType  # 2
+    """Recipients."""
+    UNIT_BYTE: Limit.Unit.ValueType  # 3
+    """Octets of content."""
+    UNIT_CONNECTION: Limit.Unit.ValueType  # 4
+    """Connections."""
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    PERIOD_FIELD_NUMBER: _builtins.int
+    BURST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`accounts/{account}/limits/{limit}` or `limits/{limit}`."""
+    scope: Global___Limit.Scope.ValueType
+    """Never UNSPECIFIED."""
+    subject: _builtins.str
+    """The one that it holds for: a credential's or provider's resource name, an
+    address, a host in lower case; empty: each one by itself.
+    """
+    unit: Global___Limit.Unit.ValueType
+    """Never UNSPECIFIED."""
+    amount: _builtins.int
+    """Tokens a period, or connections at once; at least 1."""
+    burst: _builtins.int
+    """Capacity of the bucket, filled in; 0 without a period."""
+    @_builtins.property
+    def period(self) -> _duration_pb2.Duration:
+        """Absent: connections at once."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        scope: Global___Limit.Scope.ValueType = ...,
+        subject: _builtins.str = ...,
+        unit: Global___Limit.Unit.ValueType = ...,
+        amount: _builtins.int = ...,
+        period: _duration_pb2.Duration | None = ...,
+        burst: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["period", b"period"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "burst", b"burst", "name", b"name", "period", b"period", "scope", b"scope", "subject", b"subject", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Limit: _TypeAlias = Limit  # noqa: Y015
+
+@_typing.final
 class RetryPolicy(_message.Message):
     """Exponential back-off with full jitter; every field is set."""
 
@@ -595,6 +723,10 @@ class NodeSettingsBundle(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_RECIPIENTS_FIELD_NUMBER: _builtins.int
     NODE_COUNT_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    MAX_CONNECTIONS_FIELD_NUMBER: _builtins.int
+    MAX_CONNECTIONS_PER_ADDRESS_FIELD_NUMBER: _builtins.int
+    LOG_LEVEL_FIELD_NUMBER: _builtins.int
     account_messages_per_hour: _builtins.int
     """Messages an hour and account; 0: no limit."""
     credential_messages_per_hour: _builtins.int
@@ -609,6 +741,20 @@ class NodeSettingsBundle(_message.Message):
     """Number of nodes in the pool, for the share of a limit that each worker
     applies by itself while Redis is away; at least 1.
     """
+    max_connections: _builtins.int
+    """Connections of submission a worker; 0: as the node's own settings say."""
+    max_connections_per_address: _builtins.int
+    """Connections of submission an address and worker; 0: as the node's own
+    settings say.
+    """
+    log_level: _builtins.str
+    """`debug`, `info`, `warning` or `error`; empty: as the node's own settings
+    say.
+    """
+    @_builtins.property
+    def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Limit]:
+        """Limits that hold for all accounts: of addresses, providers, destinations."""
+
     def __init__(
         self,
         *,
@@ -618,10 +764,14 @@ class NodeSettingsBundle(_message.Message):
         max_message_bytes: _builtins.int = ...,
         max_recipients: _builtins.int = ...,
         node_count: _builtins.int = ...,
+        limits: _abc.Iterable[Global___Limit] | None = ...,
+        max_connections: _builtins.int = ...,
+        max_connections_per_address: _builtins.int = ...,
+        log_level: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_messages_per_hour", b"account_messages_per_hour", "address_connections_per_minute", b"address_connections_per_minute", "credential_messages_per_hour", b"credential_messages_per_hour", "max_message_bytes", b"max_message_bytes", "max_recipients", b"max_recipients", "node_count", b"node_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_messages_per_hour", b"account_messages_per_hour", "address_connections_per_minute", b"address_connections_per_minute", "credential_messages_per_hour", b"credential_messages_per_hour", "limits", b"limits", "log_level", b"log_level", "max_connections", b"max_connections", "max_connections_per_address", b"max_connections_per_address", "max_message_bytes", b"max_message_bytes", "max_recipients", b"max_recipients", "node_count", b"node_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

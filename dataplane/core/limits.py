@@ -1,0 +1,173 @@
+"""Limits as plain values, the same for both planes: what one says, what is wrong with it, which bucket it draws from.
+
+Contract. `limit_problems` yields every problem of a limit as field and description, and never raises. `bucket_of` names
+the bucket of a limit and a subject: nodes draw from it and the control plane looks at it under the same name. A limit
+with a period is a token bucket of `burst` tokens that refills with `rate_per_s`; one without is a number of connections
+at once, held as slots.
+
+    scope        subject                         tag (keys of one tag lie on one server of a cluster)
+    account      accounts/a                      a:accounts/a
+    credential   accounts/a/smtpCredentials/c    a:accounts/a
+    address      192.0.2.1, 2001:db8:: (a /64)   ip:192.0.2.1
+    provider     (accounts/a/)providers/p        p:accounts/a/providers/p
+    destination  mx.example.net                  d:mx.example.net
+
+Accounts own limits of account, credential and their own providers; addresses, destinations and shared providers belong
+to everybody, so that only shared limits speak of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from ipaddress import IPv6Address, ip_address
+from typing import NamedTuple
+
+MAX_TOKENS = 4_000_000_000
+"""Above it a bucket's level in micro-tokens would be no exact number in Lua, which has doubles only."""
+
+LEAST_BURST = 10
+LONGEST_PERIOD_S = 31 * 86_400.0
+
+_ID = r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_LIMIT_NAME = re.compile(rf"(?:(accounts/{_ID})/)?limits/{_ID}")
+_CREDENTIAL = re.compile(rf"(accounts/{_ID})/smtpCredentials/{_ID}")
+_PROVIDER = re.compile(rf"(?:(accounts/{_ID})/)?providers/{_ID}")
+_HOST = re.compile(r"[a-z0-9_](?:[a-z0-9_.:-]{0,252}[a-z0-9])?")
+
+
+class LimitScope(IntEnum):
+    """Whose mail or connections are counted together; numbers as in postroad.config.v1."""
+
+    ACCOUNT = 1
+    CREDENTIAL = 2
+    ADDRESS = 3
+    PROVIDER = 4
+    DESTINATION = 5
+
+
+class LimitUnit(IntEnum):
+    """What is counted; numbers as in postroad.config.v1."""
+
+    MESSAGE = 1
+    RECIPIENT = 2
+    BYTE = 3
+    CONNECTION = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """`amount` tokens a period, or at once where `period_s` is 0. An empty subject: each one by itself."""
+
+    name: str
+    scope: LimitScope
+    unit: LimitUnit
+    amount: int
+    period_s: float = 0.0
+    burst: int = 0
+    subject: str = ""
+
+    @property
+    def rate_per_s(self) -> float:
+        """Tokens that come back each second; 0 for a number of connections at once."""
+        return self.amount / self.period_s if self.period_s else 0.0
+
+
+class Bucket(NamedTuple):
+    """Where a limit is kept: tag and key as in `dataplane.ports.Take`."""
+
+    tag: str
+    key: str
+
+
+def default_burst(amount: int) -> int:
+    """Return a tenth, but ten where the limit allows that many: one would refuse the second of two at once."""
+    return max(-(-amount // 10), min(amount, LEAST_BURST))
+
+
+def bucket_of(scope: LimitScope, unit: LimitUnit, subject: str) -> Bucket:
+    """Return the bucket of a subject. `subject` is never empty: who draws says who it is."""
+    name = unit.name.lower()
+    match scope:
+        case LimitScope.ACCOUNT:
+            return Bucket(f"a:{subject}", f"account:{name}")
+        case LimitScope.CREDENTIAL:
+            return Bucket(f"a:{subject.partition('/smtpCredentials/')[0]}", f"credential:{subject}:{name}")
+        case LimitScope.ADDRESS:
+            return Bucket(f"ip:{subject}", f"address:{name}")
+        case LimitScope.PROVIDER:
+            return Bucket(f"p:{subject}", f"provider:{name}")
+        case LimitScope.DESTINATION:
+            return Bucket(f"d:{subject}", f"destination:{name}")
+
+
+def slots_of(scope: LimitScope, subject: str) -> Bucket:
+    """Return where connections at once are held; `scope` is PROVIDER or DESTINATION."""
+    tag = bucket_of(scope, LimitUnit.CONNECTION, subject).tag
+    return Bucket(tag, f"{scope.name.lower()}:slots")
+
+
+def limit_problems(limit: Limit, account: str) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with a limit of `account` (its resource name), empty for a shared one."""
+    named = _LIMIT_NAME.fullmatch(limit.name)
+    if named is None or (named[1] or "") != account:
+        yield "name", "must be accounts/{account}/limits/{limit} or limits/{limit}"
+    if not 1 <= limit.amount <= MAX_TOKENS:
+        yield "amount", f"must be 1 to {MAX_TOKENS}"
+    yield from _owner_problems(limit, account)
+    yield from _period_problems(limit)
+    if limit.subject and not _is_subject(limit, account):
+        yield "subject", "must be one of the scope, and for an account's limit one of this account"
+
+
+def _owner_problems(limit: Limit, account: str) -> Iterator[tuple[str, str]]:
+    shared_only = limit.scope in (LimitScope.ADDRESS, LimitScope.DESTINATION)
+    if account and shared_only:
+        yield "scope", "must be account, credential or provider: addresses and destinations are everybody's"
+    if limit.scope is LimitScope.ACCOUNT and account and limit.subject:
+        yield "subject", "must be empty: the limit is its account's"
+
+
+def _period_problems(limit: Limit) -> Iterator[tuple[str, str]]:
+    if not limit.period_s:
+        if limit.unit is not LimitUnit.CONNECTION or limit.scope not in (LimitScope.PROVIDER, LimitScope.DESTINATION):
+            yield "period", "must be set, but for connections at once to a provider or destination"
+        if limit.burst:
+            yield "burst", "must be 0 for connections at once"
+        return
+    if not 1.0 <= limit.period_s <= LONGEST_PERIOD_S:
+        yield "period", "must be 1 second to 31 days"
+    if not 1 <= limit.burst <= limit.amount:
+        yield "burst", "must be 1 to the amount"
+    if limit.unit is LimitUnit.CONNECTION and limit.scope in (LimitScope.ACCOUNT, LimitScope.CREDENTIAL):
+        yield "unit", "must not be connection: who a connection belongs to is known too late to refuse it"
+
+
+def _is_subject(limit: Limit, account: str) -> bool:
+    subject = limit.subject
+    match limit.scope:
+        case LimitScope.ACCOUNT:
+            return not account and bool(re.fullmatch(rf"accounts/{_ID}", subject))
+        case LimitScope.CREDENTIAL:
+            found = _CREDENTIAL.fullmatch(subject)
+            return found is not None and account in ("", found[1])
+        case LimitScope.PROVIDER:
+            found = _PROVIDER.fullmatch(subject)
+            return found is not None and account in ("", found[1])
+        case LimitScope.ADDRESS:
+            return _is_counted_address(subject)
+        case LimitScope.DESTINATION:
+            return _HOST.fullmatch(subject) is not None
+
+
+def _is_counted_address(text: str) -> bool:
+    """Whether it is an address as connections are counted: IPv4, or the first of an IPv6 /64."""
+    try:
+        parsed = ip_address(text)
+    except ValueError:
+        return False
+    if isinstance(parsed, IPv6Address) and int(parsed) & (2**64 - 1):
+        return False
+    return str(parsed) == text
