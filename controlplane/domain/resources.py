@@ -221,13 +221,16 @@ class SubmissionLimits:
 
 @dataclass(frozen=True, slots=True)
 class NodePool:
-    """Nodes that serve the same accounts; 0 takes the default."""
+    """Nodes that serve the same accounts; 0 takes the default, of connections and log level the node's own."""
 
     node_pool: str
     display_name: str = ""
     submission_limits: SubmissionLimits = SubmissionLimits()
     max_message_bytes: int = 0
     max_recipients: int = 0
+    max_connections: int = 0
+    max_connections_per_address: int = 0
+    log_level: str = ""
     meta: Meta = Meta()
 
 
@@ -248,6 +251,9 @@ NODE_POOL_FIELDS = Fields(
         ),
         "max_message_bytes": Field("max_message_bytes"),
         "max_recipients": Field("max_recipients"),
+        "max_connections": Field("max_connections"),
+        "max_connections_per_address": Field("max_connections_per_address"),
+        "log_level": Field("log_level"),
     },
     _SERVER,
 )

@@ -193,6 +193,9 @@ def settings_of(pool: NodePool, node_count: int) -> config.NodeSettings:
         max_message_bytes=pool.max_message_bytes or defaults.max_message_bytes,
         max_recipients=pool.max_recipients or defaults.max_recipients,
         node_count=max(node_count, 1),
+        max_connections=pool.max_connections,
+        max_connections_per_address=pool.max_connections_per_address,
+        log_level=pool.log_level,
     )
 
 

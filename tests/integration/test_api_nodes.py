@@ -136,6 +136,27 @@ async def test_a_pool_is_born_with_a_key_and_its_bundles(stack: ApiStack) -> Non
     assert (await settings_of(stack, "dmz")).account_messages_per_hour == 100_000
 
 
+async def test_a_pool_bounds_connections_and_says_what_is_logged(stack: ApiStack) -> None:
+    pool = await default_pool(stack)
+    assert (pool.max_connections, pool.max_connections_per_address, pool.log_level) == (0, 0, "")
+    pool.max_connections, pool.max_connections_per_address, pool.log_level = 900, 70, "debug"
+    paths = ["max_connections", "max_connections_per_address", "log_level"]
+    request = service.UpdateNodePoolRequest(node_pool=pool, update_mask=FieldMask(paths=paths))
+    for answer in (await stack.operator.node("UpdateNodePool", request), await settings_of(stack)):
+        assert (answer.max_connections, answer.max_connections_per_address, answer.log_level) == (900, 70, "debug")
+    back = service.UpdateNodePoolRequest(
+        node_pool=pb.NodePool(name=pool.name, etag=(await default_pool(stack)).etag), update_mask=FieldMask(paths=paths)
+    )
+    await stack.operator.node("UpdateNodePool", back)
+    settings = await settings_of(stack)
+    assert (settings.max_connections, settings.max_connections_per_address, settings.log_level) == (0, 0, "")
+
+
+async def default_pool(stack: ApiStack) -> pb.NodePool:
+    pool: pb.NodePool = await stack.operator.node("GetNodePool", service.GetNodePoolRequest(name="nodePools/default"))
+    return pool
+
+
 async def test_a_limit_of_zero_is_none_and_an_absent_one_the_default(stack: ApiStack) -> None:
     pool = await stack.operator.node("GetNodePool", service.GetNodePoolRequest(name="nodePools/default"))
     pool.submission_limits.account_messages_per_hour = 0
@@ -153,6 +174,9 @@ async def test_a_limit_of_zero_is_none_and_an_absent_one_the_default(stack: ApiS
     [
         ({"max_recipients": 10_001}, "node_pool.max_recipients"),
         ({"max_message_bytes": 1}, "node_pool.max_message_bytes"),
+        ({"max_connections": -1}, "node_pool.max_connections"),
+        ({"max_connections_per_address": 1_000_001}, "node_pool.max_connections_per_address"),
+        ({"log_level": "loud"}, "node_pool.log_level"),
     ],
 )
 async def test_settings_out_of_range_are_refused(stack: ApiStack, fields: dict[str, Any], path: str) -> None:

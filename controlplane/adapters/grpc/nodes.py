@@ -169,6 +169,9 @@ def _read_pool(message: pb.NodePool, node_pool: str) -> NodePool:
         submission_limits=SubmissionLimits(**given),
         max_message_bytes=message.max_message_bytes,
         max_recipients=message.max_recipients,
+        max_connections=message.max_connections,
+        max_connections_per_address=message.max_connections_per_address,
+        log_level=message.log_level,
     )
 
 
@@ -179,6 +182,9 @@ def write_pool(pool: NodePool) -> pb.NodePool:
         display_name=pool.display_name,
         max_message_bytes=pool.max_message_bytes,
         max_recipients=pool.max_recipients,
+        max_connections=pool.max_connections,
+        max_connections_per_address=pool.max_connections_per_address,
+        log_level=pool.log_level,
     )
     for name in _LIMITS:
         value = getattr(pool.submission_limits, name)

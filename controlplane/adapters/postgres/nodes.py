@@ -167,9 +167,10 @@ class NodesRepository:
             """
             INSERT INTO postroad.node_pools (
                 node_pool, display_name, account_messages_per_hour, credential_messages_per_hour,
-                address_connections_per_minute, max_message_bytes, max_recipients
+                address_connections_per_minute, max_message_bytes, max_recipients, max_connections,
+                max_connections_per_address, log_level
             )
-            VALUES ($1, $2, $3, $4, $5, $6, $7)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
             """,
             *(pool.node_pool, *_pool_values(pool)),
         )
@@ -182,7 +183,8 @@ class NodesRepository:
             """
             UPDATE postroad.node_pools
             SET display_name = $4, account_messages_per_hour = $5, credential_messages_per_hour = $6,
-                address_connections_per_minute = $7, max_message_bytes = $8, max_recipients = $9
+                address_connections_per_minute = $7, max_message_bytes = $8, max_recipients = $9,
+                max_connections = $10, max_connections_per_address = $11, log_level = $12
             WHERE node_pool = $1 AND left(uid::text, 8) = $2 AND version = $3 RETURNING 1
             """,
             *(pool.node_pool, *etag, *_pool_values(pool)),
@@ -257,6 +259,9 @@ def _pool_values(pool: NodePool) -> tuple[object, ...]:
         limits.address_connections_per_minute,
         pool.max_message_bytes or None,
         pool.max_recipients or None,
+        pool.max_connections or None,
+        pool.max_connections_per_address or None,
+        pool.log_level or None,
     )
 
 
@@ -271,6 +276,9 @@ def _pool(row: asyncpg.Record) -> NodePool:
         ),
         max_message_bytes=row["max_message_bytes"] or 0,
         max_recipients=row["max_recipients"] or 0,
+        max_connections=row["max_connections"] or 0,
+        max_connections_per_address=row["max_connections_per_address"] or 0,
+        log_level=row["log_level"] or "",
         meta=meta_of(row),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +36,10 @@ def _limit(limits: Any, field: str) -> str:
     return str(getattr(limits, field)) if limits.HasField(field) else "default"
 
 
+def _of_the_node(value: int | str) -> str:
+    return str(value or "the node's")
+
+
 POOL = Kind(
     noun="NodePool",
     collection="nodePools",
@@ -48,6 +53,9 @@ POOL = Kind(
         Column("CONNECTIONS/MIN/ADDRESS", lambda one: _limit(one.submission_limits, "address_connections_per_minute")),
         Column("MAX BYTES", lambda one: str(one.max_message_bytes)),
         Column("MAX RECIPIENTS", lambda one: str(one.max_recipients)),
+        Column("CONNECTIONS/WORKER", lambda one: _of_the_node(one.max_connections)),
+        Column("CONNECTIONS/ADDRESS", lambda one: _of_the_node(one.max_connections_per_address)),
+        Column("LOG LEVEL", lambda one: _of_the_node(one.log_level)),
     ),
 )
 
@@ -70,6 +78,26 @@ PerAddress = Annotated[
 ]
 MaxBytes = Annotated[int | None, typer.Option("--max-bytes", help="Largest message")]
 MaxRecipients = Annotated[int | None, typer.Option("--max-recipients", help="Recipients a message")]
+MaxConnections = Annotated[
+    int | None, typer.Option("--max-connections", min=0, help="Held by a worker; 0: as the node's settings say")
+]
+MaxPerAddress = Annotated[
+    int | None,
+    typer.Option("--max-connections-per-address", min=0, help="Held by a node; 0: as the node's settings say"),
+]
+
+
+class LogLevel(StrEnum):
+    """What nodes log from."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+    NODE = "node"
+
+
+Level = Annotated[LogLevel | None, typer.Option("--log-level", help="`node`: as the node's settings say")]
 
 
 @nodes_app.command("create")
@@ -114,18 +142,29 @@ def accept_spool(context: typer.Context, name: Name, spool: Annotated[str, typer
 def create_pool(
     context: typer.Context,
     pool_id: Id,
+    *,
     account_messages: PerAccount = None,
     credential_messages: PerCredential = None,
     address_connections: PerAddress = None,
     max_bytes: MaxBytes = None,
     max_recipients: MaxRecipients = None,
+    max_connections: MaxConnections = None,
+    max_connections_per_address: MaxPerAddress = None,
+    log_level: Level = None,
     display_name: DisplayName = None,
 ) -> None:
     """Create a pool; limits that are not given take the defaults."""
     session = session_of(context)
     pool = NodePool()
-    _change_pool(
-        pool, account_messages, credential_messages, address_connections, max_bytes, max_recipients, display_name
+    changed(pool.submission_limits, **_limits(account_messages, credential_messages, address_connections))
+    changed(
+        pool,
+        max_message_bytes=max_bytes,
+        max_recipients=max_recipients,
+        max_connections=max_connections,
+        max_connections_per_address=max_connections_per_address,
+        log_level=_level(log_level),
+        display_name=display_name,
     )
     show(session, POOL, create(session, POOL, pool_id, pool))
 
@@ -134,39 +173,43 @@ def create_pool(
 def update_pool(
     context: typer.Context,
     name: Name,
+    *,
     account_messages: PerAccount = None,
     credential_messages: PerCredential = None,
     address_connections: PerAddress = None,
     max_bytes: MaxBytes = None,
     max_recipients: MaxRecipients = None,
+    max_connections: MaxConnections = None,
+    max_connections_per_address: MaxPerAddress = None,
+    log_level: Level = None,
     display_name: DisplayName = None,
 ) -> None:
-    """Change what is given."""
+    """Change what is given; nodes take it over without ending a session."""
     session = session_of(context)
 
     def change(pool: NodePool) -> list[str]:
-        return _change_pool(
-            pool, account_messages, credential_messages, address_connections, max_bytes, max_recipients, display_name
+        limits = changed(pool.submission_limits, **_limits(account_messages, credential_messages, address_connections))
+        own = changed(
+            pool,
+            max_message_bytes=max_bytes,
+            max_recipients=max_recipients,
+            max_connections=max_connections,
+            max_connections_per_address=max_connections_per_address,
+            log_level=_level(log_level),
+            display_name=display_name,
         )
+        return own + [f"submission_limits.{path}" for path in limits]
 
     show(session, POOL, update(session, POOL, POOL.name(session, name), change))
 
 
-def _change_pool(
-    pool: NodePool,
-    account_messages: int | None,
-    credential_messages: int | None,
-    address_connections: int | None,
-    max_bytes: int | None,
-    max_recipients: int | None,
-    display_name: str | None,
-) -> list[str]:
-    """Write what is given into the pool; returns the paths that changed."""
-    limits = changed(
-        pool.submission_limits,
-        account_messages_per_hour=account_messages,
-        credential_messages_per_hour=credential_messages,
-        address_connections_per_minute=address_connections,
-    )
-    own = changed(pool, max_message_bytes=max_bytes, max_recipients=max_recipients, display_name=display_name)
-    return own + [f"submission_limits.{path}" for path in limits]
+def _limits(account: int | None, credential: int | None, address: int | None) -> dict[str, int | None]:
+    return {
+        "account_messages_per_hour": account,
+        "credential_messages_per_hour": credential,
+        "address_connections_per_minute": address,
+    }
+
+
+def _level(level: LogLevel | None) -> str | None:
+    return "" if level is LogLevel.NODE else level

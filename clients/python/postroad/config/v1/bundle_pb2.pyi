@@ -744,7 +744,7 @@ class NodeSettingsBundle(_message.Message):
     max_connections: _builtins.int
     """Connections of submission a worker; 0: as the node's own settings say."""
     max_connections_per_address: _builtins.int
-    """Connections of submission an address and worker; 0: as the node's own
+    """Connections of submission an address and node; 0: as the node's own
     settings say.
     """
     log_level: _builtins.str

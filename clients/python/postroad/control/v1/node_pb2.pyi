@@ -282,6 +282,9 @@ class NodePool(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    MAX_CONNECTIONS_FIELD_NUMBER: _builtins.int
+    MAX_CONNECTIONS_PER_ADDRESS_FIELD_NUMBER: _builtins.int
+    LOG_LEVEL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`nodePools/{pool}`; `nodePools/default` always exists."""
     uid: _builtins.str
@@ -294,6 +297,19 @@ class NodePool(_message.Message):
     """Recipients a message; 1,000 unless set, 1 to 10,000."""
     etag: _builtins.str
     """Required on Update and Delete; a mismatch is ABORTED."""
+    max_connections: _builtins.int
+    """Connections of submission that each worker of a node holds, at most
+    1,000,000; 0: as the node's own settings say. A change ends no session.
+    """
+    max_connections_per_address: _builtins.int
+    """Connections of submission that a node holds for one client address, an IPv6
+    one counted by its /64, networks of accounts exempt, at most 1,000,000; 0: as
+    the node's own settings say. A change ends no session.
+    """
+    log_level: _builtins.str
+    """What the nodes log from: `debug`, `info`, `warning` or `error`; empty: as the
+    node's own settings say.
+    """
     @_builtins.property
     def submission_limits(self) -> Global___NodePool.SubmissionLimits:
         """Default limits for every account of the pool."""
@@ -318,10 +334,13 @@ class NodePool(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        max_connections: _builtins.int = ...,
+        max_connections_per_address: _builtins.int = ...,
+        log_level: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "submission_limits", b"submission_limits", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "max_message_bytes", b"max_message_bytes", "max_recipients", b"max_recipients", "name", b"name", "submission_limits", b"submission_limits", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "log_level", b"log_level", "max_connections", b"max_connections", "max_connections_per_address", b"max_connections_per_address", "max_message_bytes", b"max_message_bytes", "max_recipients", b"max_recipients", "name", b"name", "submission_limits", b"submission_limits", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
