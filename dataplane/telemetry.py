@@ -1,105 +1,35 @@
-"""Logs and metrics of a node: the one place that speaks to structlog and prometheus-client.
+"""Logs and metrics of a node: what the other modules import, and the one place that speaks to prometheus-client.
 
-Contract. `configure_logging` sends one JSON line per event to standard error, for our loggers and those of
-libraries; a field that by its name may hold a secret or content is not written, and what looks like one of
-our keys is struck out of the line. A line that cannot be written (the disk is full, the reader of a pipe left) is
-lost, and raises nothing. `get_logger` gives a logger whose events have stable names
-(`message.accepted`, `config.applied`). `METRICS` is every metric that a node exports; workers count in plain
-numbers and hand them to the agent as (name, label values, value), and `render` turns the lot into the text of
-`/metrics`: samples of the same name and labels are added, or for a gauge marked so the greatest counts. A
-sample that METRICS does not know raises KeyError.
+Contract. `configure_logging`, `get_logger` and `set_log_level` are those of `event_log`. `METRICS` is
+every metric that a node exports; workers count in plain numbers and hand them to the agent as (name, label values,
+value), and `render` turns the lot into the text of `/metrics`: samples of the same name and labels are added, or for a
+gauge marked so the greatest counts. A sample that METRICS does not know raises KeyError.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
 
-import orjson
-import structlog
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from dataplane.event_log import configure_logging, get_logger, set_log_level
+
+__all__ = [
+    "METRICS",
+    "METRICS_CONTENT_TYPE",
+    "MetricSpec",
+    "SampleRow",
+    "configure_logging",
+    "get_logger",
+    "render",
+    "set_log_level",
+]
+
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
-
-_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-_NEVER_WRITTEN = frozenset(
-    {"password", "secret", "token", "authorization", "key", "content", "body", "data", "argument", "arguments"}
-)
-_OUR_KEYS = re.compile(rb"pr[ks]_[A-Za-z0-9_-]+")
-
-Logger = structlog.typing.FilteringBoundLogger
-
-
-def configure_logging(level: str, process: str, stream: BinaryIO | None = None) -> None:
-    """Log from `level` on to `stream`, standard error by default; every line names the `process`."""
-    out = cast("BinaryIO", _Lines(stream or sys.stderr.buffer))
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
-            structlog.processors.format_exc_info,
-            _render_line,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.BytesLoggerFactory(out),
-        cache_logger_on_first_use=True,
-    )
-    handler = _LibraryHandler(process)
-    logging.basicConfig(handlers=[handler], level=max(_LEVELS[level], logging.WARNING), force=True)
-
-
-def get_logger(process: str) -> Logger:
-    """A logger whose lines carry `process`."""
-    logger: Logger = structlog.get_logger(process=process)
-    return logger
-
-
-def _render_line(logger: Any, method: str, event: MutableMapping[str, Any]) -> bytes:
-    del logger, method
-    if not _NEVER_WRITTEN.isdisjoint(event):
-        event = {name: value for name, value in event.items() if name not in _NEVER_WRITTEN}
-    line = orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS)
-    if b"prs_" in line or b"prk_" in line:
-        return _OUR_KEYS.sub(b"***", line)
-    return line
-
-
-class _Lines:
-    """A stream for log lines that fails in silence: between a commit and its 250 there is a line, too."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-
-    def write(self, line: bytes) -> int:
-        """Write the line if that is possible."""
-        with contextlib.suppress(OSError):
-            self._stream.write(line)
-        return len(line)
-
-    def flush(self) -> None:
-        """Flush if that is possible."""
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-
-class _LibraryHandler(logging.Handler):
-    """Lines of other libraries in the shape of ours."""
-
-    def __init__(self, process: str) -> None:
-        super().__init__()
-        self._process = process
-
-    def emit(self, record: logging.LogRecord) -> None:
-        write = structlog.get_logger(process=self._process, library=record.name)
-        exc_info = record.exc_info if record.exc_info and record.exc_info[0] else None
-        write.log(max(record.levelno, logging.DEBUG), "library.log", text=record.getMessage(), exc_info=exc_info)
 
 
 class MetricSpec(NamedTuple):
