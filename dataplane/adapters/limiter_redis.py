@@ -14,8 +14,8 @@ Probes come after 0.1 s, doubling up to 5 s. Nothing is kept for later: a take t
 One task owns the connection and reads every answer to what it wrote, so that a caller who is cancelled neither
 shifts the answers of others nor is charged when its call had not left yet.
 
-The buckets are made by `limiter_functions.lua`, which the node loads when the server says that the function is missing
-(it is new, restarted, or was flushed); where the node's user may not, the local share decides. All takes of a batch go
+The buckets are made by `core/limiter_functions.lua`, which the node loads when the server says that a function is
+missing (it is new, restarted, or was flushed); where the node's user may not, the local share decides. All takes of a batch go
 in one call, which a cluster refuses; keys carry their tag in braces all the same, so that they stay when a cluster
 comes.
 """
@@ -34,6 +34,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from dataplane.adapters.limiter_local import MICRO, LocalLimiter, micro_take
+from dataplane.core.limits import server_key
 from dataplane.ports import Grant, Take
 
 FUNCTION_NAME = "postroad_take_1"
@@ -47,12 +48,12 @@ _GRANTED = Grant(allowed=True, wait_s=0.0, refused_key="", local=False)
 
 def function_library() -> str:
     """Return the source of the functions."""
-    return files("dataplane.adapters").joinpath("limiter_functions.lua").read_text(encoding="utf-8")
+    return files("dataplane.core").joinpath("limiter_functions.lua").read_text(encoding="utf-8")
 
 
 def redis_key(take: Take) -> str:
-    """Return the key of the bucket; what stands in braces chooses the slot in a cluster."""
-    return f"postroad:{{{take.tag}}}{take.key}"
+    """Return the key of the bucket."""
+    return server_key(take.tag, take.key)
 
 
 class _Wish(NamedTuple):
@@ -232,14 +233,26 @@ async def _call_surely(connection: AbstractConnection, batch: Sequence[_Wish]) -
 
 
 async def _call(connection: AbstractConnection, batch: Sequence[_Wish]) -> list[int]:
-    keys: list[str] = []
-    arguments: list[int] = [len(batch)]
+    buckets: dict[str, int] = {}
+    sizes: list[int] = []
+    groups: list[int] = []
     for wish in batch:
-        arguments.append(len(wish.takes))
+        groups.append(len(wish.takes))
         for take in wish.takes:
-            keys.append(redis_key(take))
-            arguments += micro_take(take)
-    answers: list[int] = await _command(connection, "FCALL", FUNCTION_NAME, len(keys), *keys, *arguments)
+            key = redis_key(take)
+            number = buckets.get(key)
+            if number is None:
+                number = buckets[key] = len(buckets) + 1
+                sizes += micro_take(take)[:2]
+            groups += (number, max(0, take.cost))
+    arguments = ("", len(buckets), *sizes, *groups)
+    refusals = await _command(
+        connection, "FCALL", FUNCTION_NAME, len(buckets) + 1, "postroad:epoch", *buckets, *arguments
+    )
+    answers = [0] * (2 * len(batch))
+    for at in range(1, len(refusals), 3):
+        group, wait_us, refused = refusals[at : at + 3]
+        answers[2 * group - 2 : 2 * group] = (wait_us, refused)
     return answers
 
 

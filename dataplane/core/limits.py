@@ -109,6 +109,11 @@ def slots_of(scope: LimitScope, subject: str) -> Bucket:
     return Bucket(tag, f"{scope.name.lower()}:slots")
 
 
+def server_key(tag: str, key: str) -> str:
+    """Return the key of a bucket or of slots in Redis; what stands in braces chooses the slot of a cluster."""
+    return f"postroad:{{{tag}}}{key}"
+
+
 def limit_problems(limit: Limit, account: str) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with a limit of `account` (its resource name), empty for a shared one."""
     named = _LIMIT_NAME.fullmatch(limit.name)
