@@ -29,8 +29,8 @@ from controlplane.domain.resources import (
 )
 from controlplane.ports import Database, Work, scope_of
 from controlplane.services.compile import BundleCompiler, Edited, refuse
-from controlplane.services.limits import check_display_name, check_reason
 from controlplane.services.mutations import Mutation, Patch, Replay, mutate
+from controlplane.services.texts import check_display_name, check_reason
 from dataplane.core.config import validate_account_networks, validate_sender_domains
 
 DENIAL_ACCOUNT = 1

@@ -19,8 +19,8 @@ from controlplane.domain.paging import PageTokens, coerce_page_size
 from controlplane.domain.resources import ApiKey, SmtpCredential
 from controlplane.ports import Database, Random, Work, scope_of
 from controlplane.services.compile import BundleCompiler, Edited
-from controlplane.services.limits import check_display_name, check_expiry
 from controlplane.services.mutations import Mutation, Replay, mutate
+from controlplane.services.texts import check_display_name, check_expiry
 
 DENIAL_CREDENTIAL = 2
 # Longer than any message waits (30 days), and than any node serves without the control plane (7 days).

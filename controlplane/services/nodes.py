@@ -25,8 +25,8 @@ from controlplane.domain.resources import (
 )
 from controlplane.ports import Database, Random, Sealer, Work, scope_of
 from controlplane.services.compile import POOL_KEY_PLACE, BundleCompiler, Edited, refuse, settings_of
-from controlplane.services.limits import check_display_name
 from controlplane.services.mutations import Mutation, Patch, Replay, mutate
+from controlplane.services.texts import check_display_name
 from dataplane.core.config import validate_settings
 
 TOKEN_LIFE = timedelta(minutes=15)

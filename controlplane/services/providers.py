@@ -20,8 +20,8 @@ from controlplane.domain.paging import PageTokens, coerce_page_size
 from controlplane.domain.resources import PROVIDER_FIELDS, Meta, Provider, ProviderState, SmtpSettings
 from controlplane.ports import Database, ProbeResult, ProviderProbe, Random, Sealer, Work, scope_of
 from controlplane.services.compile import PASSWORD_PLACE, BundleCompiler, Edited, provider_config, refuse
-from controlplane.services.limits import check_display_name, check_reason
 from controlplane.services.mutations import Mutation, Patch, Replay, mutate
+from controlplane.services.texts import check_display_name, check_reason
 from dataplane.core.config import SealedValue, TlsPolicy, validate_provider
 
 DENIAL_PROVIDER = 3

@@ -15,8 +15,8 @@ from controlplane.domain.paging import PageTokens, coerce_page_size
 from controlplane.domain.resources import ROUTING_RULE_FIELDS, RoutingRule
 from controlplane.ports import Database, Work, scope_of
 from controlplane.services.compile import BundleCompiler, Edited, refuse, rule_config
-from controlplane.services.limits import check_display_name
 from controlplane.services.mutations import Mutation, Patch, Replay, mutate
+from controlplane.services.texts import check_display_name
 from dataplane.core.config import validate_rule
 
 _EDITED = Edited("", "routing_rule")

@@ -1,4 +1,4 @@
-"""Limits that several resources share.
+"""Checks of texts and times that several resources share.
 
 Contract. Each function returns nothing, or raises InvalidArgumentError for the field that it is told.
 """
