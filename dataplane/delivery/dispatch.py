@@ -35,6 +35,7 @@ from dataplane.delivery.outcome import Concluder, Facts, Moment, put_back
 from dataplane.delivery.planning import Group
 from dataplane.delivery.settler import Done, Settler
 from dataplane.delivery.transforms import Transform, apply_transforms
+from dataplane.failpoints import failpoint
 from dataplane.ports import Clock, ConfigView, EventLog
 
 _NO_TARGET = Verdict(VerdictKind.TEMPORARY, 0, "4.3.5", "no target of the rule is known here")
@@ -315,6 +316,7 @@ class Dispatcher:
     ) -> None:
         envelope = message.envelope
         conclusion = self._concluder.conclude(message, ends, facts, self.retry_policy(envelope), moment, self._random())
+        failpoint("delivery.concluded")
         self._settler.settle(conclusion.settlement, done)
         if conclusion.waits:
             for change in conclusion.settlement.changes:

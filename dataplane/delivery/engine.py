@@ -37,6 +37,7 @@ from dataplane.delivery.scheduler import Scheduler, Taken
 from dataplane.delivery.settler import Done, Settler
 from dataplane.delivery.transforms import NO_TRANSFORMS, Transform
 from dataplane.delivery.transports.smtp import SmtpTransport
+from dataplane.failpoints import failpoint
 from dataplane.ports import (
     Clock,
     ConfigView,
@@ -316,6 +317,7 @@ class DeliveryEngine:
     def _claimed(self, message: Message, group: Group, plan: Plan, future: asyncio.Future[None]) -> Done:
         def done(changed_count: int) -> None:
             _resolver(future)(changed_count)
+            failpoint("delivery.claimed")
             if changed_count == len(group.rows):
                 started = group._replace(rows=claimed(group.rows))
                 self._dispatcher.begin(message, started, plan.bundle_revision, accepted_now=False)

@@ -13,6 +13,7 @@ from functools import partial
 
 from dataplane.core.ids import format_message_id
 from dataplane.delivery.counters import DeliveryCounters
+from dataplane.failpoints import failpoint
 from dataplane.ports import EventLog, Settlement, Spool, SpoolError, SpoolFailedError
 
 AGAIN_S = 1.0
@@ -48,6 +49,7 @@ class Settler:
 
     def _finished(self, settlement: Settlement, done: Done | None, future: asyncio.Future[int]) -> None:
         error = None if future.cancelled() else future.exception()
+        failpoint("delivery.settled")
         if error is None and not future.cancelled():
             self._count_down()
             if done is not None:

@@ -35,6 +35,7 @@ from dataplane.core.queue import State
 from dataplane.core.replies import Reply
 from dataplane.core.routing import MessageRouter, may_match
 from dataplane.core.session_contract import MailParameters
+from dataplane.failpoints import failpoint
 from dataplane.ingress.admission import Admission
 from dataplane.ingress.buckets import message_takes
 from dataplane.ingress.counters import IngressCounters
@@ -273,6 +274,7 @@ class Submitter:
             answer(replies.NO_ROUTE)
             return
         rows, handed_over = self._rows(keys, envelope)
+        failpoint("accept.received")
         future = shared.spool.accept(envelope, stored, rows)
         future.add_done_callback(
             partial(self._stored, envelope, identifier, stored if handed_over else b"", rows, answer)
@@ -352,6 +354,7 @@ class Submitter:
         if error is not None:
             answer(self._storage_refusal(error))
             return
+        failpoint("accept.stored")
         shared.counters.messages_enqueued += 1
         try:
             if rows[0].state is State.SENDING:
@@ -370,6 +373,7 @@ class Submitter:
             size_bytes=envelope.size_bytes,
         )
         answer(replies.queued(identifier))
+        failpoint("accept.answered")
 
     def _storage_refusal(self, error: BaseException) -> Reply:
         if isinstance(error, SpoolFullError):

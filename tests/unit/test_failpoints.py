@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from dataplane.failpoints import VARIABLE, make_failpoint
+from dataplane.failpoints import SPENT_VARIABLE, VARIABLE, make_failpoint
 
 
 def test_without_names_passing_does_nothing() -> None:
@@ -35,3 +36,15 @@ def test_the_named_pass_kills_the_process_and_the_ones_before_do_not() -> None:
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
     assert result.returncode == -signal.SIGKILL
     assert result.stdout == b"123"
+
+
+def test_a_point_that_is_spent_kills_one_process_and_not_the_one_that_follows(tmp_path: Path) -> None:
+    program = "from dataplane.failpoints import failpoint\nfailpoint('here')\nprint('passed')\n"
+    environment = {**os.environ, VARIABLE: "here:1", SPENT_VARIABLE: str(tmp_path)}
+    first, second = [
+        subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+        for _ in range(2)
+    ]
+    assert (first.returncode, first.stdout) == (-signal.SIGKILL, b"")
+    assert (second.returncode, second.stdout) == (0, b"passed\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]

@@ -20,6 +20,8 @@ from queue import Empty, SimpleQueue
 
 import apsw
 
+from dataplane.failpoints import failpoint
+
 Done = Callable[[apsw.Error | None], None]
 
 # How long the loop stands still at most: for a thread to wake on another core, and no longer than a callback may take.
@@ -96,6 +98,7 @@ class Committer:
 
     def _commit(self) -> None:
         self._connection.execute("COMMIT")
+        failpoint("spool.committed")
 
     def _checkpoint(self) -> None:
         with contextlib.suppress(apsw.BusyError):
