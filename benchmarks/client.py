@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import multiprocessing
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection as Pipe
 from typing import cast
 
@@ -119,19 +121,24 @@ def _serve(pipe: Pipe) -> None:
         runner.run(serve())
 
 
-def measure_connection(size_bytes: int, messages: int) -> float:
-    """Return microseconds a message of machine, connection, loop and socket."""
+@contextlib.contextmanager
+def serve_peer() -> Iterator[int]:
+    """Run a peer that only answers in another process; gives its port."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     peer = context.Process(target=_serve, args=(theirs,))
     peer.start()
     try:
-        port = ours.recv()
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return min(runner.run(_send(port, size_bytes, messages)) for _ in range(_ROUNDS))
+        yield ours.recv()
     finally:
         ours.send(None)
         peer.join()
+
+
+def measure_connection(size_bytes: int, messages: int) -> float:
+    """Return microseconds a message of machine, connection, loop and socket."""
+    with serve_peer() as port, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return min(runner.run(_send(port, size_bytes, messages)) for _ in range(_ROUNDS))
 
 
 def main() -> None:
