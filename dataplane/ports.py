@@ -125,6 +125,35 @@ class SpoolStats(NamedTuple):
     quarantined_count: int = 0
 
 
+class Incoming(Protocol):
+    """Content that goes into the spool while it arrives; ended by `accept` or by `discard`, whichever is called first.
+
+    What was written belongs to no message before `accept` is done: a crash before that leaves nothing but a file that
+    the next start removes.
+    """
+
+    @property
+    def size_bytes(self) -> int:
+        """Octets given to `write` so far."""
+        ...
+
+    def write(self, chunk: bytes) -> asyncio.Future[None]:
+        """Append; done means that the chunk's memory is free, not that it is durable.
+
+        After a failure (SpoolFullError, SpoolFailedError, SpoolError) the content is discarded, and what is written
+        then fails as well.
+        """
+        ...
+
+    def accept(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
+        """Store a message with all that was written as its content; the same contract as `Spool.accept`."""
+        ...
+
+    def discard(self) -> None:
+        """Forget what was written. Nothing happens after `accept`."""
+        ...
+
+
 class Spool(Protocol):
     """Durable home of accepted mail and of the records not yet acknowledged. One owner; not thread-safe.
 
@@ -147,6 +176,18 @@ class Spool(Protocol):
 
         SpoolError, and nothing stored, for an id that is there already and for recipients that are none, terminal or
         share an index.
+        """
+        ...
+
+    def receive(self, message_id: MessageId) -> Incoming:
+        """Begin a content too large to be held in memory; its message will have this id."""
+        ...
+
+    @property
+    def strained(self) -> bool:
+        """Whether the disk lags so far behind that the pace of acceptance should drop; cheap, asked after each commit.
+
+        It says nothing about how much mail waits: a long queue is no strain.
         """
         ...
 

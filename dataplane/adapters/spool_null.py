@@ -49,6 +49,15 @@ class NullSpool:
         """Nothing is kept, so there is always room until the end."""
         return not self._closed
 
+    @property
+    def strained(self) -> bool:
+        """Never."""
+        return False
+
+    def receive(self, message_id: MessageId) -> NullIncoming:
+        """Begin a content that nobody keeps."""
+        return NullIncoming(self)
+
     def accept(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
         """Forget the message."""
         return self._answer(None)
@@ -121,6 +130,38 @@ class NullSpool:
     def _check_open(self) -> None:
         if self._closed:
             raise SpoolError("the spool is closed")
+
+
+class NullIncoming:
+    """`ports.Incoming` that counts octets."""
+
+    def __init__(self, spool: NullSpool) -> None:
+        self._spool = spool
+        self._ended = False
+        self.size_bytes = 0
+
+    def write(self, chunk: bytes) -> asyncio.Future[None]:
+        """Count a piece."""
+        self.size_bytes += len(chunk)
+        return self._answer()
+
+    def accept(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
+        """Forget the message."""
+        answer = self._answer() if self._ended else self._spool.accept(envelope, b"", recipients)
+        self._ended = True
+        return answer
+
+    def discard(self) -> None:
+        """Take no more."""
+        self._ended = True
+
+    def _answer(self) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._ended or not self._spool.has_room(0):
+            future.set_exception(SpoolError("the content was ended"))
+        else:
+            future.set_result(None)
+        return future
 
 
 def _resolve(future: asyncio.Future[Result], result: Result, error: SpoolError | None) -> None:

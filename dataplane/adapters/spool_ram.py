@@ -79,7 +79,16 @@ class RamSpool:
         """Whether a message of this size would be taken now."""
         return not self._closed and self._bytes + size_bytes <= self._capacity_bytes
 
+    @property
+    def strained(self) -> bool:
+        """Never: there is no disk to wait for."""
+        return False
+
     # --- writes ---
+
+    def receive(self, message_id: MessageId) -> RamIncoming:
+        """Begin a content that arrives in pieces."""
+        return RamIncoming(self, message_id)
 
     def accept(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
         """Store a message. SpoolFullError above the capacity, SpoolError for an id that is there already."""
@@ -284,6 +293,46 @@ class RamSpool:
     def _check_open(self) -> None:
         if self._closed:
             raise SpoolError("the spool is closed")
+
+
+class RamIncoming:
+    """`ports.Incoming` in a list."""
+
+    def __init__(self, spool: RamSpool, message_id: MessageId) -> None:
+        self._spool = spool
+        self._message_id = message_id
+        self._chunks: list[bytes] = []
+        self._error: SpoolError | None = None
+        self.size_bytes = 0
+
+    def write(self, chunk: bytes) -> asyncio.Future[None]:
+        """Keep a piece. SpoolFullError above the capacity."""
+        if self._error is None and not self._spool.has_room(self.size_bytes + len(chunk)):
+            self.discard()
+            self._error = SpoolFullError("the spool's capacity is used up")
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._error is not None:
+            future.set_exception(self._error)
+            return future
+        self._chunks.append(chunk)
+        self.size_bytes += len(chunk)
+        future.set_result(None)
+        return future
+
+    def accept(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
+        """Store the message with the content that was written."""
+        error, content = self._error, b"".join(self._chunks)
+        self.discard()
+        if error is None and envelope.message_id == self._message_id:
+            return self._spool.accept(envelope, content, recipients)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.set_exception(error or SpoolError("the content was begun for another message"))
+        return future
+
+    def discard(self) -> None:
+        """Forget the pieces."""
+        self._chunks.clear()
+        self._error = self._error or SpoolError("the content was ended")
 
 
 def _place(message_id: MessageId, row: RecipientRow) -> _Place:

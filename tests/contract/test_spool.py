@@ -568,3 +568,115 @@ async def test_numbers_go_on_after_everything_was_acknowledged_and_trimmed(keepe
     clock.advance(2 * TEN_MINUTES_S)
     await keeper.acknowledge(3)
     assert await keeper.write_record(b"four") == 4
+
+
+# --- contents that arrive in pieces ---
+
+
+async def test_a_content_that_arrives_in_pieces_reads_back_whole(keeper: Spool) -> None:
+    envelope, rows = make_envelope(), [make_row(0), make_row(1)]
+    pieces = [CONTENT, b"", b"x" * 300_000, b"y", b"z" * 70_000]
+    incoming = keeper.receive(envelope.message_id)
+    await incoming.write(pieces[0])
+    # The rest is not waited for: accepting takes whatever was written before it.
+    writes = [incoming.write(piece) for piece in pieces[1:]]
+    assert incoming.size_bytes == sum(map(len, pieces))
+    await incoming.accept(envelope, rows)
+    await asyncio.gather(*writes)
+    stored = await keeper.load(envelope.message_id)
+    assert stored is not None
+    assert stored.content == b"".join(pieces)
+    assert stored.envelope == envelope
+    assert stored.recipients == tuple(rows)
+
+
+async def test_a_content_without_a_piece_is_an_empty_one(keeper: Spool) -> None:
+    envelope = make_envelope()
+    await keeper.receive(envelope.message_id).accept(envelope, [make_row()])
+    stored = await keeper.load(envelope.message_id)
+    assert stored is not None
+    assert stored.content == b""
+
+
+async def test_a_content_that_is_discarded_leaves_nothing(keeper: Spool) -> None:
+    envelope = make_envelope()
+    incoming = keeper.receive(envelope.message_id)
+    await incoming.write(b"x" * 100_000)
+    incoming.discard()
+    incoming.discard()
+    with pytest.raises(SpoolError):
+        await incoming.write(b"late")
+    with pytest.raises(SpoolError):
+        await incoming.accept(envelope, [make_row()])
+    assert await keeper.load(envelope.message_id) is None
+    assert (await keeper.stats()).waiting_count == 0
+
+
+async def test_a_settlement_of_a_message_waits_for_its_pieces(keeper: Spool) -> None:
+    envelope, row = make_envelope(), make_row()
+    incoming = keeper.receive(envelope.message_id)
+    incoming.write(b"x" * 1_000_000)
+    incoming.accept(envelope, [row]).cancel()
+    assert await keeper.settle(settlement(envelope.message_id, [change(row, State.DEFERRED, new_attempt=1)])) == 1
+
+
+async def test_discarding_after_accept_changes_nothing(keeper: Spool) -> None:
+    envelope = make_envelope()
+    incoming = keeper.receive(envelope.message_id)
+    incoming.write(CONTENT)
+    accepted = incoming.accept(envelope, [make_row()])
+    incoming.discard()
+    await accepted
+    assert await keeper.load(envelope.message_id) is not None
+
+
+async def test_pieces_of_an_id_that_is_stored_leave_the_first_message_alone(keeper: Spool) -> None:
+    for first_content in (CONTENT, b"x" * 100_000):
+        envelope = make_envelope()
+        await keeper.accept(envelope, first_content, [make_row()])
+        incoming = keeper.receive(envelope.message_id)
+        incoming.write(b"other" * 20_000)
+        with pytest.raises(SpoolError):
+            await incoming.accept(envelope, [make_row()])
+        stored = await keeper.load(envelope.message_id)
+        assert stored is not None
+        assert stored.content == first_content
+
+
+async def test_pieces_are_for_the_message_that_they_were_begun_for(keeper: Spool) -> None:
+    incoming = keeper.receive(make_id())
+    incoming.write(CONTENT)
+    envelope = make_envelope()
+    with pytest.raises(SpoolError):
+        await incoming.accept(envelope, [make_row()])
+    assert await keeper.load(envelope.message_id) is None
+
+
+async def test_impossible_recipients_are_refused_for_pieces_too(keeper: Spool) -> None:
+    envelope = make_envelope()
+    incoming = keeper.receive(envelope.message_id)
+    incoming.write(CONTENT)
+    with pytest.raises(SpoolError):
+        await incoming.accept(envelope, [])
+    assert await keeper.load(envelope.message_id) is None
+
+
+async def test_pieces_complete_on_every_spool(spool: Spool) -> None:
+    envelope = make_envelope()
+    incoming = spool.receive(envelope.message_id)
+    await incoming.write(CONTENT)
+    await incoming.accept(envelope, [make_row()])
+    with pytest.raises(SpoolError):
+        await incoming.accept(envelope, [make_row()])
+
+
+async def test_no_content_begins_after_close(spool: Spool) -> None:
+    begun = spool.receive(make_id())
+    await spool.close()
+    for incoming in (begun, spool.receive(make_id())):
+        with pytest.raises(SpoolError):
+            await incoming.write(CONTENT)
+
+
+async def test_a_new_spool_is_not_strained(spool: Spool) -> None:
+    assert not spool.strained

@@ -21,7 +21,7 @@ from support.spools import ManualClock, open_durable
 ROOT = Path(__file__).parents[2]
 # Messages of a sender that is killed long before its last one.
 ENDLESS = 100_000
-POINTS = ["spool.before_commit", "spool.after_commit", "spool.content_stored"]
+POINTS = ["spool.before_commit", "spool.after_commit", "spool.content_stored", "spool.content_appended"]
 
 
 def start(folder: Path, seed: int, failpoints: str, count: int = ENDLESS) -> subprocess.Popen[bytes]:

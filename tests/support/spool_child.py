@@ -43,11 +43,23 @@ def say(text: str) -> None:
     os.write(1, f"{text}\n".encode())
 
 
+async def store(spool: Spool, message_id: MessageId, rows: list[RecipientRow]) -> None:
+    """Accept the message; half of the large ones arrive in pieces."""
+    envelope, content = make_envelope(message_id), content_of(message_id)
+    if len(content) < 100_000 or message_id[-1] % 2:
+        await spool.accept(envelope, content, rows)
+        return
+    incoming = spool.receive(message_id)
+    for start in range(0, len(content), 50_000):
+        await incoming.write(content[start : start + 50_000])
+    await incoming.accept(envelope, rows)
+
+
 async def send(spool: Spool, choice: random.Random, count: int) -> None:
     for _ in range(count):
         message_id = MessageId(new_message_id(SystemClock().wall_ms(), choice.randbytes(10)))
         rows = rows_of(message_id)
-        await spool.accept(make_envelope(message_id), content_of(message_id), rows)
+        await store(spool, message_id, rows)
         say(f"accepted {message_id.hex()}")
         if choice.random() < 0.6:
             changes = [change(row, State.SENT) for row in rows]

@@ -103,6 +103,41 @@ def message_checksum(message_id: bytes, envelope: bytes, content: bytes) -> int:
     return crc32(content, crc32(envelope, crc32(message_id)))
 
 
+def message_checksum_of_parts(message_id: bytes, envelope: bytes, content_checksum: int, content_bytes: int) -> int:
+    """Return `message_checksum` for a content of which only CRC-32 and length are known.
+
+    To go on from a CRC over n octets is to multiply it by x to the power of 8n in the field of CRC-32 and to add the
+    CRC of those octets.
+    """
+    return _multiply(_power_of_x(8 * content_bytes), crc32(envelope, crc32(message_id))) ^ content_checksum
+
+
+# CRC-32 counts the powers of x from the highest bit down.
+_POLYNOMIAL = 0xEDB88320
+_ONE = 1 << 31
+_X = 1 << 30
+
+
+def _multiply(first: int, second: int) -> int:
+    product = 0
+    while first:
+        if first & _ONE:
+            product ^= second
+        first = first << 1 & 0xFFFFFFFF
+        second = second >> 1 ^ (_POLYNOMIAL if second & 1 else 0)
+    return product
+
+
+def _power_of_x(exponent: int) -> int:
+    power, square = _ONE, _X
+    while exponent:
+        if exponent & 1:
+            power = _multiply(power, square)
+        square = _multiply(square, square)
+        exponent >>= 1
+    return power
+
+
 def recipient_checksum(message_id: bytes, idx: int, state: int, attempt: int, due_ms: int, queue_key: str) -> int:
     """Checksum of what a settlement writes. UnicodeEncodeError for a key that is no text."""
     return crc32(f"{idx} {state} {attempt} {due_ms} {queue_key}".encode(), crc32(message_id))

@@ -2,7 +2,8 @@
 
 A file is durable, and its name in the folder too, before the row that needs it is written; it is removed after the
 commit that removed the row. What a crash leaves between the two is an orphan, removed once it is older than any writer
-can be. The functions block and belong into a thread; errors are OSError.
+can be. A content that arrives in pieces has a name that ends in `.part` until it is complete (see `incoming`). The
+functions block and belong into a thread; errors are OSError.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ CONTENT = "content"
 # A commit that takes longer was answered 451 long ago.
 ORPHAN_AGE_S = 3_600.0
 _NAME_CHARACTERS = 32
+_PART = ".part"
 
 
 class Contents:
@@ -53,6 +55,30 @@ class Contents:
         """Remove files that may be gone already. Not synced: a name that comes back after a crash is an orphan."""
         for message_id in message_ids:
             self._path(message_id).unlink(missing_ok=True)
+
+    def part_path(self, message_id: MessageId) -> Path:
+        """Where a content lies that is not complete."""
+        return self._folder / f"{message_id.hex()}{_PART}"
+
+    def complete(self, message_id: MessageId) -> None:
+        """Give a content that is on disk its final name, durably. FileExistsError for an id that has a file."""
+        path = self._path(message_id)
+        # Nobody else makes files here: the folder is locked, and ids are not made twice.
+        if path.exists():
+            raise FileExistsError(path)
+        self.part_path(message_id).rename(path)
+        sync_folder(self._folder)
+
+    def parts(self) -> list[Path]:
+        """All contents that are not complete."""
+        with os.scandir(self._folder) as entries:
+            return [self._folder / entry.name for entry in entries if entry.name.endswith(_PART)]
+
+    @staticmethod
+    def remove_parts(paths: list[Path]) -> None:
+        """Remove contents that are not complete and may be gone already."""
+        for path in paths:
+            path.unlink(missing_ok=True)
 
     def stored(self) -> Iterator[MessageId]:
         """Ids of all files."""

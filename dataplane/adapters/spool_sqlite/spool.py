@@ -23,11 +23,18 @@ from typing import Any, ClassVar, TypeVar
 import apsw
 
 from dataplane.adapters.spool_sqlite import schema
-from dataplane.adapters.spool_sqlite.codec import DamagedRowError, encode_envelope, encode_recipient, message_checksum
+from dataplane.adapters.spool_sqlite.codec import (
+    DamagedRowError,
+    Recipient,
+    encode_envelope,
+    encode_recipient,
+    message_checksum,
+)
 from dataplane.adapters.spool_sqlite.contents import ORPHAN_AGE_S, Contents
 from dataplane.adapters.spool_sqlite.errors import translate
 from dataplane.adapters.spool_sqlite.group_commit import GroupCommit
 from dataplane.adapters.spool_sqlite.identity import lock_folder, read_identity, write_identity
+from dataplane.adapters.spool_sqlite.incoming import SqliteIncoming, content_error
 from dataplane.adapters.spool_sqlite.limits import SpoolLimits
 from dataplane.adapters.spool_sqlite.reader import Loaded, Reader
 from dataplane.adapters.spool_sqlite.room import Room, free_bytes
@@ -62,7 +69,8 @@ Result = TypeVar("Result")
 
 _PAGE_OF_KEYS = 100
 _PAGE_OF_IDS = 500
-_FILE_THREADS = 2
+# Several, so that one that waits for the disk to sync a file does not hold up those that append or read.
+_FILE_THREADS = 4
 
 
 class SqliteSpool:
@@ -95,6 +103,7 @@ class SqliteSpool:
         self._file_work: set[asyncio.Future[Any]] = set()
         # Writes of messages whose content is on its way to a file wait behind it.
         self._behind: dict[MessageId, list[Operation]] = {}
+        self._incoming: dict[MessageId, SqliteIncoming] = {}
         self._reader = Reader(connections[1])
         self._commits = GroupCommit(
             connections[0], identity.incarnation, clock, limits, self._note_failure, self._remove_files
@@ -153,6 +162,21 @@ class SqliteSpool:
         """Whether disk and WAL would take a message of this size."""
         return self._refusal is None and self._commits.wal_has_room() and self._room.has(size_bytes)
 
+    @property
+    def strained(self) -> bool:
+        """Whether half of what the WAL may grow to is used up, because checkpoints do not keep pace or are held up."""
+        return 2 * self._commits.wal_bytes > self._limits.wal_cap_bytes
+
+    def receive(self, message_id: MessageId) -> SqliteIncoming:
+        """Begin a content that goes to its file while it arrives."""
+        refusal = self._refusal
+        if refusal is None and (message_id in self._incoming or message_id in self._behind):
+            refusal = SpoolError("a content of this id was begun already")
+        incoming = SqliteIncoming(self, self._contents, message_id, refusal)
+        if refusal is None:
+            self._incoming[message_id] = incoming
+        return incoming
+
     def accept(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
         """Store a message with the next commit; a large content goes to its file first."""
         future: asyncio.Future[None] = self._loop.create_future()
@@ -171,22 +195,30 @@ class SqliteSpool:
     def _make_accept(
         self, future: asyncio.Future[None], envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]
     ) -> Accept:
+        message_id = envelope.message_id
+        encoded, rows = self._encode(envelope, recipients, len(content))
+        checksum = message_checksum(message_id, encoded, content)
+        inline = content if len(content) <= self._limits.inline_bytes else None
+        return Accept(future, (message_id, checksum, len(content), encoded, inline), rows)
+
+    def _encode(
+        self, envelope: Envelope, recipients: Sequence[RecipientRow], unwritten_bytes: int
+    ) -> tuple[bytes, list[Recipient]]:
+        """Return envelope and recipients as they are stored, if the message may be."""
         self._check_open()
         if not recipients or any(row.state in TERMINAL for row in recipients):
             raise SpoolError("a message needs recipients, and none of them terminal")
         message_id = envelope.message_id
         if message_id in self._behind:
             raise SpoolError("a message of this id is stored already")
-        if not (self._commits.wal_has_room() and self._room.has(len(content))):
+        if not (self._commits.wal_has_room() and self._room.has(unwritten_bytes)):
             raise SpoolFullError("the spool's disk is full")
         try:
             encoded = encode_envelope(envelope, recipients)
             rows = [encode_recipient(message_id, row, self._identity.incarnation) for row in recipients]
         except (TypeError, ValueError) as error:
             raise SpoolError(f"the message cannot be written: {type(error).__name__}") from error
-        checksum = message_checksum(message_id, encoded, content)
-        inline = content if len(content) <= self._limits.inline_bytes else None
-        return Accept(future, (message_id, checksum, len(content), encoded, inline), rows)
+        return encoded, rows
 
     def settle(self, settlement: Settlement) -> asyncio.Future[int]:
         """Apply changes and write the record with the next commit, after a message that is still being stored."""
@@ -221,52 +253,95 @@ class SqliteSpool:
     def _store_content(self, operation: Accept, content: bytes) -> None:
         message_id = operation.row[0]
         self._behind[message_id] = [operation]
-        work = self._in_file_thread(self._contents.write, message_id, content)
-        work.add_done_callback(partial(self._content_stored, message_id))
+        work = self.in_file_thread(self._contents.write, message_id, content)
+        work.add_done_callback(partial(self._content_written, message_id))
 
-    def _content_stored(self, message_id: MessageId, work: asyncio.Future[None]) -> None:
+    def _content_written(self, message_id: MessageId, work: asyncio.Future[None]) -> None:
+        error = work.exception()
+        self._content_stored(message_id, None if error is None else content_error(error))
+
+    def _content_stored(self, message_id: MessageId, told: SpoolError | None) -> None:
+        """The file of a message is durable, or it failed: write what waits behind it, or fail it."""
         operations = self._behind.pop(message_id)
         failpoint("spool.content_stored")
-        error = work.exception()
-        if error is None:
+        if told is None:
             for operation in operations:
                 self._commits.submit(operation)
             return
-        told = SpoolError("a message of this id is stored already")
-        if not isinstance(error, FileExistsError):
-            told = translate(error if isinstance(error, Exception) else SpoolError("writing was given up"))
         for operation in operations:
             if not operation.future.done():
                 operation.future.set_exception(type(told)(*told.args))
         if isinstance(told, SpoolFailedError):
             self._commits.fail(told)
 
+    # --- incoming.Host
+
+    def promise(self, size_bytes: int) -> bool:
+        """Whether a piece of a content may be written, and note that it will be."""
+        if self._refusal is not None or not self._room.has(size_bytes):
+            return False
+        self._room.promise(size_bytes)
+        return True
+
+    def prepare_accept(
+        self,
+        incoming: SqliteIncoming,
+        future: asyncio.Future[None],
+        envelope: Envelope,
+        recipients: Sequence[RecipientRow],
+    ) -> None:
+        """See `incoming.Host`; the row's checksum is not known yet."""
+        message_id = envelope.message_id
+        if message_id != incoming.message_id:
+            raise SpoolError("the content was begun for another message")
+        encoded, rows = self._encode(envelope, recipients, 0)
+        self._behind[message_id] = [Accept(future, (message_id, 0, incoming.size_bytes, encoded, None), rows)]
+
+    def content_ended(self, incoming: SqliteIncoming, error: SpoolError | None) -> None:
+        """See `incoming.Host`."""
+        message_id = incoming.message_id
+        del self._incoming[message_id]
+        if message_id in self._behind:
+            accept = self._behind[message_id][0]
+            if error is None and isinstance(accept, Accept):
+                accept.complete(incoming.checksum)
+            self._content_stored(message_id, error)
+        elif isinstance(error, SpoolFailedError):
+            self._commits.fail(error)
+
     def _remove_files(self, message_ids: list[MessageId]) -> None:
         """After the commit that removed the rows; a file that stays behind is an orphan."""
-        work = self._in_file_thread(self._contents.remove, message_ids)
+        work = self.in_file_thread(self._contents.remove, message_ids)
         work.add_done_callback(asyncio.Future.exception)
 
-    def _in_file_thread(self, function: Callable[..., Result], *arguments: object) -> asyncio.Future[Result]:
+    def in_file_thread(self, function: Callable[..., Result], *arguments: object) -> asyncio.Future[Result]:
+        """Run what blocks; `close` waits for it."""
         work = self._loop.run_in_executor(self._files, function, *arguments)
         self._file_work.add(work)
         work.add_done_callback(self._file_work.discard)
         return work
 
     async def sweep(self) -> int:
-        """Remove files that no row needs and that are older than any writer; return how many.
+        """Remove files that no row needs and that are older than any writer, and parts nobody writes; return how many.
 
         Cancelling it leaves the rest for the next sweep. OSError.
         """
+        # Which of them are in use is asked after they were listed: a part that begins in between is none of these.
+        parts = await self.in_file_thread(self._contents.parts)
+        in_use = {self._contents.part_path(message_id) for message_id in self._incoming}
+        left = [path for path in parts if path not in in_use]
+        if left:
+            await self.in_file_thread(self._contents.remove_parts, left)
         before_s = self._clock.wall_ms() / 1000 - ORPHAN_AGE_S
-        aged = await self._in_file_thread(lambda: list(self._contents.aged(before_s)))
+        aged = await self.in_file_thread(lambda: list(self._contents.aged(before_s)))
         orphans: list[MessageId] = []
         for message_id in aged:
             if message_id not in self._behind and not self._reader.owns_content(message_id):
                 orphans.append(message_id)
             await asyncio.sleep(0)
         if orphans:
-            await self._in_file_thread(self._contents.remove, orphans)
-        return len(orphans)
+            await self.in_file_thread(self._contents.remove, orphans)
+        return len(left) + len(orphans)
 
     async def _sweep_hourly(self) -> None:
         while True:
@@ -287,7 +362,7 @@ class SqliteSpool:
                 return None
             content = loaded.content
             if content is None:
-                content = await self._in_file_thread(_read_content, self._contents, message_id, loaded)
+                content = await self.in_file_thread(_read_content, self._contents, message_id, loaded)
         except DamagedRowError as error:
             raise await self._set_aside(message_id, str(error)) from error
         except FileNotFoundError:
@@ -385,6 +460,8 @@ class SqliteSpool:
     async def _close(self) -> None:
         self._sweeper.cancel()
         await asyncio.wait([self._sweeper])
+        for incoming in list(self._incoming.values()):
+            incoming.discard()
         while self._file_work or self._behind:
             await asyncio.wait(set(self._file_work))
             # The callbacks of finished work may begin more of it.

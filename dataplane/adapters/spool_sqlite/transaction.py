@@ -20,7 +20,7 @@ from zlib import crc32
 
 import apsw
 
-from dataplane.adapters.spool_sqlite.codec import Recipient, pack_records, recipient_checksum
+from dataplane.adapters.spool_sqlite.codec import Recipient, message_checksum_of_parts, pack_records, recipient_checksum
 from dataplane.adapters.spool_sqlite.errors import ISOLATED
 from dataplane.adapters.spool_sqlite.schema import fetch
 from dataplane.adapters.spool_tail import TAIL_BYTES, AcknowledgedTail
@@ -112,6 +112,12 @@ class Accept(Operation):
 
     row: tuple[MessageId, int, int, bytes, bytes | None]
     recipients: Sequence[Recipient]
+
+    def complete(self, content_checksum: int) -> None:
+        """Put in the checksum of a content that was written before the envelope was known."""
+        message_id, _, content_bytes, envelope, content = self.row
+        checksum = message_checksum_of_parts(message_id, envelope, content_checksum, content_bytes)
+        self.row = (message_id, checksum, content_bytes, envelope, content)
 
     @property
     def has_file(self) -> bool:
