@@ -14,6 +14,9 @@ at once, held as slots.
 
 Accounts own limits of account, credential and their own providers; addresses, destinations and shared providers belong
 to everybody, so that only shared limits speak of them.
+
+For a subject and unit one limit counts at most, since all of them would draw from one bucket: the first there is in the
+order of `precedence`, then the default of the node pool. Connections at once and connections a period are two kinds.
 """
 
 from __future__ import annotations
@@ -80,6 +83,11 @@ class Bucket(NamedTuple):
 
     tag: str
     key: str
+
+
+def precedence(limit: Limit) -> tuple[bool, bool]:
+    """Return what sorts the limits that speak of one subject: the account's before shared ones, named before all."""
+    return not limit.name.startswith("accounts/"), not limit.subject
 
 
 def default_burst(amount: int) -> int:
