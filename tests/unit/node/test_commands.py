@@ -13,7 +13,7 @@ from dataplane.adapters.spool_ram import RamSpool
 from dataplane.commands import CommandRunner
 from dataplane.core.envelope import Envelope
 from dataplane.core.queue import State
-from dataplane.forwarding import RecordForwarder
+from dataplane.forwarding import RecordForwarder, pause_after
 from dataplane.link import LedgerRecords, Message, RunCommand
 from dataplane.ports import RecipientChange, Settlement
 from postroad.node.v1.ledger_pb2 import (
@@ -171,10 +171,14 @@ async def test_a_full_batch_is_followed_at_once(bench: Bench) -> None:
     forwarder = RecordForwarder({bench.name: bench.spool}, agent.send, Log())
     await asyncio.gather(*(bench.spool.write_record(b"r") for _ in range(1_500)))
     forwarder.pull(bench.name, 0)
-    assert await forwarder.answer()
+    assert pause_after(await forwarder.answer()) == 0.0
     forwarder.pull(bench.name, 1_000)
-    assert not await forwarder.answer()
+    assert pause_after(await forwarder.answer()) > 0.0
     assert [len(m.records) for m in agent.sent if isinstance(m, LedgerRecords)] == [1_000, 500]
+
+
+def test_batches_gather_longer_while_records_come_fast() -> None:
+    assert 0.0 < pause_after(0) == pause_after(19) < pause_after(20) == pause_after(999)
 
 
 async def test_a_pause_and_a_lost_agent_take_the_wish_back(bench: Bench) -> None:
