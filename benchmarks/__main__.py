@@ -1,6 +1,7 @@
 """`python -m benchmarks [NAME [ARGUMENT …]]`: run one measurement; without a name, say which there are.
 
-A measurement is a module here with a `main` of its own; what it says in its first line is what is listed.
+A measurement is a module here with a `main` of its own, or a package with a `__main__`; what it says in its first line
+is what is listed.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ _FOLDER = Path(__file__).parent
 def _measurements() -> dict[str, str]:
     """First line of each module that can be run, by name."""
     found = {}
-    for path in sorted(_FOLDER.glob("*.py")):
+    for path in [*_FOLDER.glob("*.py"), *_FOLDER.glob("*/__main__.py")]:
         source = path.read_text(encoding="utf-8")
-        if path.stem != "__main__" and '__name__ == "__main__"' in source:
-            found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
-    return found
+        name = path.stem if path.parent == _FOLDER else path.parent.name
+        if name != "__main__" and '__name__ == "__main__"' in source:
+            found[name] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    return dict(sorted(found.items()))
 
 
 def main() -> int:

@@ -11,8 +11,10 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.processes import cpu_by_role, memory_by_role
 from benchmarks.smtp_tools import ToolError, find_tool, free_port
 
 _MAIN = """\
@@ -47,6 +49,8 @@ in_flow_delay = 0
 
 class Postfix:
     """One instance; `port` takes mail without TLS or AUTH from loopback and relays all of it to the sink."""
+
+    name = "postfix"
 
     def __init__(self, sink_port: int) -> None:
         """Write its folder and start it. ToolError when it does not come up."""
@@ -92,10 +96,36 @@ class Postfix:
         msg = f"Postfix did not start: {self._log_tail()}"
         raise ToolError(msg)
 
+    def cpu(self) -> dict[str, float]:
+        """CPU seconds so far by program; those of processes that ended are master's."""
+        return cpu_by_role(self.master_pid, _program)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by program."""
+        return memory_by_role(self.master_pid, _program)
+
+    def settle(self, timeout_s: float) -> bool:
+        """Return True when nothing is queued any more, False after the time."""
+        deadline = time.monotonic() + timeout_s
+        while any(self._queued()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _queued(self) -> Iterator[Path]:
+        for name in ("incoming", "active", "deferred"):
+            yield from (path for path in (self.root / "queue" / name).rglob("*") if path.is_file())
+
     def close(self) -> None:
         """Stop it and delete its folder."""
         self._run("stop")
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _program(command: str) -> str:
+    """Return the name of the program of a command line."""
+    return Path(command.split(" ", 1)[0]).name or "ended"
 
 
 def _own_services(master_cf: str, port: int) -> str:

@@ -8,6 +8,7 @@ none of the servers measured here does that while it is measured.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -43,9 +44,37 @@ def cpu_seconds(root: int) -> float:
     return sum(found[1] for pid in tree(root) if (found := _stat(pid)))
 
 
-def cpu_by_process(root: int) -> dict[int, float]:
-    """Return CPU seconds of each living process of the tree."""
-    return {pid: found[1] for pid in tree(root) if (found := _stat(pid))}
+def cpu_of(pid: int) -> float:
+    """Return CPU seconds of one process with its waited-for children, 0 when it is gone."""
+    found = _stat(pid)
+    return found[1] if found else 0.0
+
+
+def cpu_by_role(root: int, role_of: Callable[[str], str]) -> dict[str, float]:
+    """Return CPU seconds of the tree by what `role_of` makes of each command line."""
+    roles: dict[str, float] = {}
+    for pid in tree(root):
+        role = role_of(command_of(pid))
+        roles[role] = roles.get(role, 0.0) + cpu_of(pid)
+    return roles
+
+
+def memory_by_role(root: int, role_of: Callable[[str], str]) -> dict[str, int]:
+    """Return proportional memory in bytes of the tree by role: what processes share is split between them."""
+    roles: dict[str, int] = {}
+    for pid in tree(root):
+        role = role_of(command_of(pid))
+        roles[role] = roles.get(role, 0) + proportional_bytes(pid)
+    return roles
+
+
+def proportional_bytes(pid: int) -> int:
+    """Return the memory of a process with its share of what it shares (PSS), 0 when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:"))
 
 
 def command_of(pid: int) -> str:

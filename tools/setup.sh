@@ -69,4 +69,9 @@ echo "setup: installing requirements/$lock.txt" >&2
 install --require-hashes -r "requirements/$lock.txt" ||
     fail "could not install the locked packages; see the message above (no network, or a mirror that lacks them?)."
 install --no-deps --no-build-isolation -e . || fail "could not install the project itself into .venv."
+if [ "$lock" = dev ]; then
+    # Benchmarks are no part of the package, so that their command is none of its scripts.
+    printf '#!/bin/sh\nexec "%s/%s/bin/python" -m benchmarks.load "$@"\n' "$root" "$venv" >"$venv/bin/postroad-bench"
+    chmod +x "$venv/bin/postroad-bench"
+fi
 touch "$venv/.installed-$lock"

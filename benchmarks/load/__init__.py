@@ -1,0 +1,1 @@
+"""`postroad-bench`: load from several processes, a sink that keeps a ledger, and figures checked against it."""

@@ -1,0 +1,232 @@
+"""One measured run: load processes against a server that delivers to our sink, and what came of it.
+
+Contract. `measure` starts the processes of every stream, lets them begin at once, reports progress each second, waits
+until everything that was answered has arrived and the server says that it is done, and compares the ledgers. It always
+comes to an end: a process that outlives its deadline is ended and named. What went wrong is in `problems`; a run with
+problems is no measurement. A stream that is not expected to arrive (its next hop is dead) is only counted at the door.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.load.children import Line, LoadError, LoadProcess, SinkProcess
+from benchmarks.load.job import Job
+from benchmarks.load.latency import Percentiles, Timeline, merge, percentiles
+from benchmarks.load.ledgers import Verdict, add_verdicts, judge
+from benchmarks.load.results import RunResult, Stream, StreamResult, merge_timelines, rows
+from benchmarks.processes import cpu_of
+
+_NS = 1_000_000_000
+_READY_S = 30.0
+_GRACE_S = 15.0
+_PATIENCE_S = 15.0
+_SETTLE_S = 60.0
+_TICK_S = 0.25
+
+_streams = itertools.count(1)
+
+
+class Peer(Protocol):
+    """A server under test."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        ...
+
+    def cpu(self) -> dict[str, float]:
+        """CPU seconds so far by part."""
+        ...
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part."""
+        ...
+
+    def settle(self, timeout_s: float) -> bool:
+        """Whether all is delivered and recorded within the time."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run is, for people: latencies are dot to 250 of the last seconds, in milliseconds."""
+
+    elapsed_s: float
+    begun: int
+    answered: int
+    arrived: int
+    open: int
+    errors: int
+    dot: Percentiles
+
+
+class Run:
+    """See the module."""
+
+    def __init__(self, peer: Peer, sink: SinkProcess, say: Callable[[Progress], None]) -> None:
+        self._peer = peer
+        self._sink = sink
+        self._say = say
+        self._lines: queue.Queue[tuple[Any, Line | None]] = queue.Queue()
+        self._processes: list[LoadProcess] = []
+        self._problems: list[str] = []
+        self._begin_ns = 0
+
+    def measure(self, streams: Sequence[Stream], on_tick: Callable[[float], None] | None = None) -> RunResult:
+        """Run all streams at once; `on_tick` gets the seconds since the begin, now and then. LoadError: no result."""
+        with tempfile.TemporaryDirectory(prefix="postroad-load-") as folder:
+            try:
+                return self._measure(streams, Path(folder), on_tick or (lambda _: None))
+            finally:
+                for process in self._processes:
+                    process.close()
+
+    def _measure(self, streams: Sequence[Stream], folder: Path, on_tick: Callable[[float], None]) -> RunResult:
+        for stream in streams:
+            self._processes += [LoadProcess(stream.name, job, self._lines) for job in shares(stream, folder)]
+        self._listen(lambda: all(process.is_ready for process in self._processes), _READY_S, lambda _: None)
+        cpu, sink_cpu = self._peer.cpu(), cpu_of(self._sink.pid)
+        self._begin_ns = time.monotonic_ns()
+        for process in self._processes:
+            process.say("go")
+        longest_s = max(stream.job.deadline_s for stream in streams) + _GRACE_S
+        self._listen(lambda: all(process.end for process in self._processes), longest_s, on_tick)
+        self._wait_for_arrival(streams)
+        if not self._peer.settle(_SETTLE_S) and all(stream.arrives for stream in streams):
+            self._problems.append("the server still holds mail or records that nobody has acknowledged")
+        seconds = (time.monotonic_ns() - self._begin_ns) / _NS
+        used = {role: seconds - cpu.get(role, 0.0) for role, seconds in self._peer.cpu().items()}
+        sink_used = cpu_of(self._sink.pid) - sink_cpu
+        results = {stream.name: self._result(stream, folder) for stream in streams}
+        messages = max(sum(result.verdict.answered for result in results.values()), 1)
+        return RunResult(
+            peer=self._peer.name,
+            seconds=round(seconds, 3),
+            streams=results,
+            cpu_us_per_message=_per_message({**used, "total": sum(used.values())}, messages),
+            load_cpu_us_per_message=_per_message({"clients": self._clients_cpu_s(), "sink": sink_used}, messages),
+            problems=self._problems,
+        )
+
+    def _listen(self, is_over: Callable[[], object], timeout_s: float, on_tick: Callable[[float], None]) -> None:
+        """Take lines until it is over, with progress each second; LoadError when the time is."""
+        deadline = time.monotonic() + timeout_s
+        next_s = 1.0
+        while not is_over():
+            if time.monotonic() > deadline:
+                raise LoadError(f"load processes did not end within {timeout_s:.0f} s")
+            try:
+                process, line = self._lines.get(timeout=_TICK_S)
+            except queue.Empty:
+                process = line = None
+            if line is not None:
+                process.note(line)
+            elif process is not None and process.end is None:
+                raise LoadError(f"a load process ended: {process.last_words()}")
+            elapsed_s = (time.monotonic_ns() - self._begin_ns) / _NS
+            if self._begin_ns and elapsed_s >= next_s:
+                next_s = int(elapsed_s) + 1.0
+                self._say(self._progress(elapsed_s))
+                on_tick(elapsed_s)
+
+    def _progress(self, elapsed_s: float) -> Progress:
+        latest = [process.latest for process in self._processes]
+        return Progress(
+            elapsed_s,
+            sum(line["begun"] for line in latest),
+            sum(line["answered"] for line in latest),
+            self._sink.arrived([process.job.stream for process in self._processes]),
+            sum(line["open"] for line in latest),
+            sum(sum(line["errors"].values()) for line in latest),
+            percentiles(merge(process.dot.total() for process in self._processes)),
+        )
+
+    def _wait_for_arrival(self, streams: Sequence[Stream]) -> None:
+        arriving = {stream.name for stream in streams if stream.arrives}
+        processes = [process for process in self._processes if process.name in arriving]
+        expected = sum(process.latest["answered"] for process in processes)
+        self._sink.wait_for([process.job.stream for process in processes], expected, _PATIENCE_S)
+
+    def _clients_cpu_s(self) -> float:
+        return sum(float(process.end["cpu_s"]) for process in self._processes if process.end)
+
+    def _result(self, stream: Stream, folder: Path) -> StreamResult:
+        processes = [process for process in self._processes if process.name == stream.name]
+        numbers = [process.job.stream for process in processes]
+        verdicts = []
+        for process in processes:
+            answered = Path(process.job.ledger_file).read_bytes()
+            verdicts.append(judge(answered, self._sink.ledger(process.job.stream, folder)))
+        verdict = add_verdicts(verdicts)
+        unanswered = sum(process.end["unanswered"] for process in processes if process.end)
+        self._judge(stream, verdict, unanswered, processes)
+        timelines = {
+            "connect": merge_timelines(process.connect for process in processes),
+            "dot": merge_timelines(process.dot for process in processes),
+            "message": merge_timelines(process.message for process in processes),
+            "arrival": merge_timelines(self._sink.arrival.get(number, Timeline()) for number in numbers),
+        }
+        return StreamResult(
+            verdict=verdict,
+            begun=sum(process.latest["begun"] for process in processes),
+            unanswered=unanswered,
+            errors=dict(sum((Counter(process.latest["errors"]) for process in processes), Counter())),
+            answered_per_s=self._rate(verdict.answered, max(process.latest["last_ns"] for process in processes)),
+            delivered_per_s=self._rate(verdict.arrived, self._sink.last_ns(numbers)),
+            latency_ms={name: percentiles(timeline.total())._asdict() for name, timeline in timelines.items()},
+            timeline=rows(self._begin_ns, timelines, [process.open_by_second for process in processes]),
+        )
+
+    def _judge(self, stream: Stream, verdict: Verdict, unanswered: int, processes: Sequence[LoadProcess]) -> None:
+        if stream.arrives and verdict.lost:
+            numbers = ", ".join(map(str, verdict.first_lost))
+            self._problems.append(
+                f"{stream.name}: {verdict.lost} of {verdict.answered} answered messages did not arrive ({numbers} …)"
+            )
+        if unanswered:
+            self._problems.append(f"{stream.name}: {unanswered} messages had no answer when the time was over")
+        if not verdict.answered and not stream.job.idle:
+            self._problems.append(f"{stream.name}: no message was answered with 250")
+        for process in processes:
+            if process.end and process.end["end"] != "done":
+                self._problems.append(f"{stream.name}: a load process reached its {process.end['end']}")
+
+    def _rate(self, count: int, last_ns: int) -> float:
+        """Return messages a second from the begin to the last of them."""
+        return round(count * _NS / (last_ns - self._begin_ns), 1) if last_ns > self._begin_ns else 0.0
+
+
+def shares(stream: Stream, folder: Path) -> list[Job]:
+    """Return a job for each process: sessions and messages are split evenly, the first ones take what is over."""
+    count = min(stream.processes, stream.job.sessions)
+    jobs = []
+    for index in range(count):
+        number = next(_streams)
+        jobs.append(
+            replace(
+                stream.job,
+                stream=number,
+                ledger_file=str(folder / f"answered-{number}"),
+                sessions=_share(stream.job.sessions, count, index),
+                messages=_share(stream.job.messages, count, index),
+                rate=stream.job.rate / count,
+            )
+        )
+    return jobs
+
+
+def _share(whole: int, parts: int, index: int) -> int:
+    return whole // parts + (1 if index < whole % parts else 0)
+
+
+def _per_message(seconds: dict[str, float], messages: int) -> dict[str, float]:
+    return {role: round(value / messages * 1_000_000, 1) for role, value in seconds.items()}
