@@ -12,8 +12,8 @@ start it waits, alive and not ready; later an outage turns readiness off and cal
 from __future__ import annotations
 
 import asyncio
-import gc
 import contextlib
+import gc
 import ipaddress
 import json
 import os
