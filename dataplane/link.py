@@ -147,12 +147,12 @@ class StatusRequest(NamedTuple):
 
 class Sample(NamedTuple):
     """One counted or measured value: a metric's name, its label values in the order of its declaration, the
-    value.
+    value, which for a histogram is its row.
     """
 
     metric: str
     labels: tuple[str, ...]
-    value: float
+    value: float | tuple[float, ...]
 
 
 class WorkerStatus(NamedTuple):
@@ -200,7 +200,10 @@ def _read_command(fields: list[Any]) -> RunCommand:
 
 def _read_status(fields: list[Any]) -> WorkerStatus:
     *plain, spools, samples = fields
-    read = tuple(Sample(metric, tuple(labels), value) for metric, labels, value in samples)
+    read = tuple(
+        Sample(metric, tuple(labels), tuple(value) if isinstance(value, list) else value)
+        for metric, labels, value in samples
+    )
     return WorkerStatus._make([*plain, _spools(spools), read])
 
 

@@ -5,26 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-INTERVAL_S = 0.5
+from dataplane.histogram import LATENCY_BOUNDS_S, Histogram
+
+INTERVAL_S = 0.1
 
 
 class LoopLag:
-    """`worst_s` is the worst lateness since it was last taken."""
+    """`seconds` counts the lateness of one timer after the other."""
 
-    __slots__ = ("_monotonic", "_worst_s")
+    __slots__ = ("_monotonic", "seconds")
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
-        self._worst_s = 0.0
+        self.seconds = Histogram(LATENCY_BOUNDS_S)
 
     async def run(self) -> None:
         """Measure until cancelled."""
         while True:
             due = self._monotonic() + INTERVAL_S
             await asyncio.sleep(INTERVAL_S)
-            self._worst_s = max(self._worst_s, self._monotonic() - due)
-
-    def take_worst_s(self) -> float:
-        """The worst lateness in seconds since the last call."""
-        worst_s, self._worst_s = self._worst_s, 0.0
-        return worst_s
+            self.seconds.observe(max(0.0, self._monotonic() - due))

@@ -107,11 +107,22 @@ class Settlement(NamedTuple):
     reported: bool
 
 
+class QueueDepth(NamedTuple):
+    """Recipients by state; those that ended are in no queue."""
+
+    scheduled: int = 0
+    queued: int = 0
+    sending: int = 0
+    deferred: int = 0
+    held: int = 0
+
+
 class SpoolStats(NamedTuple):
     """Plain counters for status and metrics; bytes and rows now, commits since open.
 
     `waiting_count` is recipients that are not terminal, those being sent included; `quarantined_count` is messages set
-    aside because they could not be read back; `outbox_first` is above `outbox_last` when no record is kept.
+    aside because they could not be read back; `outbox_first` is above `outbox_last` when no record is kept; `depth` may
+    be older than the rest by the time that counting took, fifty times.
     """
 
     waiting_count: int
@@ -123,6 +134,7 @@ class SpoolStats(NamedTuple):
     wal_bytes: int
     commits: int
     quarantined_count: int = 0
+    depth: QueueDepth = QueueDepth()
 
 
 class Incoming(Protocol):

@@ -8,8 +8,9 @@ again by the control plane. Everything else is a step on the loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from dataplane.agent.ports import StoreError
 from dataplane.agent_link import AgentLink
 from dataplane.commands import CommandRunner
 from dataplane.forwarding import RecordForwarder
+from dataplane.ledger_lag import LedgerLag
 from dataplane.link import (
     ConfigApplied,
     ConfigChanged,
@@ -41,6 +43,7 @@ from dataplane.spool_folders import is_refused, mark_refused
 from dataplane.telemetry import SampleRow
 
 FLUSH_LOOK_S = 0.02
+LEDGER_LOOK_S = 1.0
 
 
 class SwappableView(ConfigView, Protocol):
@@ -104,6 +107,7 @@ class WorkerSide:
         self.draining = False
 
     def attach(self, link: AgentLink, forwarder: RecordForwarder, runner: CommandRunner) -> None:
+        self._lags = {name: LedgerLag() for name in parts.spools}
         """Hand over what was made with this object; before anything runs."""
         self._link = link
         self._forwarder = forwarder
@@ -121,6 +125,7 @@ class WorkerSide:
         ]
 
     # --- from the agent --------------------------------------------------------------------------------------
+            self._watch_ledger(),
 
     def received(self, message: Message) -> None:
         """A message of the agent."""
@@ -216,6 +221,15 @@ class WorkerSide:
 
     async def hello(self) -> WorkerHello:
         """What this worker has in use and open."""
+    async def _watch_ledger(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            for name, spool in self._parts.spools.items():
+                with contextlib.suppress(SpoolError):
+                    stats = await spool.stats()
+                    self._lags[name].note(stats.outbox_last, stats.acknowledged, loop.time())
+            await asyncio.sleep(LEDGER_LOOK_S)
+
         parts = self._parts
         spools = [spool_state(spool, await spool.stats()) for spool in parts.spools.values()]
         return WorkerHello(parts.index, os.getpid(), parts.view.digest, parts.view.denials.version, tuple(spools))
@@ -237,7 +251,8 @@ class WorkerSide:
     def _samples(self, stats: list[SpoolStats]) -> Iterator[Sample]:
         for row in self._parts.samples():
             yield Sample(*row)
-        yield Sample("queue_depth", ("waiting",), sum(each.waiting_count for each in stats))
+        for state, count in depth_by_state(stats).items():
+            yield Sample("queue_depth", (state,), count)
         yield Sample("spool_bytes", ("database",), sum(each.database_bytes for each in stats))
         yield Sample("spool_bytes", ("wal",), sum(each.wal_bytes for each in stats))
         yield Sample("spool_commits_total", (), sum(each.commits for each in stats))
@@ -246,6 +261,13 @@ class WorkerSide:
     async def flush(self, timeout_s: float) -> None:
         """Wait while the agent still takes records and there are some, at most `timeout_s`.
 
+        now_s = asyncio.get_running_loop().time()
+        yield Sample("ledger_lag_seconds", (), max((lag.age_s(now_s) for lag in self._lags.values()), default=0.0))
+
+    async def unstored(self) -> int:
+        """Ledger records that the control plane has not stored yet, over all spools."""
+        stats = [await spool.stats() for spool in self._parts.spools.values()]
+        return sum(max(0, each.outbox_last - each.acknowledged) for each in stats)
         Cancellation leaves the rest for the next start.
         """
         try:
@@ -270,3 +292,16 @@ def spool_state(spool: Spool, stats: SpoolStats) -> SpoolState:
         last_record=stats.outbox_last,
         waiting_count=stats.waiting_count,
     )
+
+
+def depth_by_state(stats: Sequence[SpoolStats]) -> dict[str, int]:
+    """Recipients by state over all spools, by the names of the metric; `failed` is messages set aside."""
+    depths = [each.depth for each in stats]
+    return {
+        "queued": sum(depth.queued for depth in depths),
+        "processing": sum(depth.sending for depth in depths),
+        "deferred": sum(depth.deferred for depth in depths),
+        "scheduled": sum(depth.scheduled for depth in depths),
+        "held": sum(depth.held for depth in depths),
+        "failed": sum(each.quarantined_count for each in stats),
+    }

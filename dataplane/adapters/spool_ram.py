@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from bisect import bisect_left, bisect_right, insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +26,7 @@ from dataplane.ports import (
     Cursor,
     Due,
     KeyHead,
+    QueueDepth,
     RecipientChange,
     Settlement,
     SpoolError,
@@ -274,8 +275,9 @@ class RamSpool:
         """Counters now; `database_bytes` is what content and records hold."""
         self._check_open()
         oldest = min(self._messages, default=None)
+        states = Counter(row.state for message in self._messages.values() for row in message.recipients.values())
         return SpoolStats(
-            waiting_count=sum(len(message.recipients) for message in self._messages.values()),
+            waiting_count=states.total(),
             oldest_accepted_ms=message_id_time_ms(oldest) if oldest else 0,
             outbox_first=self._first,
             outbox_last=self._last,
@@ -283,6 +285,7 @@ class RamSpool:
             database_bytes=self._bytes,
             wal_bytes=0,
             commits=self._commits,
+            depth=QueueDepth(*(states[state] for state in State if state not in TERMINAL)),
         )
 
     async def close(self) -> None:

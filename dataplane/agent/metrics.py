@@ -1,6 +1,7 @@
 """The node's HTTP endpoint: `/metrics`, `/healthz` and `/readyz`.
 
-/metrics   what the workers count, collected now, and what the agent knows itself
+/metrics   what the workers count, asked for now and waited for no longer than two seconds: of one that hangs, what
+           it said last; and what the agent knows itself
 /healthz   200 while the agent's loop runs
 /readyz    200 when the node takes mail: a configuration that is not too old, and every worker there; else 503.
            The body is JSON and names what is missing
@@ -20,6 +21,7 @@ from dataplane.agent.applied import WorkerTable
 from dataplane.agent.held import EMPTY
 from dataplane.agent.ledger import LedgerStream
 from dataplane.agent.node_agent import oldest_accepted_ms
+from dataplane.agent.processes import process_samples
 from dataplane.agent.stream import ConfigStream
 from dataplane.agent.stream_machine import StreamMachine
 from dataplane.agent.workers import WorkerHub
@@ -27,6 +29,7 @@ from dataplane.link import WorkerStatus
 from dataplane.ports import Clock
 from dataplane.telemetry import METRICS_CONTENT_TYPE, SampleRow, render
 
+READY_FILE = Path("run") / "ready.json"
 _DAY_S = 86_400.0
 
 
@@ -77,8 +80,7 @@ class MetricsServer:
     async def _metrics(self, request: web.Request) -> web.Response:
         del request
         statuses = await self._state.hub.collect_status()
-        samples = [sample for status in statuses for sample in status.samples]
-        body = render([*samples, *self._own_samples(statuses)])
+        body = render([*self._state.hub.totals.samples(), *self._own_samples(statuses)])
         return web.Response(body=body, headers={"Content-Type": METRICS_CONTENT_TYPE})
 
     def _own_samples(self, statuses: list[WorkerStatus]) -> Iterator[SampleRow]:
@@ -100,10 +102,13 @@ class MetricsServer:
         yield "workers_connected", (), float(state.table.connected_count)
         if state.config.last_contact_ms:
             yield "config_age_seconds", (), max(0.0, (now_ms - state.config.last_contact_ms) / 1000)
+        yield "workers_late", (), state.hub.late_count
         for name, path in state.certificates.items():
             days = _days_left(path, now_ms)
             if days is not None:
-                yield "tls_cert_expiry_days", (name,), days
+                yield "tls_certificate_days_left", (name,), days
+                yield "tls_cert_expiry_days", (), days
+        yield from process_samples(READY_FILE)
 
     async def _healthz(self, request: web.Request) -> web.Response:
         del request

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dataplane.agent.applied import WorkerTable
+from dataplane.agent.totals import WorkerTotals
 from dataplane.link import (
     ConfigApplied,
     DenialsApplied,
@@ -66,6 +67,8 @@ class WorkerHub:
         self._indexes: dict[LinkProtocol, int] = {}
         self._spools: dict[str, tuple[int, SpoolState]] = {}
         self._statuses: dict[int, WorkerStatus] = {}
+        self.totals = WorkerTotals()
+        self.late_count = 0
         self._numbers = itertools.count(1)
         self._waiting: dict[int, tuple[set[int], asyncio.Future[None]]] = {}
         self._server: asyncio.AbstractServer | None = None
@@ -126,7 +129,10 @@ class WorkerHub:
                 async with asyncio.timeout(STATUS_TIMEOUT_S):
                     await answered
             except TimeoutError:
+                self.late_count = len(self._waiting[number][0])
                 self._log.info("worker.status_late", workers=sorted(self._waiting[number][0]))
+            else:
+                self.late_count = 0
             finally:
                 del self._waiting[number]
         return [status for index, status in self._statuses.items() if index in self._links]
@@ -173,6 +179,7 @@ class WorkerHub:
             former.abort()
         self._links[hello.worker] = protocol
         self._indexes[protocol] = hello.worker
+        self.totals.began(hello.worker, hello.pid)
         for state in hello.spools:
             self._spools[state.spool] = (hello.worker, state)
         self._table.connected(hello.worker, hello.config_digest, hello.denials_version)
@@ -182,6 +189,7 @@ class WorkerHub:
 
     def _status(self, index: int, status: WorkerStatus) -> None:
         self._statuses[index] = status
+        self.totals.told(index, status.samples)
         for state in status.spools:
             self._spools[state.spool] = (index, state)
         if status.number in self._waiting:
@@ -201,6 +209,7 @@ class WorkerHub:
             return None
         del self._links[index]
         self._table.lost(index)
+        self.totals.lost(index)
         for missing, answered in self._waiting.values():
             missing.discard(index)
             if not missing and not answered.done():

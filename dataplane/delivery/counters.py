@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dataplane.histogram import LATENCY_BOUNDS_S, LIFETIME_BOUNDS_S, Histogram
+
+
+def _latency() -> Histogram:
+    return Histogram(LATENCY_BOUNDS_S)
 
 
 @dataclass(slots=True)
@@ -27,3 +34,26 @@ class DeliveryCounters:
     quarantined: int = 0  # messages that could not be read back
     records_alone: int = 0  # acceptances that were not settled in time to share a record
     window_bytes: int = 0  # content in memory now
+    lifetime_seconds: Histogram = field(default_factory=lambda: Histogram(LIFETIME_BOUNDS_S))  # accepted to ended
+    waiting_seconds: Histogram = field(default_factory=_latency)  # of an attempt: for a connection
+    connecting_seconds: Histogram = field(default_factory=_latency)  # of an attempt that had one opened
+    transferring_seconds: Histogram = field(default_factory=_latency)  # of an attempt: the transaction
+
+    def samples(self) -> Iterator[tuple[str, tuple[str, ...], float | tuple[float, ...]]]:
+        """Rows for the metrics of the node."""
+        for result in ("sent", "deferred", "bounced", "failed", "expired", "uncertain", "interrupted"):
+            yield "delivery_attempts_total", (result,), getattr(self, result)
+        yield "delivery_connections", (), self.connections_now
+        yield "delivery_connections_total", ("opened",), self.connections_opened
+        yield "delivery_connections_total", ("failed",), self.connections_failed
+        yield "delivery_throttled_total", (), self.throttled
+        yield "delivery_window_bytes", (), self.window_bytes
+        yield "delivery_put_back_total", (), self.put_back
+        yield "delivery_stage_duration_seconds", ("waiting",), self.waiting_seconds.row
+        yield "delivery_stage_duration_seconds", ("connecting",), self.connecting_seconds.row
+        yield "delivery_stage_duration_seconds", ("transferring",), self.transferring_seconds.row
+        yield "queue_processing_duration_seconds", (), self.lifetime_seconds.row
+        yield "spool_write_failures_total", (), self.settle_failures
+        yield "queue_recovered_total", (), self.recovered
+        # What is found in mid-attempt at a start is uncertain, too, and counted there.
+        yield "duplicate_windows_total", ("W2",), self.uncertain

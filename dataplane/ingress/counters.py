@@ -1,18 +1,24 @@
 """What ingress counts: plain integers of one worker, collected by the agent at scrape.
 
-Contract. Only ingress adds to them; `samples` gives rows of metric name, label values and value, by the names that
-`dataplane.telemetry` exports. Counting never fails and never allocates.
+Contract. Only ingress adds to them; `samples` gives rows of metric name, label values and value, by the names of
+`dataplane.metric_table`. Counting never fails and never allocates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from dataplane.histogram import LATENCY_BOUNDS_S, Histogram
 
 
 @dataclass(slots=True)
 class IngressCounters:
-    """All since start, but `sessions_active` and `content_bytes`, which are now."""
+    """All since start, but `sessions_active` and `content_bytes`, which are now.
+
+    `enqueue_seconds` goes from the dot to the 250; `answers_lost` counts messages stored whose 250 nobody could be
+    given: who sent them may send them again (window W1).
+    """
 
     sessions_active: int = 0
     connections_accepted: int = 0
@@ -29,8 +35,10 @@ class IngressCounters:
     messages_refused: int = 0
     commits_late: int = 0
     content_bytes: int = 0
+    answers_lost: int = 0
+    enqueue_seconds: Histogram = field(default_factory=lambda: Histogram(LATENCY_BOUNDS_S))
 
-    def samples(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    def samples(self) -> Iterator[tuple[str, tuple[str, ...], float | tuple[float, ...]]]:
         """Rows for the metrics of the node."""
         yield "smtp_active_sessions", (), self.sessions_active
         for status, count in (
@@ -50,3 +58,8 @@ class IngressCounters:
         ):
             yield "smtp_auth_attempts_total", (result,), count
         yield "smtp_message_enqueued_total", (), self.messages_enqueued
+        yield "smtp_messages_refused_total", (), self.messages_refused
+        yield "smtp_commits_late_total", (), self.commits_late
+        yield "smtp_content_bytes", (), self.content_bytes
+        yield "smtp_enqueue_duration_seconds", (), self.enqueue_seconds.row
+        yield "duplicate_windows_total", ("W1",), self.answers_lost

@@ -19,7 +19,7 @@ from dataplane.adapters.spool_ram import RamSpool
 from dataplane.adapters.spool_sqlite import SqliteSpool
 from dataplane.core.envelope import RecipientRow
 from dataplane.core.queue import State
-from dataplane.ports import Cursor, Due, KeyHead, Spool, SpoolError
+from dataplane.ports import Cursor, Due, KeyHead, QueueDepth, Spool, SpoolError
 from support.spools import (
     KEY,
     NOW_MS,
@@ -680,3 +680,15 @@ async def test_no_content_begins_after_close(spool: Spool) -> None:
 
 async def test_a_new_spool_is_not_strained(spool: Spool) -> None:
     assert not spool.strained
+
+
+async def test_stats_count_recipients_by_state(keeper: Spool, clock: ManualClock) -> None:
+    rows = [make_row(), make_row(1, state=State.SENDING, attempt=1)]
+    envelope = make_envelope()
+    await keeper.accept(envelope, CONTENT, rows)
+    assert (await keeper.stats()).depth == QueueDepth(queued=1, sending=1)
+    await keeper.settle(
+        settlement(envelope.message_id, [change(rows[0], State.HELD), change(rows[1], State.DEFERRED)], b"record")
+    )
+    clock.advance(1.1)
+    assert (await keeper.stats()).depth == QueueDepth(deferred=1, held=1)

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import aiohttp
 import pytest
 
 from dataplane.adapters.lkg import LastKnownGoodFiles, open_files
+from dataplane.agent import workers as agent_workers
 from dataplane.agent.enrollment import enroll
 from dataplane.agent.identity import IdentityError, load_identity
 from dataplane.agent.workers import hold_worker_lock
@@ -125,12 +127,15 @@ class PlayedWorker:
         self.denials_version = 0
         self.heard: list[Message] = []
         self.records = [b"record-1", b"record-2"]
+        self.pid = 1
+        self.enqueued = 7
+        self.mute = False
         self._changed = asyncio.Condition()
         self.link = AgentLink(Path(SOCKET_PATH), self._hello, self._on_message, lambda: None, lambda: 0.5, Log())
 
     async def _hello(self) -> WorkerHello:
         state = SpoolState(SPOOL, 1, 0, 1, len(self.records), 3)
-        return WorkerHello(self.index, 1, self.digest, self.denials_version, (state,) if self.index == 0 else ())
+        return WorkerHello(self.index, self.pid, self.digest, self.denials_version, (state,) if self.index == 0 else ())
 
     def _on_message(self, message: Message) -> None:
         self.heard.append(message)
@@ -141,8 +146,8 @@ class PlayedWorker:
                 self.apply_denials(message.version)
             case LedgerPull() if message.after < len(self.records):
                 self.link.send(LedgerRecords(SPOOL, 1, message.after + 1, self.records[message.after :]))
-            case StatusRequest():
-                sample = Sample("smtp_message_enqueued_total", (), 7)
+            case StatusRequest() if not self.mute:
+                sample = Sample("smtp_message_enqueued_total", (), self.enqueued)
                 self.link.send(WorkerStatus(message.number, False, 3, 1, (), (sample,)))
             case _:
                 pass
@@ -395,7 +400,34 @@ async def test_metrics_and_probes(node: Node) -> None:
     assert "smtp_message_enqueued_total 7.0" in metrics
     assert 'control_plane_connected_state{stream="config"} 1.0' in metrics
     assert "workers_connected 1.0" in metrics
-    assert 'tls_cert_expiry_days{certificate="node"}' in metrics
+    assert 'tls_certificate_days_left{certificate="node"}' in metrics
+    assert re.search(r"^tls_cert_expiry_days [0-9.]+$", metrics, re.MULTILINE)
+
+
+async def test_counters_go_on_from_where_a_worker_ended(node: Node) -> None:
+    async with node.agent() as port:
+        async with working(PlayedWorker()) as worker:
+            await worker.until(lambda message: isinstance(message, LedgerPull))
+            assert "smtp_message_enqueued_total 7.0" in (await fetch(port, "/metrics"))[1]
+        assert "smtp_message_enqueued_total 7.0" in (await fetch(port, "/metrics"))[1]
+        successor = PlayedWorker()
+        successor.pid, successor.enqueued = 2, 3
+        async with working(successor):
+            await successor.until(lambda message: isinstance(message, LedgerPull))
+            assert "smtp_message_enqueued_total 10.0" in (await fetch(port, "/metrics"))[1]
+
+
+async def test_a_worker_that_hangs_does_not_hang_the_scrape(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_workers, "STATUS_TIMEOUT_S", 0.05)
+    async with node.agent() as port, working(PlayedWorker()) as worker:
+        await worker.until(lambda message: isinstance(message, LedgerPull))
+        _, before = await fetch(port, "/metrics")
+        assert "workers_late 0.0" in before
+        worker.mute = True
+        async with asyncio.timeout(WAIT_S):
+            _, metrics = await fetch(port, "/metrics")
+    assert "smtp_message_enqueued_total 7.0" in metrics
+    assert "workers_late 1.0" in metrics
 
 
 async def test_enrolment_makes_a_key_here_and_keeps_the_certificate(node: Node, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from dataplane.adapters.spool_sqlite.codec import (
     message_checksum,
 )
 from dataplane.adapters.spool_sqlite.contents import ORPHAN_AGE_S, Contents
+from dataplane.adapters.spool_sqlite.depth import DepthCounter
 from dataplane.adapters.spool_sqlite.errors import translate
 from dataplane.adapters.spool_sqlite.group_commit import GroupCommit
 from dataplane.adapters.spool_sqlite.identity import lock_folder, read_identity, write_identity
@@ -108,6 +109,7 @@ class SqliteSpool:
         self._commits = GroupCommit(
             connections[0], identity.incarnation, clock, limits, self._note_failure, self._remove_files
         )
+        self._depth = DepthCounter(folder / schema.DATABASE, self.in_file_thread, clock)
         self._closing: asyncio.Task[None] | None = None
         self.salvage: SalvageReport | None = None
         self._sweeper = self._loop.create_task(self._sweep_hourly())
@@ -420,7 +422,9 @@ class SqliteSpool:
             raise self._give_up(apsw.CorruptError(str(error))) from error
 
     async def stats(self) -> SpoolStats:
-        """Counters as of the last commit."""
+        """Counters as of the last commit. Cancelling it changes nothing."""
+        self._check_open()
+        depth = await self._depth.count()
         oldest = self._read(self._reader.oldest)
         counters = self._commits.counters
         return SpoolStats(
@@ -433,6 +437,7 @@ class SqliteSpool:
             wal_bytes=self._commits.wal_bytes,
             commits=self._commits.commits,
             quarantined_count=self._commits.quarantined_count,
+            depth=depth,
         )
 
     def _read(self, query: Callable[..., Result], *arguments: object) -> Result:
