@@ -104,10 +104,10 @@ class WorkerSide:
         self._denials_news = asyncio.Event()
         self._commands: asyncio.Queue[RunCommand] = asyncio.Queue()
         self._status_requests: asyncio.Queue[int] = asyncio.Queue()
+        self._lags = {name: LedgerLag() for name in parts.spools}
         self.draining = False
 
     def attach(self, link: AgentLink, forwarder: RecordForwarder, runner: CommandRunner) -> None:
-        self._lags = {name: LedgerLag() for name in parts.spools}
         """Hand over what was made with this object; before anything runs."""
         self._link = link
         self._forwarder = forwarder
@@ -122,10 +122,10 @@ class WorkerSide:
             self._follow_denials(),
             self._run_commands(),
             self._report_status(),
+            self._watch_ledger(),
         ]
 
     # --- from the agent --------------------------------------------------------------------------------------
-            self._watch_ledger(),
 
     def received(self, message: Message) -> None:
         """A message of the agent."""
@@ -217,10 +217,6 @@ class WorkerSide:
             except SpoolError as error:
                 self._parts.log.warning("status.failed", error=str(error))
 
-    # --- to the agent ----------------------------------------------------------------------------------------
-
-    async def hello(self) -> WorkerHello:
-        """What this worker has in use and open."""
     async def _watch_ledger(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
@@ -230,6 +226,10 @@ class WorkerSide:
                     self._lags[name].note(stats.outbox_last, stats.acknowledged, loop.time())
             await asyncio.sleep(LEDGER_LOOK_S)
 
+    # --- to the agent ----------------------------------------------------------------------------------------
+
+    async def hello(self) -> WorkerHello:
+        """What this worker has in use and open."""
         parts = self._parts
         spools = [spool_state(spool, await spool.stats()) for spool in parts.spools.values()]
         return WorkerHello(parts.index, os.getpid(), parts.view.digest, parts.view.denials.version, tuple(spools))
@@ -257,10 +257,6 @@ class WorkerSide:
         yield Sample("spool_bytes", ("wal",), sum(each.wal_bytes for each in stats))
         yield Sample("spool_commits_total", (), sum(each.commits for each in stats))
         yield Sample("config_stale", (), float(self._parts.view.stale))
-
-    async def flush(self, timeout_s: float) -> None:
-        """Wait while the agent still takes records and there are some, at most `timeout_s`.
-
         now_s = asyncio.get_running_loop().time()
         yield Sample("ledger_lag_seconds", (), max((lag.age_s(now_s) for lag in self._lags.values()), default=0.0))
 
@@ -268,6 +264,10 @@ class WorkerSide:
         """Ledger records that the control plane has not stored yet, over all spools."""
         stats = [await spool.stats() for spool in self._parts.spools.values()]
         return sum(max(0, each.outbox_last - each.acknowledged) for each in stats)
+
+    async def flush(self, timeout_s: float) -> None:
+        """Wait while the agent still takes records and there are some, at most `timeout_s`.
+
         Cancellation leaves the rest for the next start.
         """
         try:
