@@ -122,6 +122,8 @@ class IngressSettings(_Section):
     connections_per_address: Annotated[int, Field(ge=1)] = 50
     connections: Annotated[int, Field(ge=1)] = 10_000
     content_bytes: Annotated[int, Field(ge=1024 * 1024)] = 256 * 1024 * 1024
+    # Above what is looked at of a header, or a content would go to its file before its header is known.
+    spill_bytes: Annotated[int, Field(ge=264 * 1024)] = 512 * 1024
     command_timeout_s: Seconds = 300.0
     command_before_auth_timeout_s: Seconds = 30.0
     handshake_timeout_s: Seconds = 30.0

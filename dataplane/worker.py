@@ -239,6 +239,7 @@ class _Worker:
             hostname=self._settings.hostname,
             random=os.urandom,
             max_content_bytes=bounds.content_bytes,
+            spill_bytes=bounds.spill_bytes,
         )
         ingress = Ingress(submission, self._tls(), _timeouts(bounds))
         sockets = [socket.socket(fileno=descriptor) for descriptor in listener_fds]

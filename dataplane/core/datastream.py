@@ -2,8 +2,9 @@
 
 Contract. `feed` takes octets as they come and returns None, or, once the end was seen, what came behind it. Only CR LF
 dot CR LF ends the content (RFC 5321, section 4.1.1.4); nothing else about a dot does. The result does not depend on
-how the octets were cut. Memory: the content, plus one unfinished line of at most 1,000 octets; content that has a
-problem is forgotten at once and the rest is read over until its end, or until `drain_bytes` above the limit.
+how the octets were cut. Memory: the content as far as nobody took it (`take`), plus one unfinished line of at most
+1,000 octets; content that has a problem is forgotten at once and the rest is read over until its end, or until
+`drain_bytes` above the limit.
 
 What is wrong is kept as `problem`, the first one found, and is told once, after the end of the data:
 
@@ -50,6 +51,7 @@ class ContentReader:
         "_discarding",
         "_drain_bytes",
         "_max_bytes",
+        "_taken_bytes",
         "problem",
         "received_bytes",
         "size_bytes",
@@ -61,6 +63,7 @@ class ContentReader:
         self._chunks: list[bytes] = []
         self._carry = b""
         self._discarding = False
+        self._taken_bytes = 0
         self.problem = Problem.NONE
         self.received_bytes = 0
         self.size_bytes = 0
@@ -73,7 +76,7 @@ class ContentReader:
     @property
     def held_bytes(self) -> int:
         """Octets of content in memory now."""
-        return 0 if self._discarding else self.size_bytes
+        return 0 if self._discarding else self.size_bytes - self._taken_bytes
 
     def feed(self, data: bytes) -> bytes | None:
         """Take octets; return None before the end of data, and what stands behind it after it."""
@@ -104,8 +107,14 @@ class ContentReader:
         self._discarding = True
         self._chunks.clear()
 
+    def take(self) -> list[bytes]:
+        """Return the whole lines that came so far, in pieces, and let go of them; `content` is the rest then."""
+        pieces, self._chunks = self._chunks, []
+        self._taken_bytes = self.size_bytes
+        return pieces
+
     def content(self) -> bytes:
-        """Return the content, joined once, with canonical line ends and without dot-stuffing."""
+        """Return the content that nobody took, joined once, with canonical line ends and without dot-stuffing."""
         chunks = self._chunks
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 

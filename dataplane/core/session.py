@@ -91,8 +91,12 @@ class Session(Dialog):
         """Octets of content in memory, for the worker's budget."""
         return len(self._content) if self._reader is None else self._reader.held_bytes
 
+    def take_pieces(self) -> list[bytes]:
+        """Return what came so far of the content being read, whole lines, and let go of it."""
+        return [] if self._reader is None else self._reader.take()
+
     def take_content(self) -> bytes:
-        """Return the complete message of a COMMIT and let go of it."""
+        """Return the message of a COMMIT, as far as its pieces were not taken, and let go of it."""
         content, self._content = self._content, b""
         return content
 

@@ -65,6 +65,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         "_progress",
         "_reading_paused",
         "_service",
+        "_spilling_bytes",
         "_submitter",
         "_tls",
         "_transport",
@@ -96,6 +97,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         self._progress = -1
         self._window_bytes = 0
         self._charged_bytes = 0
+        self._spilling_bytes = 0
         self._commit = 0
         self.session = Session(
             submitter,
@@ -239,7 +241,10 @@ class SmtpProtocol(asyncio.Protocol, Timed):
                 continue
             self._write()
             if action is Action.NONE:
-                self._charge(session.held_bytes)
+                held_bytes = session.held_bytes
+                self._charge(held_bytes)
+                if held_bytes > self._service.submission.spill_bytes and not self._spilling_bytes:
+                    self._spill()
                 self._await_octets()
                 return
             if action is Action.COMMIT:
@@ -262,7 +267,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
             self._close()
             return
         self._arm()
-        if not self._writing_paused:
+        if not self._writing_paused and not self._spilling_bytes:
             self._resume_reading()
 
     def _next_turn(self) -> None:
@@ -301,6 +306,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
             self._lost = True
             self._service.wheel.disarm(self)
             self._charge(0)
+            self._submitter.drop()
             if self.opened:
                 self._service.closed(self)
 
@@ -354,9 +360,43 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         self._service.counters.content_bytes += held_bytes - self._charged_bytes
         self._charged_bytes = held_bytes
         if held_bytes and self._service.over_budget:
-            self.session.shed(replies.OVERLOADED)
-            self._service.counters.content_bytes -= held_bytes
-            self._charged_bytes = 0
+            self._shed(replies.OVERLOADED)
+
+    def _shed(self, reply: Reply) -> None:
+        """Let go of the content that is coming; the client is told at its end."""
+        self.session.shed(reply)
+        self._submitter.drop()
+        self._service.counters.content_bytes -= self._charged_bytes
+        self._charged_bytes = 0
+
+    def _spill(self) -> None:
+        """Put what came of a large content into its file; nothing more is read before it is there."""
+        if not self._charged_bytes:
+            # It was let go of at this very moment.
+            return
+        session = self.session
+        try:
+            written = self._submitter.spill(session.take_pieces(), Hello(session.helo, session.esmtp, self._tls))
+        except Exception as error:  # noqa: BLE001 - as in _permit_at_once
+            written = replies.internal_error(self._submitter.failed(error))
+        if isinstance(written, Reply):
+            self._shed(written)
+            return
+        # These octets count until they are in the file, whatever becomes of the connection.
+        self._spilling_bytes, self._charged_bytes = self._charged_bytes, 0
+        self._pause_reading()
+        written.add_done_callback(partial(self._spilled, self._spilling_bytes))
+
+    def _spilled(self, size_bytes: int, written: asyncio.Future[None]) -> None:
+        self._service.counters.content_bytes -= size_bytes
+        self._spilling_bytes = 0
+        error = written.exception()
+        if self._lost or self._closing:
+            return
+        if error is not None:
+            self._shed(self._submitter.storage_refusal(error))
+        if self.session.action is Action.NONE:
+            self._react()
 
     # --- the commit ----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ configuration pinned at MAIL until the transaction ends, and looks at denials an
 
     login        same reply, same work for an unknown account, a wrong secret and a denied credential
     permit       what must be asked before the content comes: room now, token buckets from the limiter
+    spill        a content that gets too large for memory: checks its header, which has come by then, and begins a file
     accept       checks the content, builds the envelope, and lets the spool commit it; `answer` is called once, with
                  250 after the commit or with the refusal, whether or not the client is still there
 
@@ -29,7 +30,7 @@ from dataplane.core.address import Mailbox
 from dataplane.core.config import NodeSettings, Target
 from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
 from dataplane.core.headers import HeaderScan, Receipt, format_date, prepare, received_line, scan
-from dataplane.core.ids import format_message_id, new_message_id
+from dataplane.core.ids import MessageId, format_message_id, new_message_id
 from dataplane.core.policy import CompiledAccount, denied, secret_matches, split_username
 from dataplane.core.queue import State
 from dataplane.core.replies import Reply
@@ -44,6 +45,7 @@ from dataplane.ports import (
     ConfigView,
     EventLog,
     Handover,
+    Incoming,
     Limiter,
     Spool,
     SpoolError,
@@ -53,6 +55,8 @@ from dataplane.ports import (
 
 Answer = Callable[[Reply], None]
 _RANDOM_OCTETS = 10
+# Above this a content goes to its file; by then the header is there as far as `headers.scan` looks.
+SPILL_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class Submission:
     hostname: str
     random: Callable[[int], bytes]
     max_content_bytes: int
+    spill_bytes: int = SPILL_BYTES
 
     def submitter(self, address: str) -> Submitter:
         """Return the policy for a connection from this address."""
@@ -85,12 +90,29 @@ class Hello:
     tls: str
 
 
+@dataclass(slots=True)
+class _Large:
+    """A message whose content is on its way to a file."""
+
+    incoming: Incoming
+    message_id: MessageId
+    scanned: HeaderScan
+    header_message_id: str
+    body_8bit: bool
+
+    def write(self, content: bytes) -> asyncio.Future[None]:
+        """Append what came."""
+        self.body_8bit = self.body_8bit or not content.isascii()
+        return self.incoming.write(content)
+
+
 class Submitter:
     """Policy and use case of one connection."""
 
     __slots__ = (
         "_account_name",
         "_credential_name",
+        "_large",
         "_network_account",
         "_parameters",
         "_pinned",
@@ -114,6 +136,7 @@ class Submitter:
         self._sender = ""
         self._parameters = MailParameters()
         self._recipients: list[str] = []
+        self._large: _Large | None = None
         self._takes: tuple[Take, ...] = ()
         self._takes_for: NodeSettings | None = None
 
@@ -178,6 +201,8 @@ class Submitter:
         self._sender = ""
         if self._recipients:
             self._recipients = []
+        if self._large is not None:
+            self.drop()
 
     def forget(self) -> None:
         """Forget the login as well; what the client's network says stays."""
@@ -202,7 +227,7 @@ class Submitter:
     def refusal_before_data(self, declared_bytes: int) -> Reply | None:
         """Return why content of this size cannot come now, from memory."""
         shared = self._shared
-        if shared.counters.content_bytes + declared_bytes > shared.max_content_bytes:
+        if shared.counters.content_bytes + min(declared_bytes, shared.spill_bytes) > shared.max_content_bytes:
             return replies.OVERLOADED
         return None if shared.spool.has_room(declared_bytes) else replies.STORAGE_FULL
 
@@ -226,8 +251,41 @@ class Submitter:
 
     # --- the content ---------------------------------------------------------------------------------------------
 
+    def spill(self, pieces: Sequence[bytes], hello: Hello) -> asyncio.Future[None] | Reply:
+        """Put what came of a large content into its file; done when its memory is free, or the refusal.
+
+        The first time there must be more than `headers.MAX_HEADER_BYTES` of it.
+        """
+        content = b"".join(pieces)
+        large = self._large
+        if large is not None:
+            return large.write(content)
+        scanned = scan(content)
+        refusal = self._content_refusal(scanned)
+        if refusal is not None:
+            self._shared.counters.messages_refused += 1
+            return refusal
+        now_ms = self._shared.clock.wall_ms()
+        message_id = new_message_id(now_ms, self._shared.random(_RANDOM_OCTETS))
+        stored, header_message_id = self._complete(content, scanned, hello, now_ms, format_message_id(message_id))
+        incoming = self._shared.spool.receive(message_id)
+        self._large = _Large(incoming, message_id, scanned, header_message_id, not content.isascii())
+        return incoming.write(stored)
+
+    def drop(self) -> None:
+        """Forget what `spill` has put into a file."""
+        large, self._large = self._large, None
+        if large is not None:
+            large.incoming.discard()
+
     def accept(self, content: bytes, hello: Hello, answer: Answer) -> None:
-        """Check the message and store it; `answer` is called once, at once or after the commit."""
+        """Check the message and store it; `answer` is called once, at once or after the commit.
+
+        After `spill`, `content` is what came since.
+        """
+        if self._large is not None:
+            self._accept_large(self._large, content, hello, answer)
+            return
         scanned = scan(content)
         refusal = self._content_refusal(scanned)
         if refusal is not None:
@@ -247,26 +305,10 @@ class Submitter:
         shared = self._shared
         now_ms = shared.clock.wall_ms()
         message_id = new_message_id(now_ms, shared.random(_RANDOM_OCTETS))
-        body_8bit = self._parameters.body_8bit or not content.isascii()
         identifier = format_message_id(message_id)
         stored, header_message_id = self._complete(content, scanned, hello, now_ms, identifier)
-        envelope = Envelope(
-            message_id=message_id,
-            account=self._account_name,
-            account_uid=self._account().account.uid,
-            credential=self._credential_name,
-            sender=self._sender,
-            size_bytes=len(stored),
-            accepted_ms=now_ms,
-            session=self.session_id,
-            client_address=self.address,
-            client_helo=hello.helo,
-            client_tls=hello.tls,
-            header_message_id=header_message_id,
-            subject=scanned.subject,
-            smtputf8=self._parameters.smtputf8,
-            body_8bit=body_8bit,
-            headers=scanned.rule_values,
+        envelope = self._envelope(
+            message_id, len(stored), scanned, header_message_id, hello, now_ms, body_8bit=not content.isascii()
         )
         keys = self._queue_keys(envelope)
         if not any(keys):
@@ -278,6 +320,63 @@ class Submitter:
         future = shared.spool.accept(envelope, stored, rows)
         future.add_done_callback(
             partial(self._stored, envelope, identifier, stored if handed_over else b"", rows, answer)
+        )
+
+    def _accept_large(self, large: _Large, content: bytes, hello: Hello, answer: Answer) -> None:
+        """Store a message whose content is in its file but for the last piece; it is delivered from there."""
+        shared = self._shared
+        if content:
+            # Should this write fail, accepting fails with it.
+            large.write(content).add_done_callback(asyncio.Future.exception)
+        envelope = self._envelope(
+            large.message_id,
+            large.incoming.size_bytes,
+            large.scanned,
+            large.header_message_id,
+            hello,
+            shared.clock.wall_ms(),
+            body_8bit=large.body_8bit,
+        )
+        keys = self._queue_keys(envelope)
+        if not any(keys):
+            shared.counters.messages_refused += 1
+            answer(replies.NO_ROUTE)
+            return
+        rows, _ = self._rows(keys, envelope, in_memory=False)
+        failpoint("accept.received")
+        self._large = None
+        future = large.incoming.accept(envelope, rows)
+        identifier = format_message_id(large.message_id)
+        future.add_done_callback(partial(self._stored, envelope, identifier, b"", rows, answer))
+
+    def _envelope(
+        self,
+        message_id: MessageId,
+        size_bytes: int,
+        scanned: HeaderScan,
+        header_message_id: str,
+        hello: Hello,
+        now_ms: int,
+        *,
+        body_8bit: bool,
+    ) -> Envelope:
+        return Envelope(
+            message_id=message_id,
+            account=self._account_name,
+            account_uid=self._account().account.uid,
+            credential=self._credential_name,
+            sender=self._sender,
+            size_bytes=size_bytes,
+            accepted_ms=now_ms,
+            session=self.session_id,
+            client_address=self.address,
+            client_helo=hello.helo,
+            client_tls=hello.tls,
+            header_message_id=header_message_id,
+            subject=scanned.subject,
+            smtputf8=self._parameters.smtputf8,
+            body_8bit=self._parameters.body_8bit or body_8bit,
+            headers=scanned.rule_values,
         )
 
     def _complete(
@@ -323,7 +422,7 @@ class Submitter:
             return targets[0].provider if targets else ""
         return self._shared.handover.next_hop(self._account_name, targets)
 
-    def _rows(self, hops: list[str], envelope: Envelope) -> tuple[list[RecipientRow], bool]:
+    def _rows(self, hops: list[str], envelope: Envelope, *, in_memory: bool = True) -> tuple[list[RecipientRow], bool]:
         """Return the recipients as they are committed, and whether delivery takes them from memory.
 
         All or none: rows that are handed over are committed as `sending`, and one record tells of the message.
@@ -331,7 +430,7 @@ class Submitter:
         account = envelope.account
         keys = {hop: make_queue_key(account, hop) for hop in hops}
         admit = self._shared.handover.admit
-        handed_over = all(admit(envelope.size_bytes, key) for key in keys.values())
+        handed_over = in_memory and all(admit(envelope.size_bytes, key) for key in keys.values())
         state, attempt = (State.SENDING, 1) if handed_over else (State.QUEUED, 0)
         rows = [
             RecipientRow(index, address, state, attempt, envelope.accepted_ms, 0, keys[hop])
@@ -352,7 +451,7 @@ class Submitter:
         shared = self._shared
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
         if error is not None:
-            answer(self._storage_refusal(error))
+            answer(self.storage_refusal(error))
             return
         failpoint("accept.stored")
         shared.counters.messages_enqueued += 1
@@ -375,7 +474,8 @@ class Submitter:
         answer(replies.queued(identifier))
         failpoint("accept.answered")
 
-    def _storage_refusal(self, error: BaseException) -> Reply:
+    def storage_refusal(self, error: BaseException) -> Reply:
+        """Return what a client is told of a write that failed."""
         if isinstance(error, SpoolFullError):
             return replies.STORAGE_FULL
         if isinstance(error, SpoolError):

@@ -96,6 +96,26 @@ def test_garbage_is_answered_and_nothing_else(pieces: list[bytes], tls: bool, au
             assert line[3:4] in {b" ", b"-"}
 
 
+@given(CONTENT, st.lists(st.integers(0, 400), max_size=6), st.lists(st.booleans(), min_size=7, max_size=7))
+def test_taking_pieces_while_content_arrives_changes_nothing(
+    content: bytes, places: list[int], takes: list[bool]
+) -> None:
+    stream = content + b"\r\n.\r\nbehind"
+    reader = ContentReader(max_bytes=2_000, drain_bytes=100_000)
+    taken: list[bytes] = []
+    for piece, take in zip(split(stream, places), takes, strict=False):
+        if reader.feed(piece) is not None:
+            break
+        if take:
+            taken += reader.take()
+            assert reader.held_bytes == 0
+    body, problem, _ = read_plainly(stream, 2_000)
+    assert reader.problem is problem
+    if problem is Problem.NONE:
+        assert b"".join(taken) + reader.content() == body
+        assert reader.held_bytes == len(reader.content())
+
+
 @settings(max_examples=300)
 @given(CONTENT, st.lists(st.integers(0, 400), max_size=6))
 def test_the_content_reader_agrees_with_the_plain_reading_of_the_rules(content: bytes, places: list[int]) -> None:

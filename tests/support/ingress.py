@@ -20,7 +20,7 @@ from dataplane.ingress.admission import Admission
 from dataplane.ingress.counters import IngressCounters
 from dataplane.ingress.listeners import Ingress, Mode
 from dataplane.ingress.protocol import Timeouts
-from dataplane.ingress.submission import Submission
+from dataplane.ingress.submission import SPILL_BYTES, Submission
 from dataplane.ingress.tls import TlsHolder
 from dataplane.ports import Grant, Spool, Take
 
@@ -101,6 +101,16 @@ class Limits:
     takes: list[tuple[Take, ...]] = field(default_factory=list)
     gate: asyncio.Event | None = None
     asked: asyncio.Event = field(default_factory=asyncio.Event)
+    refunds: list[tuple[Take, ...]] = field(default_factory=list)
+
+    def ask(self, takes: Sequence[Take]) -> asyncio.Future[Grant]:
+        if self.gate is not None:
+            return asyncio.ensure_future(self.take(takes))
+        answer: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        self.takes.append(tuple(takes))
+        self.asked.set()
+        answer.set_result(self.grant)
+        return answer
 
     async def take(self, takes: Sequence[Take]) -> Grant:
         self.takes.append(tuple(takes))
@@ -108,6 +118,15 @@ class Limits:
         if self.gate is not None:
             await self.gate.wait()
         return self.grant
+
+    def refund(self, takes: Sequence[Take]) -> None:
+        self.refunds.append(tuple(takes))
+
+    async def hold(self, slots: Sequence[Slot]) -> Grant:
+        return self.grant
+
+    def release(self, slots: Sequence[Slot]) -> None:
+        return
 
     async def close(self) -> None:
         return
@@ -244,6 +263,7 @@ def make_node(
     networks: Sequence[str] = ("127.0.0.0/8",),
     admission: Admission | None = None,
     max_content_bytes: int = 268_435_456,
+    spill_bytes: int = SPILL_BYTES,
     timeouts: Timeouts | None = None,
 ) -> Node:
     """Everything but sockets; clients of `networks` may send for the account without AUTH."""
@@ -265,6 +285,7 @@ def make_node(
         hostname=HOSTNAME,
         random=os.urandom,
         max_content_bytes=max_content_bytes,
+        spill_bytes=spill_bytes,
     )
     ingress = Ingress(submission, tls, timeouts or Timeouts())
     return Node(ingress, config, spool, limiter, delivery, clock, log, admission, counters)

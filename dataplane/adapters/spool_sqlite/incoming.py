@@ -115,6 +115,7 @@ class SqliteIncoming:
         "_state",
         "_waiting",
         "_working",
+        "_writing",
         "checksum",
         "message_id",
         "size_bytes",
@@ -130,7 +131,9 @@ class SqliteIncoming:
         self._state = _State.OPEN if refusal is None else _State.ENDED
         self._error = refusal or SpoolError("the content was ended")
         self._gathered: list[bytes] = []
+        # Who waits for pieces that gathered, and for those that a job holds.
         self._waiting: list[asyncio.Future[None]] = []
+        self._writing: list[asyncio.Future[None]] = []
         self._working = False
 
     def write(self, chunk: bytes) -> asyncio.Future[None]:
@@ -175,6 +178,7 @@ class SqliteIncoming:
             return
         self._working = True
         pieces, self._gathered = self._gathered, []
+        self._writing, self._waiting = self._waiting, []
         if self._state is _State.ENDING:
             self._host.in_file_thread(self._file.complete, pieces).add_done_callback(self._completed)
         elif self._state is _State.OPEN:
@@ -184,45 +188,53 @@ class SqliteIncoming:
             self._host.in_file_thread(self._file.remove).add_done_callback(asyncio.Future.exception)
 
     def _appended(self, job: asyncio.Future[None]) -> None:
-        """Pieces are in the file. Those that gathered meanwhile are told with them: their memory is freed next."""
         self._working = False
         failpoint("spool.content_appended")
         error = job.exception()
-        if error is not None and self._state is not _State.ENDED:
-            self._end(content_error(error))
+        if self._state is _State.ENDED:
+            _tell(self._writing, self._error)
+        elif error is not None:
+            self._fail(error)
             return
-        if not self._gathered:
-            self._tell_waiting(None)
+        else:
+            _tell(self._writing, None)
         self._work()
 
     def _completed(self, job: asyncio.Future[int]) -> None:
         self._working = False
         error = job.exception()
         if error is not None:
-            self._end(content_error(error))
+            self._fail(error)
             return
         self.checksum = job.result()
         self._state = _State.ENDED
-        self._tell_waiting(None)
+        _tell(self._writing, None)
         self._host.content_ended(self, None)
 
+    def _fail(self, error: BaseException) -> None:
+        writing = self._writing
+        self._end(content_error(error))
+        _tell(writing, self._error)
+
     def _end(self, error: SpoolError) -> None:
+        """No more of it: what gathered is let go, what a job holds when it is over."""
         self._error = error
         self._state = _State.ENDED
         self._gathered.clear()
-        self._tell_waiting(error)
+        waiting, self._waiting = self._waiting, []
+        _tell(waiting, error)
         self._host.content_ended(self, error)
         self._work()
 
-    def _tell_waiting(self, error: SpoolError | None) -> None:
-        waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(_copy(error))
+
+def _tell(waiting: list[asyncio.Future[None]], error: SpoolError | None) -> None:
+    for future in waiting:
+        if future.done():
+            continue
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(_copy(error))
 
 
 def content_error(error: BaseException) -> SpoolError:
