@@ -22,6 +22,7 @@ from pathlib import Path
 
 from dataplane.process import Child
 from dataplane.settings import Settings, SettingsError, load_settings, redacted
+from dataplane.settings_handover import read_handed
 from dataplane.telemetry import configure_logging, get_logger
 
 EXIT_UNAVAILABLE = 69
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code."""
     parsed = _parser().parse_args(arguments)
     try:
-        settings = load_settings(parsed.config)
+        settings = load_settings(parsed.config) if parsed.settings_fd < 0 else read_handed(parsed.settings_fd)
     except SettingsError as error:
         return _fail(str(error), EXIT_CONFIG)
     command: Callable[[argparse.Namespace, Settings], int] = parsed.run
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         # argparse shows a command only when it has a help text.
         made = commands.add_parser(name, help=text) if text else commands.add_parser(name)
         made.add_argument("--config", type=Path, help="node.yaml, or the folder it lies in")
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, settings_fd=-1)
         return made
 
     add("run", _run, "start the node")
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     enroll.add_argument("--server", help="host:port of the control plane's public port")
     enroll.add_argument("--ca-file", type=Path, help="the CA of the public port's certificate")
     for child in (add("agent", _agent, None), add("worker", _worker, None)):
+        child.add_argument("--settings-fd", type=int, default=-1)
         child.add_argument("--lifeline-fd", type=int, default=-1)
         child.add_argument("--ready-fd", type=int, default=-1)
         child.add_argument("--parent-pid", type=int, default=0)
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         child.add_argument("--index", type=int, default=0)
         child.add_argument("--spools", type=_comma_separated, default=[])
         child.add_argument("--listener-fds", type=_numbers, default=[])
+        child.add_argument("--counts-fd", type=int, default=-1)
     return parser
 
 
@@ -87,22 +90,24 @@ def _check_config(parsed: argparse.Namespace, settings: Settings) -> int:
 
 
 def _run(parsed: argparse.Namespace, settings: Settings) -> int:
-    from dataplane.supervisor import EXIT_NOT_ENROLLED, Supervisor, SupervisorError, lock_data_dir, prepare_data_dir
+    from dataplane.data_dir import DataDirError, lock_data_dir, prepare_data_dir
+    from dataplane.listening_sockets import PortTakenError
+    from dataplane.supervisor import Supervisor
 
     config_file = parsed.config.absolute() if parsed.config is not None else None
     try:
         prepare_data_dir(settings.data_dir)
         lock_data_dir(settings.data_dir)
-    except (SupervisorError, OSError) as error:
+    except (DataDirError, OSError) as error:
         return _fail(str(error), EXIT_UNAVAILABLE)
     if not (settings.data_dir / "identity" / "certificate.pem").is_file():
-        return _fail("this node is not enrolled: run `postroad-node enroll --token …`", EXIT_NOT_ENROLLED)
+        return _fail("this node is not enrolled: run `postroad-node enroll --token …`", EXIT_CONFIG)
     configure_logging(settings.log_level, "supervisor")
     here = Path.cwd()
     os.chdir(settings.data_dir)
     try:
         return Supervisor(settings, here, config_file, get_logger("supervisor")).run()
-    except (SupervisorError, OSError) as error:
+    except (PortTakenError, OSError) as error:
         return _fail(str(error), EXIT_UNAVAILABLE)
 
 
@@ -163,7 +168,7 @@ def _serve(
 
     cannot_begin: tuple[type[Exception], ...] = (OSError, *expected)
     os.chdir(settings.data_dir)
-    child = Child(parsed.lifeline_fd, parsed.ready_fd, parsed.parent_pid)
+    child = Child(parsed.lifeline_fd, parsed.ready_fd, parsed.parent_pid, parsed.settings_fd, parsed.counts_fd)
 
     async def tied() -> None:
         child.tie()

@@ -18,6 +18,7 @@ from pathlib import Path
 import grpc.aio
 
 from dataplane.adapters.bundle_check import check_bundles
+from dataplane.adapters.bundle_codec import decode_settings
 from dataplane.adapters.lkg import LastKnownGoodFiles, open_files
 from dataplane.agent.applied import WorkerTable
 from dataplane.agent.channel import open_channel
@@ -31,11 +32,15 @@ from dataplane.agent.stream import ConfigStream
 from dataplane.agent.stream_machine import NodeFacts, StreamMachine
 from dataplane.agent.workers import WorkerHub
 from dataplane.clock import SystemClock
-from dataplane.lifecycle import StopSignals
+from dataplane.core.config import NodeSettings
+from dataplane.lifecycle import ProcessSignals
 from dataplane.link import SOCKET_PATH
+from dataplane.live_settings import wished_log_level
 from dataplane.ports import EventLog
 from dataplane.process import Child
-from dataplane.settings import Settings
+from dataplane.settings import Settings, SettingsError
+from dataplane.telemetry import set_log_level
+from postroad.config.v1.bundle_pb2 import BUNDLE_KIND_NODE_SETTINGS
 from postroad.config.v1.denials_pb2 import DenialSet
 
 
@@ -48,7 +53,7 @@ class _Held:
 
 async def run_agent(settings: Settings, worker_count: int, child: Child, log: EventLog) -> None:
     """Serve until SIGTERM. IdentityError, StoreError and OSError when it cannot begin."""
-    stop = StopSignals()
+    signals = ProcessSignals()
     clock = SystemClock()
     data_dir = Path()
     identity = load_identity(data_dir)
@@ -59,7 +64,9 @@ async def run_agent(settings: Settings, worker_count: int, child: Child, log: Ev
     facts = NodeFacts(identity.node, str(uuid.uuid4()), version("postroad"))
     machine = StreamMachine(facts, held.config, held.denials, table)
     hub = WorkerHub(Path(SOCKET_PATH), table, log)
-    agent = NodeAgent(hub, machine, clock)
+    level = _LogLevel(settings)
+    level.config_changed(held.config)
+    agent = NodeAgent(hub, machine, clock, level.config_changed)
 
     def channel() -> grpc.aio.Channel:
         # Read anew each time: the node may have been enrolled again.
@@ -78,14 +85,39 @@ async def run_agent(settings: Settings, worker_count: int, child: Child, log: Ev
     port = await metrics.start()
     try:
         async with asyncio.TaskGroup() as group:
-            services = [group.create_task(config.run()), group.create_task(ledger.run())]
+            work = (config.run(), ledger.run(), level.follow(child, signals))
+            services = [group.create_task(each) for each in work]
             child.report_ready({"metrics": {"address": settings.metrics.address, "port": port}})
-            await stop.drain.wait()
+            await signals.drain.wait()
             for service in services:
                 service.cancel()
     finally:
         await metrics.stop()
         await hub.stop()
+
+
+class _LogLevel:
+    """The level of this process's log: as the pool's settings say, else the node's own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._node = NodeSettings()
+
+    def config_changed(self, held: HeldConfig) -> None:
+        """The node holds this now."""
+        bundles = (bundle for bundle in held.bundles.values() if bundle.kind == BUNDLE_KIND_NODE_SETTINGS)
+        bundle = next(bundles, None)
+        self._node = NodeSettings() if bundle is None else decode_settings(bundle)
+        set_log_level(wished_log_level(self._settings, self._node))
+
+    async def follow(self, child: Child, signals: ProcessSignals) -> None:
+        """Take over the node's settings at each SIGHUP; what is being replaced this moment comes with the next."""
+        while True:
+            await signals.reload.wait()
+            signals.reload.clear()
+            with contextlib.suppress(SettingsError):
+                self._settings = child.settings() or self._settings
+                set_log_level(wished_log_level(self._settings, self._node))
 
 
 def _read_held(files: LastKnownGoodFiles, log: EventLog) -> _Held:

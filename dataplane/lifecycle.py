@@ -1,10 +1,10 @@
-"""How a process of the node hears that it must end, and what it says while something is still held.
+"""How a process of the node hears what it must do, how long a drain may take, and what is said while it does.
 
-`StopSignals`: the first SIGTERM or SIGINT asks for a drain, the second one for haste, and so does SIGUSR1, which the
-supervisor sends because two signals of one number may arrive as one; both are events to wait
-for. `report_held` says every 15 s what still holds a drain up, by label. `die_with_parent` and
-`watch_lifeline` end a child whose supervisor is gone, however it went: the kernel's signal where there is
-one, and in any case the end of a pipe that only the supervisor holds the other end of.
+`ProcessSignals`: the first SIGTERM or SIGINT asks for a drain, the second one for haste, and so does SIGUSR1, which the
+supervisor sends because two signals of one number may arrive as one; SIGHUP asks to look at the settings again. All
+three are events to wait for. `DrainPlan` divides the time of a drain. `report_held` says every 15 s what still holds a
+drain up, by label. `die_with_parent` and `watch_lifeline` end a child whose supervisor is gone, however it went: the
+kernel's signal where there is one, and in any case the end of a pipe that only the supervisor holds the other end of.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple, Self
 
 from dataplane.ports import EventLog
 
@@ -23,16 +24,45 @@ _PR_SET_PDEATHSIG = 1
 _ORPHANED = 70
 
 
-class StopSignals:
-    """SIGTERM and SIGINT as events of the running loop."""
+# Long enough for a batch to be stored and acknowledged when everything is there, short beside the drain's deadline.
+_LEDGER_S = 5.0
+
+
+class DrainPlan(NamedTuple):
+    """Seconds from the beginning of a drain until each part must have come to its end.
+
+    Sessions get a half at most, deliveries what is left of three quarters; then the ledger gets its turn. A worker that
+    is not through by then is killed, which its spool can stand, and the agent has time to end before the node must.
+    """
+
+    sessions_s: float
+    deliveries_s: float
+    ledger_s: float
+    workers_killed_s: float
+    node_s: float
+
+    @classmethod
+    def of(cls, timeout_s: float) -> Self:
+        """The plan of a drain that must be over after `timeout_s`."""
+        ledger_s = 0.9 * timeout_s
+        deliveries_s = ledger_s - min(_LEDGER_S, timeout_s / 5)
+        return cls(0.5 * timeout_s, deliveries_s, ledger_s, 0.95 * timeout_s, timeout_s)
+
+
+class ProcessSignals:
+    """Signals as events of the running loop."""
 
     def __init__(self) -> None:
         self.drain = asyncio.Event()
         self.hurry = asyncio.Event()
+        self.reload = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._received)
         loop.add_signal_handler(signal.SIGUSR1, self._hurried)
+        loop.add_signal_handler(signal.SIGHUP, self.reload.set)
+        # The supervisor starts us with it held back, so that none comes before there is a handler.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
     def _received(self) -> None:
         (self.hurry if self.drain.is_set() else self.drain).set()
@@ -43,12 +73,13 @@ class StopSignals:
 
 
 async def report_held(
-    held: Callable[[], Mapping[str, int]], log: EventLog, interval_s: float = HELD_REPORT_INTERVAL_S
+    held: Callable[[], Awaitable[Mapping[str, int]]], log: EventLog, interval_s: float = HELD_REPORT_INTERVAL_S
 ) -> None:
     """Log what `held` counts every `interval_s`, until cancelled; labels with nothing held are left out."""
     while True:
         await asyncio.sleep(interval_s)
-        log.info("drain.waiting", **{label: count for label, count in held().items() if count})
+        counts = await held()
+        log.info("drain.waiting", **{label: count for label, count in counts.items() if count})
 
 
 def die_with_parent(parent_pid: int) -> None:

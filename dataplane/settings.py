@@ -26,6 +26,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     SecretStr,
+    SerializationInfo,
     ValidationError,
     model_validator,
 )
@@ -40,13 +41,17 @@ class SettingsError(Exception):
     """The settings cannot be used; the text says where and why."""
 
 
-def _without_password(url: SecretStr) -> str:
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url.get_secret_value())
+# The context of a dump that is not for people: secrets stand in it.
+SECRETS_SHOWN: dict[str, bool] = {"secrets": True}
 
 
-def _hidden(secret: SecretStr) -> str:
-    del secret
-    return "***"
+def _without_password(url: SecretStr, info: SerializationInfo) -> str:
+    text = url.get_secret_value()
+    return text if info.context == SECRETS_SHOWN else re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", text)
+
+
+def _hidden(secret: SecretStr, info: SerializationInfo) -> str:
+    return secret.get_secret_value() if info.context == SECRETS_SHOWN else "***"
 
 
 def _is_address(text: str) -> str:
@@ -140,7 +145,8 @@ class Settings(BaseSettings):
 
     data_dir: Path
     hostname: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]{1,253}$", default_factory=socket.getfqdn)]
-    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    # 0: one for each core that the node may use.
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
     control_plane: ControlPlaneSettings = ControlPlaneSettings()
     listeners: tuple[ListenerSettings, ...] = (ListenerSettings(port=2587, mode="starttls"),)
     tls: TlsSettings | None = None
@@ -190,14 +196,18 @@ class Settings(BaseSettings):
 _FOLDER = "_relative_to"
 
 
-def load_settings(path: Path | None = None) -> Settings:
-    """The settings in force; SettingsError when there are none or they are wrong."""
-    file = _find_file(path)
+def load_settings(path: Path | None = None, here: Path | None = None) -> Settings:
+    """The settings that stand in file and environment; SettingsError when there are none or they are wrong.
+
+    Relative names of files are meant from `here`, the current folder unless given.
+    """
+    here = Path.cwd() if here is None else here
+    file = _find_file(path, here)
     values = {} if file is None else _read_file(file)
     unknown = sorted(set(_unknown_variables(os.environ)))
     if unknown:
         raise SettingsError(f"environment: no such setting: {', '.join(unknown)}")
-    folder = Path.cwd() if file is None else file.absolute().parent
+    folder = here if file is None else file.parent
     try:
         return Settings(**{**values, _FOLDER: folder})
     except ValidationError as error:
@@ -214,13 +224,13 @@ def setting_names() -> list[str]:
     return sorted(_names(Settings, ""))
 
 
-def _find_file(path: Path | None) -> Path | None:
+def _find_file(path: Path | None, here: Path) -> Path | None:
     if path is not None:
-        return _existing(path, "--config")
+        return _existing(here / path, "--config")
     named = os.environ.get("POSTROAD_CONFIG")
     if named:
-        return _existing(Path(named), "$POSTROAD_CONFIG")
-    for folder in (Path(), SYSTEM_FOLDER):
+        return _existing(here / named, "$POSTROAD_CONFIG")
+    for folder in (here, SYSTEM_FOLDER):
         if (folder / FILE_NAME).is_file():
             return folder / FILE_NAME
     return None

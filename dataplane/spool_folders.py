@@ -1,37 +1,38 @@
 """Which spools a node has, which worker owns which, and which are set aside.
 
-A spool is a folder `spool/<uuid>/`. Their number is fixed when the first one is made: one a worker. When there are more
-spools than workers later, some workers own several; when there are fewer, there are only as many workers as spools. A
-folder with a file `quarantined` in it is set aside until the node starts again; one with a file `refused` came back
-older than the control plane knew it, and nothing is sent from it until it is accepted.
+A spool is a folder `spool/<uuid>/`, and their number never shrinks. Each worker takes mail into one of them; what is
+missing for that is made at the node's start. When there are more spools than workers, some workers own several: the
+first takes mail, the others only deliver what they hold and wait to be needed again.
+
+    file in the folder   meaning                                                 until
+    quarantined          its worker ended three times within seconds of a start  the node starts again
+    refused              came back older than the control plane knew it          the control plane accepts it
 """
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from dataplane.files import write_durably
+from dataplane.files import sync_folder, write_durably
 
 QUARANTINE_FILE = "quarantined"
 REFUSED_FILE = "refused"
 
 
 def assign_spools(folder: Path, worker_count: int) -> list[list[str]]:
-    """Names of the spools of each worker, at least one each; makes the folders at the node's first start."""
-    names = sorted(_spool_names(folder)) if folder.is_dir() else []
-    if not names:
-        names = sorted(str(uuid.uuid4()) for _ in range(worker_count))
-        # All of them or none: a node killed half-way must not be left with fewer for ever.
-        made = folder.with_name(f"{folder.name}.new")
-        shutil.rmtree(made, ignore_errors=True)
-        for name in names:
-            (made / name).mkdir(mode=0o700, parents=True)
-        made.replace(folder)
-    workers = min(worker_count, len(names))
-    return [names[index::workers] for index in range(workers)]
+    """Names of the spools of each worker, the one that takes mail first; makes those that are missing. OSError."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    names = list(_spool_names(folder))
+    while len(names) < worker_count:
+        names.append(str(uuid.uuid4()))
+        (folder / names[-1]).mkdir(mode=0o700)
+    # What is answered 250 must not lie in a folder that a loss of power takes back.
+    sync_folder(folder)
+    sync_folder(folder.parent)
+    names.sort(key=lambda name: (is_refused(folder / name), name))
+    return [names[index::worker_count] for index in range(worker_count)]
 
 
 def quarantine_spool(spool: Path, reason: str) -> None:

@@ -1,25 +1,30 @@
 """The first process of a node: opens the listening sockets, starts the others, keeps them running, ends them in order.
 
 It knows neither gRPC nor mail, so that nothing in those can take it down. Inputs are the settings; outputs are the
-processes, `run/ready.json` (rewritten whenever a process comes or goes) and a line `node.ready` on standard output
-whenever every process has come to serve, one `node.draining` when it begins to end. It ends with
+processes, `run/ready.json` (rewritten whenever a process comes or goes) and lines on standard output: `node.ready`
+whenever every process has come to serve, `node.reloaded` after a SIGHUP, `node.draining` when it begins to end. It ends
+with
 
     0   drained
     1   a child could not be drained in time and was killed
-    69  the data directory is another node's or lies too deep, or a port is taken: nothing was started
-    78  the node is not enrolled
+    69  a port is taken: nothing was started
 
-What each child is given: its listening sockets, a lifeline (a pipe that ends when we end) and a pipe to say that it is
-ready. A child that ends is started again after a wait that doubles from 0.1 s to 10 s; a worker that ended three times
-within 30 s of its start has its spool quarantined and is left out, unless it is the only one. A full disk, or a system
-out of processes or descriptors, ends nothing that runs: what could not be written or started is tried again. SIGTERM
-asks the workers to drain, then the agent to end, so that the ledger gets out; a second SIGTERM makes them hurry.
+What each child is given: the settings in force, its listening sockets, a lifeline (a pipe that ends when we end) and a
+pipe to say that it is ready. A child that ends is started again after a wait that doubles from 0.1 s to 10 s. A worker
+that ended three times within 30 s of its start has its spools quarantined and is left out, unless it is the only one;
+who waits in its listening sockets is answered 421, and the sockets are closed so that nobody new falls to them. A full
+disk, or a system out of processes or descriptors, ends nothing that runs: what could not be written or started is tried
+again.
+
+    SIGHUP           reads the settings again and has what may change taken over; a file that cannot be used is reported
+    SIGTERM, SIGINT  asks the workers to drain, then the agent to end, so that the ledger gets out; all within
+                     `drain_timeout_s`
+    a second one     makes them hurry
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import selectors
@@ -34,31 +39,27 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+from dataplane.core import replies
+from dataplane.cores import available_cores
+from dataplane.descriptors import raise_descriptor_limit
+from dataplane.ingress.address_counts import AddressCounts
+from dataplane.lifecycle import HELD_REPORT_INTERVAL_S, DrainPlan
+from dataplane.listening_sockets import bind_listeners, turn_away
 from dataplane.ports import EventLog
 from dataplane.restarts import Restarts
-from dataplane.settings import ListenerSettings, Settings
+from dataplane.settings import Settings, SettingsError, load_settings
+from dataplane.settings_handover import HandedSettings, anonymous_file, take_over
 from dataplane.spool_folders import assign_spools, lift_quarantines, quarantine_spool
+from dataplane.telemetry import set_log_level
 
 EXIT_UNDRAINED = 1
-EXIT_UNAVAILABLE = 69
-EXIT_NOT_ENROLLED = 78
 
 READY_FILE = Path("run") / "ready.json"
-PORT_WAIT_S = 3.0
-HELD_REPORT_INTERVAL_S = 15.0
-AGENT_STOP_S = 10.0
+MAX_WORKERS = 256
 # After this what the system refused is tried again: a process, a line on a full disk.
 AGAIN_S = 1.0
-# Workers end by themselves at the drain's deadline; this is for one that does not.
-KILL_GRACE_S = 5.0
-# SQLite opens no file whose path is longer than 504 bytes; below the data directory come the spool, its quarantine and
-# the database's name.
-LONGEST_DATA_DIR_BYTES = 400
-_BACKLOG = 1024
-
-
-class SupervisorError(Exception):
-    """The node cannot start; the text says what to do."""
+# What the agent gets to end in any case: it only closes streams.
+AGENT_STOP_S = 1.0
 
 
 @dataclass(slots=True)
@@ -79,106 +80,21 @@ class Child:
     given_up: bool = False
 
 
-def bind_listeners(listeners: Sequence[ListenerSettings], worker_count: int) -> list[list[socket.socket]]:
-    """For each worker a socket for each listener, listening on the same ports. SupervisorError for a port that is
-    taken.
-
-    With SO_REUSEPORT a second node of the same user would share a port in silence, so each port is first bound without.
-    A port may be held for a moment by a node that was just killed: worth a wait of a few seconds.
-    """
-    by_worker: list[list[socket.socket]] = [[] for _ in range(worker_count)]
-    for listener in listeners:
-        try:
-            for sockets, bound in zip(by_worker, _bind_shared(listener, worker_count), strict=True):
-                sockets.append(bound)
-        except OSError as error:
-            for bound in (bound for sockets in by_worker for bound in sockets):
-                bound.close()
-            raise SupervisorError(
-                f"cannot listen on {listener.address} port {listener.port}: {error.strerror}: stop what uses it, or "
-                "change `listeners`"
-            ) from error
-    return by_worker
-
-
-def _bind_shared(listener: ListenerSettings, count: int) -> list[socket.socket]:
-    if listener.port:
-        _probe(listener.address, listener.port)
-    bound: list[socket.socket] = []
-    port = listener.port
-    try:
-        for _ in range(count):
-            bound.append(_socket_for(listener.address))
-            bound[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            bound[-1].bind((listener.address, port))
-            bound[-1].listen(_BACKLOG)
-            port = bound[-1].getsockname()[1]
-    except OSError:
-        for one in bound:
-            one.close()
-        raise
-    return bound
-
-
-def _socket_for(address: str) -> socket.socket:
-    made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-    # Connections of the node before us that are still closing must not keep us out.
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if ":" in address:
-        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    return made
-
-
-def _probe(address: str, port: int) -> None:
-    give_up_at = time.monotonic() + PORT_WAIT_S
-    while True:
-        with _socket_for(address) as probe:
-            try:
-                probe.bind((address, port))
-                probe.listen(1)
-            except OSError:
-                if time.monotonic() >= give_up_at:
-                    raise
-            else:
-                return
-        time.sleep(0.1)
-
-
-def prepare_data_dir(data_dir: Path) -> None:
-    """Make the folders that every process of the node expects. OSError; SupervisorError when the path is too long."""
-    length = len(os.fsencode(data_dir.resolve()))
-    if length > LONGEST_DATA_DIR_BYTES:
-        raise SupervisorError(
-            f"the path of {data_dir} has {length} bytes, and the spool's files below it can be opened up to "
-            f"{LONGEST_DATA_DIR_BYTES}: choose a shorter data_dir"
-        )
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in ("run", "last-known-good", "identity"):
-        (data_dir / name).mkdir(mode=0o700, exist_ok=True)
-
-
-def lock_data_dir(data_dir: Path) -> int:
-    """Lock the data directory for this process; returns the descriptor that holds it. SupervisorError when taken."""
-    descriptor = os.open(data_dir / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise SupervisorError(
-            f"{data_dir} is in use by another node: give each its own data_dir, or stop the other one"
-        ) from error
-    return descriptor
-
-
 class Supervisor:
-    """See the module. The current directory must be the data directory, and locked."""
+    """See the module. The current directory must be the data directory, and locked.
+
+    `config_file` and `folder` are what the settings were read with: they are read so again.
+    """
 
     def __init__(self, settings: Settings, folder: Path, config_file: Path | None, log: EventLog) -> None:
-        self._settings = settings
-        # Children read the settings as we did: the same file, and paths relative to the same folder.
+        self._settings = _effective(settings)
         self._folder = folder
         self._config_file = config_file
         self._log = log
+        self._handed = HandedSettings(self._settings)
+        self._counts_descriptor = anonymous_file("postroad-address-counts")
+        self._counts = AddressCounts.create(self._counts_descriptor, self._settings.workers)
+        self._reload_requested = False
         self._selector = selectors.DefaultSelector()
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._stop_requests = 0
@@ -189,12 +105,14 @@ class Supervisor:
         self._ports: list[int] = []
 
     def run(self) -> int:
-        """Start everything, keep it running until SIGTERM, end it; returns the exit code. SupervisorError before a
-        start.
+        """Start everything, keep it running until SIGTERM, end it; returns the exit code. PortTakenError and OSError
+        before a start.
         """
+        raise_descriptor_limit(self._log)
         spools = assign_spools(Path("spool"), self._settings.workers)
-        if len(spools) < self._settings.workers:
-            self._log.info("workers.limited", workers=len(spools), reason="a worker needs a spool of its own")
+        for names in spools:
+            for name in names[1:]:
+                self._log.info("spool.delivers_only", spool=name, reason="there are more spools than workers")
         for folder in lift_quarantines(Path("spool")):
             self._log.info("spool.quarantine_lifted", spool=folder)
         sockets = bind_listeners(self._settings.listeners, len(spools))
@@ -222,8 +140,29 @@ class Supervisor:
                     self._try_to_start(child)
             self._wait(self._until_next_look(now))
             self._reap(restart=True)
+            if self._reload_requested:
+                self._reload()
             if self._unpublished:
                 self._write_ready()
+
+    def _reload(self) -> None:
+        """Read the settings again; what may change is handed to every process, what cannot be used changes nothing."""
+        self._reload_requested = False
+        try:
+            read = _effective(load_settings(self._config_file, self._folder))
+            taken = take_over(self._settings, read)
+            self._handed.put(taken.settings)
+        except (SettingsError, OSError) as error:
+            self._log.warning("settings.not_reloaded", error=str(error))
+            _say({"event": "node.reloaded", "ok": False})
+            return
+        self._settings = taken.settings
+        set_log_level(taken.settings.log_level)
+        self._log.info("settings.reloaded", changed=taken.changed)
+        if taken.kept:
+            self._log.warning("settings.need_restart", settings=taken.kept)
+        self._signal(self._children, signal.SIGHUP)
+        _say({"event": "node.reloaded", "ok": True})
 
     def _until_next_look(self, now: float) -> float | None:
         due = [child.start_due for child in self._children if child.process is None and child.start_due is not None]
@@ -241,14 +180,17 @@ class Supervisor:
 
     def _start(self, child: Child) -> None:
         ready_read, ready_write = os.pipe()
-        inherited = [self._lifeline_read, ready_write, *(bound.fileno() for bound in child.sockets)]
-        command = [sys.executable, "-m", "dataplane", *child.arguments]
-        if self._config_file is not None:
-            command += ["--config", str(self._config_file)]
+        settings = self._handed.descriptor
+        inherited = [self._lifeline_read, ready_write, settings, *(bound.fileno() for bound in child.sockets)]
+        command = [sys.executable, "-m", "dataplane", *child.arguments, "--settings-fd", str(settings)]
         command += ["--lifeline-fd", str(self._lifeline_read), "--ready-fd", str(ready_write)]
         command += ["--parent-pid", str(os.getpid())]
         if child.sockets:
             command += ["--listener-fds", ",".join(str(bound.fileno()) for bound in child.sockets)]
+            command += ["--counts-fd", str(self._counts_descriptor)]
+            inherited.append(self._counts_descriptor)
+        # Held back in the child, too, until it has a handler: a SIGHUP that came sooner would end it.
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         # A process group of its own: Ctrl-C in a terminal is ours to turn into an orderly drain.
         try:
             child.process = subprocess.Popen(
@@ -259,6 +201,7 @@ class Supervisor:
             raise
         finally:
             os.close(ready_write)
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
         child.ready_pipe = os.fdopen(ready_read, "rb", buffering=0)
         child.ready, child.heard = None, b""
         child.started_at = time.monotonic()
@@ -297,6 +240,8 @@ class Supervisor:
             ran_for_s = time.monotonic() - child.started_at
             self._log.info("process.ended", name=child.name, code=code, ran_for_s=round(ran_for_s, 3))
             child.process, child.ready = None, None
+            if child in self._workers:
+                self._counts.clear(self._workers.index(child))
             if child.ready_pipe is not None:
                 self._selector.unregister(child.ready_pipe)
                 child.ready_pipe.close()
@@ -309,14 +254,20 @@ class Supervisor:
         wait_s = child.restarts.ended(ran_for_s)
         others = [worker for worker in self._workers if worker is not child and not worker.given_up]
         if child.spools and child.restarts.is_failing and others and self._quarantine(child):
-            # Its share of new connections must not wait for somebody who does not come.
-            for bound in child.sockets:
-                bound.close()
-            child.sockets, child.given_up, child.start_due = [], True, None
+            self._close_to_new_connections(child)
+            child.given_up, child.start_due = True, None
             return
         if child.restarts.is_failing:
             self._log.info("process.failing", name=child.name, retry_in_s=wait_s)
         child.start_due = time.monotonic() + wait_s
+
+    def _close_to_new_connections(self, child: Child) -> None:
+        """Its share of connections must not wait for somebody who does not come."""
+        count = 0
+        for bound, listener in zip(child.sockets, self._settings.listeners, strict=True):
+            count += turn_away(bound, b"" if listener.mode == "tls" else replies.SHUTTING_DOWN.wire)
+        child.sockets = []
+        self._log.info("listeners.closed", name=child.name, turned_away=count)
 
     def _quarantine(self, child: Child) -> bool:
         """Set its spools aside; False where the disk does not take even that, which is then what the worker dies of."""
@@ -371,8 +322,10 @@ class Supervisor:
         for worker in self._workers:
             for bound in worker.sockets:
                 bound.close()
-        drained = self._end(self._workers, self._settings.drain_timeout_s + KILL_GRACE_S)
-        drained &= self._end([self._agent], AGENT_STOP_S)
+        plan = DrainPlan.of(self._settings.drain_timeout_s)
+        deadline = time.monotonic() + plan.node_s
+        drained = self._end(self._workers, plan.workers_killed_s)
+        drained &= self._end([self._agent], max(AGENT_STOP_S, deadline - time.monotonic()))
         self._log.info("node.stopped", drained=drained)
         return 0 if drained else EXIT_UNDRAINED
 
@@ -422,6 +375,7 @@ class Supervisor:
         self._selector.register(wake_read, selectors.EVENT_READ)
         former_wakeup = signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         former = {number: signal.signal(number, self._stop_requested) for number in (signal.SIGTERM, signal.SIGINT)}
+        former[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._reload_asked)
         former[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, _child_ended)
         try:
             yield
@@ -430,12 +384,22 @@ class Supervisor:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(former_wakeup)
             self._selector.close()
-            for descriptor in (wake_read, wake_write, self._lifeline_read, self._lifeline_write):
+            own = (wake_read, wake_write, self._lifeline_read, self._lifeline_write)
+            for descriptor in (*own, self._handed.descriptor, self._counts_descriptor):
                 os.close(descriptor)
 
     def _stop_requested(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self._stop_requests += 1
+
+    def _reload_asked(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self._reload_requested = True
+
+
+def _effective(settings: Settings) -> Settings:
+    """The settings with the number of workers filled in."""
+    return settings.model_copy(update={"workers": settings.workers or min(available_cores(), MAX_WORKERS)})
 
 
 def _say(state: Mapping[str, object]) -> None:

@@ -6,6 +6,7 @@ spools alone; agent, control plane, PostgreSQL and Redis may all be away. What i
     SIGTERM                 takes no more connections; lets sessions, then deliveries come to an end, all within
                             `drain_timeout_s`; waits while the agent still takes records; closes the spools; exit 0
     second SIGTERM          goes to the end of the above at once
+    SIGHUP                  takes over what of the settings may change; nobody's session ends
     the spool failed        ends at once with WorkerError: the next start salvages it
     the spool is refused    marks the folder and ends; started again it sends nothing and answers MAIL with 451, until
                             the control plane accepts the spool, which ends it once more
@@ -22,7 +23,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +40,32 @@ from dataplane.agent.workers import hold_worker_lock
 from dataplane.agent_link import AgentLink
 from dataplane.clock import SystemClock
 from dataplane.commands import CommandRunner
+from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.engine import DeliveryEngine, Surroundings
+from dataplane.descriptors import connection_room, descriptor_limit, open_descriptors
 from dataplane.forwarding import RecordForwarder
+from dataplane.ingress.address_counts import AddressCounts
 from dataplane.ingress.admission import Admission
 from dataplane.ingress.counters import IngressCounters
 from dataplane.ingress.listeners import Ingress, Mode
-from dataplane.ingress.protocol import Timeouts
 from dataplane.ingress.submission import Submission
 from dataplane.ingress.tls import TlsHolder, server_context
-from dataplane.lifecycle import StopSignals, report_held
+from dataplane.lifecycle import DrainPlan, ProcessSignals, report_held
 from dataplane.link import SOCKET_PATH
+from dataplane.live_settings import LiveSettings, timeouts_of
 from dataplane.loop_lag import LoopLag
 from dataplane.ports import EventLog, Limiter, SpoolError, SpoolFailedError
 from dataplane.process import Child
-from dataplane.settings import IngressSettings, Settings
+from dataplane.settings import Settings, SettingsError
 from dataplane.spool_folders import is_refused
 from dataplane.telemetry import SampleRow
 from dataplane.worker_side import WorkerParts, WorkerSide
 
-# Long enough for a batch to be stored and acknowledged when everything is there, short beside the drain's deadline.
-LEDGER_FLUSH_S = 5.0
-# Of the drain's time, what sessions get; deliveries get what is left.
-SESSIONS_SHARE = 0.5
 # CPython's default lets a thread keep the loop waiting for 5 ms; commits and checks run in threads.
 SWITCH_INTERVAL_S = 0.0005
 CERTIFICATE_LOOK_S = 60.0
+# Even a drain that took all its time leaves the ledger a moment.
+LEAST_FLUSH_S = 0.5
 GARBAGE_OBJECTS = 100_000
 
 
@@ -77,20 +79,23 @@ async def run_worker(
     """Serve until SIGTERM. WorkerError, OSError when it cannot begin or go on."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _calm_collector()
-    stop = StopSignals()
+    signals = ProcessSignals()
     hold_worker_lock(index)
     async with contextlib.AsyncExitStack() as stack:
-        worker = _Worker(settings, index, log, stack)
+        worker = _Worker(settings, index, child, log, stack)
         await worker.open(spools)
-        await worker.serve(listener_fds, child, stop)
+        await worker.serve(listener_fds, signals)
 
 
 class _Worker:
     """The parts of the process, from opening to the last line."""
 
-    def __init__(self, settings: Settings, index: int, log: EventLog, stack: contextlib.AsyncExitStack) -> None:
+    def __init__(
+        self, settings: Settings, index: int, child: Child, log: EventLog, stack: contextlib.AsyncExitStack
+    ) -> None:
         self._settings = settings
         self._index = index
+        self._child = child
         self._log = log
         self._stack = stack
         self._clock = SystemClock()
@@ -154,25 +159,33 @@ class _Worker:
 
     # --- serving ---------------------------------------------------------------------------------------------
 
-    async def serve(self, listener_fds: Sequence[int], child: Child, stop: StopSignals) -> None:
+    async def serve(self, listener_fds: Sequence[int], signals: ProcessSignals) -> None:
         """Serve until told to end, then drain."""
         limiter = await self._limiter()
         self._stack.push_async_callback(limiter.close)
-        side = self._worker_side()
-        ingress = await self._start(limiter, listener_fds)
+        room = connection_room(descriptor_limit(), open_descriptors())
+        live = LiveSettings(self._settings, self._view, room, self._log)
+        side = self._worker_side(live)
+        ingress = await self._start(limiter, listener_fds, live)
         async with asyncio.TaskGroup() as group:
             services = [
-                group.create_task(work) for work in (*side.services(), self._lag.run(), self._watch_tls(ingress))
+                group.create_task(work)
+                for work in (
+                    *side.services(),
+                    self._lag.run(),
+                    self._watch_tls(ingress),
+                    self._follow_settings(live, signals),
+                )
             ]
             failures = [self._ended, *(engine.failed for engine in self._engines.values())]
-            child.report_ready({})
-            draining = group.create_task(stop.drain.wait())
+            self._child.report_ready({})
+            draining = group.create_task(signals.drain.wait())
             await _first_of(draining, *failures)
             for failure in failures:
                 if failure.done():
                     failure.result()
             side.draining = True
-            await self._drain(ingress, side, stop)
+            await self._drain(ingress, side, DrainPlan.of(live.settings.drain_timeout_s), signals)
             for service in (*services, draining):
                 service.cancel()
 
@@ -193,13 +206,26 @@ class _Worker:
         else:
             self._log.warning("limiter.local", reason=reason)
 
-    def _worker_side(self) -> WorkerSide:
+    async def _follow_settings(self, live: LiveSettings, signals: ProcessSignals) -> None:
+        while True:
+            await signals.reload.wait()
+            signals.reload.clear()
+            try:
+                settings = self._child.settings()
+            except SettingsError as error:
+                # Replaced once more while we read: the next signal is on its way.
+                self._log.info("settings.not_read", error=str(error))
+            else:
+                live.use(settings or live.settings)
+
+    def _worker_side(self, live: LiveSettings) -> WorkerSide:
         parts = WorkerParts(
             index=self._index,
             view=self._view,
             spools=self._spools,
             engines=self._engines,
             samples=self._samples,
+            config_changed=live.apply,
             restart=self._restart,
             log=self._log,
         )
@@ -214,19 +240,22 @@ class _Worker:
 
     def _samples(self) -> Iterator[SampleRow]:
         yield from self._counters.samples()
-        yield "event_loop_lag_seconds", (), self._lag.seconds.row
+        yield "event_loop_lag_seconds", (), self._lag.take_worst_s()
         for engine in self._engines.values():
-            yield from engine.counters.samples()
+            yield from delivery_samples(engine.counters)
 
-    async def _start(self, limiter: Limiter, listener_fds: Sequence[int]) -> Ingress:
-        primary = next(iter(self._spools))
+    async def _start(self, limiter: Limiter, listener_fds: Sequence[int], live: LiveSettings) -> Ingress:
+        refused = {name for name in self._spools if is_refused(Path("spool") / name)}
+        # Mail goes to the first spool that is not refused; the others deliver what they hold.
+        primary = next((name for name in self._spools if name not in refused), next(iter(self._spools)))
+        self._view.halted = primary in refused
         for name, engine in self._engines.items():
-            if is_refused(Path("spool") / name):
+            if name in refused:
                 self._log.warning("spool.is_refused", spool=name)
-                self._view.halted = self._view.halted or name == primary
             else:
                 await engine.start()
         bounds = self._settings.ingress
+        admission = Admission(bounds.connections, bounds.connections_per_address, shared=self._shared_counts())
         submission = Submission(
             config=self._view,
             spool=self._spools[primary],
@@ -234,18 +263,21 @@ class _Worker:
             handover=self._engines[primary],
             clock=self._clock,
             log=self._log,
-            admission=Admission(bounds.connections, bounds.connections_per_address),
+            admission=admission,
             counters=self._counters,
             hostname=self._settings.hostname,
             random=os.urandom,
             max_content_bytes=bounds.content_bytes,
-            spill_bytes=bounds.spill_bytes,
         )
-        ingress = Ingress(submission, self._tls(), _timeouts(bounds))
+        ingress = Ingress(submission, self._tls(), timeouts_of(bounds))
+        live.attach(admission, ingress.service)
         sockets = [socket.socket(fileno=descriptor) for descriptor in listener_fds]
         modes = [Mode(listener.mode) for listener in self._settings.listeners]
         ingress.start(list(zip(sockets, modes, strict=True)))
         return ingress
+
+    def _shared_counts(self) -> AddressCounts | None:
+        return AddressCounts(self._child.counts_fd, self._index) if self._child.counts_fd >= 0 else None
 
     def _tls(self) -> TlsHolder | None:
         if self._settings.tls is None:
@@ -274,33 +306,47 @@ class _Worker:
 
     # --- the end ---------------------------------------------------------------------------------------------
 
-    async def _drain(self, ingress: Ingress, side: WorkerSide, stop: StopSignals) -> None:
+    async def _drain(self, ingress: Ingress, side: WorkerSide, plan: DrainPlan, signals: ProcessSignals) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.drain_timeout_s
-        self._log.info("drain.begun", timeout_s=self._settings.drain_timeout_s)
+        began = loop.time()
+        self._log.info("drain.begun", timeout_s=plan.node_s)
 
-        def held() -> dict[str, int]:
+        async def held() -> Mapping[str, int]:
             delivering = [engine.held() for engine in self._engines.values()]
             labels = {label for counts in delivering for label in counts}
-            return {**ingress.held(), **{label: sum(counts[label] for counts in delivering) for label in labels}}
+            summed = {label: sum(counts[label] for counts in delivering) for label in labels}
+            return {**ingress.held(), **summed, "records": await side.unstored()}
 
         reporter = loop.create_task(report_held(held, self._log))
         try:
-            await _unless_hurried(ingress.drain(self._settings.drain_timeout_s * SESSIONS_SHARE), stop)
-            left_s = max(0.0, deadline - loop.time() - LEDGER_FLUSH_S)
+            await _unless_hurried(ingress.drain(plan.sessions_s), signals)
+            left_s = max(0.0, began + plan.deliveries_s - loop.time())
             await asyncio.gather(
                 *(
-                    engine.stop(0.0 if stop.hurry.is_set() else left_s)
+                    engine.stop(0.0 if signals.hurry.is_set() else left_s)
                     for name, engine in self._engines.items()
                     if not is_refused(Path("spool") / name)
                 )
             )
-            await _unless_hurried(side.flush(min(LEDGER_FLUSH_S, max(0.5, deadline - loop.time()))), stop)
+            await _unless_hurried(side.flush(max(LEAST_FLUSH_S, began + plan.ledger_s - loop.time())), signals)
         finally:
             reporter.cancel()
         for spool in self._spools.values():
             await spool.close()
         self._log.info("drain.ended")
+
+
+def delivery_samples(counters: DeliveryCounters) -> Iterator[SampleRow]:
+    """What delivery counts, under the names of the metrics."""
+    for result in ("sent", "deferred", "bounced", "failed", "expired", "uncertain", "interrupted"):
+        yield "delivery_attempts_total", (result,), getattr(counters, result)
+    yield "delivery_connections", (), counters.connections_now
+    yield "delivery_connections_total", ("opened",), counters.connections_opened
+    yield "delivery_connections_total", ("failed",), counters.connections_failed
+    yield "delivery_throttled_total", (), counters.throttled
+    yield "delivery_window_bytes", (), counters.window_bytes
+    yield "spool_write_failures_total", (), counters.settle_failures
+    yield "queue_recovered_total", (), counters.recovered
 
 
 def _calm_collector() -> None:
@@ -313,10 +359,10 @@ def _calm_collector() -> None:
     gc.set_threshold(GARBAGE_OBJECTS, 20, 20)
 
 
-async def _unless_hurried(phase: Awaitable[None], stop: StopSignals) -> None:
+async def _unless_hurried(phase: Awaitable[None], signals: ProcessSignals) -> None:
     """Run a phase of the drain to its end, or until haste is asked for."""
     work = asyncio.ensure_future(phase)
-    hurry = asyncio.ensure_future(stop.hurry.wait())
+    hurry = asyncio.ensure_future(signals.hurry.wait())
     await asyncio.wait({work, hurry}, return_when=asyncio.FIRST_COMPLETED)
     hurry.cancel()
     if not work.done():
@@ -327,16 +373,6 @@ async def _unless_hurried(phase: Awaitable[None], stop: StopSignals) -> None:
 
 async def _first_of(*waited: asyncio.Future[Any]) -> None:
     await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-
-
-def _timeouts(bounds: IngressSettings) -> Timeouts:
-    return Timeouts(
-        command_s=bounds.command_timeout_s,
-        command_before_auth_s=bounds.command_before_auth_timeout_s,
-        handshake_s=bounds.handshake_timeout_s,
-        commit_s=bounds.commit_timeout_s,
-        data_bytes_per_s=bounds.data_bytes_per_s,
-    )
 
 
 def _changed_at(file: Path) -> int:

@@ -8,9 +8,8 @@ again by the control plane. Everything else is a step on the loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,6 @@ from dataplane.agent.ports import StoreError
 from dataplane.agent_link import AgentLink
 from dataplane.commands import CommandRunner
 from dataplane.forwarding import RecordForwarder
-from dataplane.ledger_lag import LedgerLag
 from dataplane.link import (
     ConfigApplied,
     ConfigChanged,
@@ -43,7 +41,6 @@ from dataplane.spool_folders import is_refused, mark_refused
 from dataplane.telemetry import SampleRow
 
 FLUSH_LOOK_S = 0.02
-LEDGER_LOOK_S = 1.0
 
 
 class SwappableView(ConfigView, Protocol):
@@ -81,13 +78,16 @@ class Delivery(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """The worker. `samples` is what it counts, beside its spools; `restart` ends it, to be started anew."""
+    """The worker. `samples` is what it counts, beside its spools; `config_changed` is told of a new configuration
+    before the agent hears that it is in use; `restart` ends the worker, to be started anew.
+    """
 
     index: int
     view: SwappableView
     spools: Mapping[str, Spool]
     engines: Mapping[str, Delivery]
     samples: Callable[[], Iterable[SampleRow]]
+    config_changed: Callable[[], None]
     restart: Callable[[str], None]
     log: EventLog
 
@@ -104,7 +104,6 @@ class WorkerSide:
         self._denials_news = asyncio.Event()
         self._commands: asyncio.Queue[RunCommand] = asyncio.Queue()
         self._status_requests: asyncio.Queue[int] = asyncio.Queue()
-        self._lags = {name: LedgerLag() for name in parts.spools}
         self.draining = False
 
     def attach(self, link: AgentLink, forwarder: RecordForwarder, runner: CommandRunner) -> None:
@@ -122,7 +121,6 @@ class WorkerSide:
             self._follow_denials(),
             self._run_commands(),
             self._report_status(),
-            self._watch_ledger(),
         ]
 
     # --- from the agent --------------------------------------------------------------------------------------
@@ -182,6 +180,7 @@ class WorkerSide:
             else:
                 for engine in self._parts.engines.values():
                     engine.config_changed()
+                self._parts.config_changed()
                 self._parts.log.info("config.in_use", digest=self._parts.view.digest[:16])
             self._link.send(ConfigApplied(self._parts.view.digest, error))
 
@@ -217,15 +216,6 @@ class WorkerSide:
             except SpoolError as error:
                 self._parts.log.warning("status.failed", error=str(error))
 
-    async def _watch_ledger(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            for name, spool in self._parts.spools.items():
-                with contextlib.suppress(SpoolError):
-                    stats = await spool.stats()
-                    self._lags[name].note(stats.outbox_last, stats.acknowledged, loop.time())
-            await asyncio.sleep(LEDGER_LOOK_S)
-
     # --- to the agent ----------------------------------------------------------------------------------------
 
     async def hello(self) -> WorkerHello:
@@ -251,14 +241,11 @@ class WorkerSide:
     def _samples(self, stats: list[SpoolStats]) -> Iterator[Sample]:
         for row in self._parts.samples():
             yield Sample(*row)
-        for state, count in depth_by_state(stats).items():
-            yield Sample("queue_depth", (state,), count)
+        yield Sample("queue_depth", ("waiting",), sum(each.waiting_count for each in stats))
         yield Sample("spool_bytes", ("database",), sum(each.database_bytes for each in stats))
         yield Sample("spool_bytes", ("wal",), sum(each.wal_bytes for each in stats))
         yield Sample("spool_commits_total", (), sum(each.commits for each in stats))
         yield Sample("config_stale", (), float(self._parts.view.stale))
-        now_s = asyncio.get_running_loop().time()
-        yield Sample("ledger_lag_seconds", (), max((lag.age_s(now_s) for lag in self._lags.values()), default=0.0))
 
     async def unstored(self) -> int:
         """Ledger records that the control plane has not stored yet, over all spools."""
@@ -292,16 +279,3 @@ def spool_state(spool: Spool, stats: SpoolStats) -> SpoolState:
         last_record=stats.outbox_last,
         waiting_count=stats.waiting_count,
     )
-
-
-def depth_by_state(stats: Sequence[SpoolStats]) -> dict[str, int]:
-    """Recipients by state over all spools, by the names of the metric; `failed` is messages set aside."""
-    depths = [each.depth for each in stats]
-    return {
-        "queued": sum(depth.queued for depth in depths),
-        "processing": sum(depth.sending for depth in depths),
-        "deferred": sum(depth.deferred for depth in depths),
-        "scheduled": sum(depth.scheduled for depth in depths),
-        "held": sum(depth.held for depth in depths),
-        "failed": sum(each.quarantined_count for each in stats),
-    }

@@ -7,9 +7,9 @@ one has: what is lost is sent again by the control plane, which asks until the r
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from dataplane.agent.held import EMPTY
+from dataplane.agent.held import EMPTY, HeldConfig
 from dataplane.agent.ledger import LedgerStream
 from dataplane.agent.stream import ConfigStream
 from dataplane.agent.stream_machine import StreamMachine
@@ -36,8 +36,11 @@ MAX_WAITING_COMMANDS = 1_000
 class NodeAgent:
     """Fills the observer and side protocols of workers.py, stream.py and ledger.py."""
 
-    def __init__(self, hub: WorkerHub, machine: StreamMachine, clock: Clock) -> None:
+    def __init__(
+        self, hub: WorkerHub, machine: StreamMachine, clock: Clock, config_changed: Callable[[HeldConfig], None]
+    ) -> None:
         self._hub = hub
+        self._config_changed = config_changed
         self._machine = machine
         self._clock = clock
         self._config: ConfigStream
@@ -84,8 +87,9 @@ class NodeAgent:
     # --- for the configuration stream ------------------------------------------------------------------------
 
     def tell_config(self, digest: str) -> None:
-        """Tell the workers."""
+        """Tell the workers, and whoever else follows the configuration in this process."""
         self._hub.broadcast(ConfigChanged(digest))
+        self._config_changed(self._machine.config)
 
     def tell_denials(self, version: int) -> None:
         """Tell the workers."""

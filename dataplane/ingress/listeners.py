@@ -89,7 +89,14 @@ class _Acceptor:
         if self._pause is not None:
             self._pause.cancel()
         asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        self._answer_who_waits()
         self._socket.close()
+
+    def _answer_who_waits(self) -> None:
+        """Closing the socket would reset those in its queue."""
+        with suppress(OSError):
+            while True:
+                self._turn_away(self._socket.accept()[0], replies.SHUTTING_DOWN)
 
     def _watch(self) -> None:
         self._pause = None

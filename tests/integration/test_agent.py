@@ -22,6 +22,7 @@ from dataplane.agent.workers import hold_worker_lock
 from dataplane.agent_link import AgentLink
 from dataplane.agent_process import run_agent
 from dataplane.clock import SystemClock
+from dataplane.data_dir import prepare_data_dir
 from dataplane.link import (
     SOCKET_PATH,
     ConfigApplied,
@@ -48,7 +49,6 @@ from dataplane.settings import (
     MetricsSettings,
     Settings,
 )
-from dataplane.supervisor import prepare_data_dir
 from postroad.config.v1 import bundle_pb2 as pb
 from postroad.config.v1.denials_pb2 import Denial, DenialSet
 from postroad.node.v1.config_stream_service_pb2 import (

@@ -20,18 +20,11 @@ from typing import Any
 import pytest
 from aiosmtpd.smtp import SMTP
 
+from dataplane.data_dir import LONGEST_DATA_DIR_BYTES, DataDirError, lock_data_dir, prepare_data_dir
+from dataplane.listening_sockets import bind_listeners
 from dataplane.settings import ListenerSettings, Settings
 from dataplane.spool_folders import assign_spools
-from dataplane.supervisor import (
-    LONGEST_DATA_DIR_BYTES,
-    READY_FILE,
-    Child,
-    Supervisor,
-    SupervisorError,
-    bind_listeners,
-    lock_data_dir,
-    prepare_data_dir,
-)
+from dataplane.supervisor import READY_FILE, Child, Supervisor
 from postroad.config.v1 import bundle_pb2 as pb
 from postroad.config.v1.denials_pb2 import Denial, DenialSet
 from postroad.node.v1.config_stream_service_pb2 import (
@@ -239,20 +232,27 @@ def test_a_process_that_cannot_be_started_now_is_started_later(monkeypatch: pyte
     assert descriptors() == before
 
 
-def test_a_spool_is_not_given_up_where_the_disk_does_not_take_the_mark(
+def test_who_waits_for_a_worker_that_is_left_out_is_told_so_and_not_before_its_spool_is_marked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    supervisor = Supervisor(plain_settings(tmp_path), Path(), None, Log())
-    worker = Child("worker-0", ["worker"], spools=["gone"])
+    settings = plain_settings(tmp_path)
+    supervisor = Supervisor(settings, Path(), None, Log())
+    ((bound,),) = bind_listeners(settings.listeners, 1)
+    worker = Child("worker-0", ["worker"], [bound], spools=["gone"])
     supervisor._workers = [worker, Child("worker-1", ["worker"], spools=["other"])]
     for _ in range(3):
         supervisor._plan_restart(worker, 1.0)
     assert not worker.given_up
     assert worker.start_due is not None
     (tmp_path / "spool" / "gone").mkdir(parents=True)
-    supervisor._plan_restart(worker, 1.0)
-    assert worker.given_up
+    address = bound.getsockname()
+    with socket.create_connection(address, WAIT_S) as waiting:
+        supervisor._plan_restart(worker, 1.0)
+        assert worker.given_up
+        assert waiting.makefile("rb").read().startswith(b"421 4.3.2 ")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, WAIT_S).close()
 
 
 async def test_nobody_outlives_a_killed_supervisor_and_the_node_starts_again_at_once(
@@ -339,7 +339,7 @@ def test_every_worker_gets_a_socket_of_its_own_on_the_same_port() -> None:
 
 def test_a_data_directory_is_locked_until_its_holder_ends(tmp_path: Path) -> None:
     descriptor = lock_data_dir(tmp_path)
-    with pytest.raises(SupervisorError, match="another node"):
+    with pytest.raises(DataDirError, match="another node"):
         lock_data_dir(tmp_path)
     os.close(descriptor)
     os.close(lock_data_dir(tmp_path))
@@ -348,7 +348,7 @@ def test_a_data_directory_is_locked_until_its_holder_ends(tmp_path: Path) -> Non
 def test_a_data_directory_that_lies_too_deep_for_the_spool_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     deep = tmp_path.joinpath(*["deep" * 20] * 5)
     assert len(os.fsencode(deep)) > LONGEST_DATA_DIR_BYTES
-    with pytest.raises(SupervisorError, match="shorter data_dir"):
+    with pytest.raises(DataDirError, match="shorter data_dir"):
         prepare_data_dir(deep)
     assert not list(tmp_path.iterdir())
 

@@ -24,6 +24,7 @@ def write_settings(folder: Path, control_plane: str, **more: Any) -> Path:
     values: dict[str, Any] = {
         "data_dir": "data",
         "hostname": "node.example",
+        "workers": 1,
         "control_plane": {"address": control_plane},
         "listeners": [{"address": "127.0.0.1", "port": 0, "mode": "plain"}],
         "metrics": {"port": 0},

@@ -74,7 +74,7 @@ def test_the_environment_alone_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ({"listeners": PLAIN * 2}, "twice"),
         ({"control_plane": {"address": "nowhere"}}, "host:port"),
         ({"listeners": [{"port": 25, "mode": "plain", "address": "localhost"}]}, "listeners.0.address"),
-        ({"workers": 0}, "workers"),
+        ({"workers": -1}, "workers"),
         ({"delivery": {"allowed_private_networks": ["10.0.0.0/99"]}}, "allowed_private_networks"),
     ],
 )

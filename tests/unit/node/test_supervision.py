@@ -38,24 +38,27 @@ def test_the_first_start_makes_a_spool_for_each_worker(tmp_path: Path) -> None:
     assert assign_spools(tmp_path / "spool", 3) == spools
 
 
-def test_their_number_stays_whatever_the_number_of_workers_becomes(tmp_path: Path) -> None:
-    names = sorted(name for names in assign_spools(tmp_path / "spool", 3) for name in names)
-    fewer = assign_spools(tmp_path / "spool", 2)
-    assert [len(names) for names in fewer] == [2, 1]
-    assert sorted(name for names in fewer for name in names) == names
-    assert [len(names) for names in assign_spools(tmp_path / "spool", 5)] == [1, 1, 1]
+def test_more_workers_get_more_spools_and_fewer_leave_some_that_only_deliver(tmp_path: Path) -> None:
+    names = sorted(name for names in assign_spools(tmp_path / "spool", 2) for name in names)
+    more = assign_spools(tmp_path / "spool", 4)
+    assert [len(names) for names in more] == [1, 1, 1, 1]
+    assert set(names) < {name for (name,) in more}
+    fewer = assign_spools(tmp_path / "spool", 3)
+    assert [len(names) for names in fewer] == [2, 1, 1]
+    assert sorted(name for names in fewer for name in names) == sorted(name for (name,) in more)
 
 
-def test_a_first_start_that_was_cut_short_is_made_anew(tmp_path: Path) -> None:
-    (tmp_path / "spool.new" / str(uuid.uuid4())).mkdir(parents=True)
-    assert len(assign_spools(tmp_path / "spool", 2)) == 2
+def test_a_refused_spool_takes_mail_only_where_there_is_no_other(tmp_path: Path) -> None:
+    (first,), (second,) = assign_spools(tmp_path / "spool", 2)
+    mark_refused(tmp_path / "spool" / first, refused=True)
+    assert assign_spools(tmp_path / "spool", 1) == [[second, first]]
 
 
 def test_files_and_foreign_folders_are_no_spools(tmp_path: Path) -> None:
     assign_spools(tmp_path / "spool", 1)
     (tmp_path / "spool" / "lost+found").mkdir()
     (tmp_path / "spool" / str(uuid.uuid4())).write_text("")
-    assert len(assign_spools(tmp_path / "spool", 9)) == 1
+    assert len(assign_spools(tmp_path / "spool", 1)[0]) == 1
 
 
 def test_a_quarantine_lasts_until_the_next_start(tmp_path: Path) -> None:
