@@ -28,7 +28,7 @@ from dataplane.ingress.counters import IngressCounters
 from dataplane.ingress.listeners import Ingress, Mode
 from dataplane.ingress.protocol import Timeouts
 from dataplane.ingress.submission import Submission
-from dataplane.ports import Grant, Take
+from dataplane.ports import Grant, Slot, Take
 
 _LINE = b"The quick brown fox jumps over the lazy dog, and the dog lets it.\r\n"
 _HEADER = b"From: App <app@example.com>\r\nTo: x@example.net\r\nSubject: load\r\n\r\n"
@@ -68,8 +68,22 @@ class _Config:
 class _Nobody:
     """Limits, delivery and log that do nothing."""
 
+    def ask(self, takes: Sequence[Take]) -> asyncio.Future[Grant]:
+        answer: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        answer.set_result(Grant(allowed=True, wait_s=0.0, refused_key="", local=False))
+        return answer
+
     async def take(self, takes: Sequence[Take]) -> Grant:
+        return await self.ask(takes)
+
+    def refund(self, takes: Sequence[Take]) -> None:
+        return
+
+    async def hold(self, slots: Sequence[Slot]) -> Grant:
         return Grant(allowed=True, wait_s=0.0, refused_key="", local=False)
+
+    def release(self, slots: Sequence[Slot]) -> None:
+        return
 
     async def close(self) -> None:
         return

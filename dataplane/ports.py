@@ -297,8 +297,12 @@ class Limiter(Protocol):
     Never raises: a dead server means the local share decides.
     """
 
+    def ask(self, takes: Sequence[Take]) -> asyncio.Future[Grant]:
+        """Take all or none. The answer may be there at once; cancelled before it came, nothing stays taken."""
+        ...
+
     async def take(self, takes: Sequence[Take]) -> Grant:
-        """Take all or none."""
+        """Take all or none; the same for who waits anyway."""
         ...
 
     def refund(self, takes: Sequence[Take]) -> None:

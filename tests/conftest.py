@@ -6,6 +6,7 @@ its own.
     migrated_database   test      a `support.databases.Database` with all migrations applied
     valkey_server       session   Valkey
     valkey_url          test      the same, emptied (functions too)
+    valkey_cluster      test      three Valkey servers as one cluster, emptied; the servers last for the session
     passable_folder     test      a folder that servers can use when the tests run as root
 
 Servers start when a test first asks for them, one set a worker process, and end with the session whatever
@@ -27,6 +28,7 @@ from hypothesis import settings
 from postroad.localstack import UNSAFE_BUT_FAST, PostgresServer, ValkeyServer
 from support import folders
 from support.databases import Database, create_database, create_migrated_template, drop_database
+from support.valkey_cluster import ValkeyCluster
 
 # A slow machine is no finding: timings never decide a test.
 settings.register_profile("postroad", deadline=None, print_blob=True)
@@ -100,3 +102,18 @@ def valkey_url(valkey_server: ValkeyServer) -> str:
         client.flushall()
         client.function_flush("SYNC")
     return url
+
+
+@pytest.fixture(scope="session")
+def valkey_cluster_servers(server_folder: Path) -> Iterator[ValkeyCluster]:
+    cluster = ValkeyCluster(server_folder / "valkey-cluster")
+    try:
+        yield cluster.start()
+    finally:
+        cluster.destroy()
+
+
+@pytest.fixture
+def valkey_cluster(valkey_cluster_servers: ValkeyCluster) -> ValkeyCluster:
+    valkey_cluster_servers.empty()
+    return valkey_cluster_servers

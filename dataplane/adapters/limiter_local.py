@@ -1,27 +1,29 @@
-"""Token buckets in memory: what one worker decides alone while the shared ones cannot be asked.
+"""Limits in memory: what one worker decides alone while the shared ones cannot be asked.
 
-Contract. A `Limiter` of `dataplane.ports`, and `take_now` for those who cannot wait. Each bucket has its share of
-the limit: capacity and rate divided by `share()` (nodes times workers), but room for one token at least, so that
-small limits still let one through at a time. A cost above the capacity empties the bucket, and a capacity
-of 0 is no limit. A clock that goes back counts as no time. Nothing raises.
+Contract. A `Limiter` of `dataplane.ports`, and `take_now` and `hold_now` for those who cannot wait. Each bucket has its
+share of the limit: capacity and rate divided by `share()` (nodes times workers), but room for one token at least, so
+that small limits still let one through at a time; of slots, too, one at least. A cost above the capacity empties the
+bucket, and a capacity of 0 is no limit. A clock that goes back counts as no time. Nothing raises.
 
 Memory is bounded: with `max_keys` buckets the one that was touched longest ago is forgotten, which lets at most one
-share of its capacity pass once more.
+share of its capacity pass once more; the same for keys of slots.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from dataplane.ports import Grant, Take
+from dataplane.ports import Grant, Slot, Take
 
 MICRO = 1_000_000
 MAX_TOKENS = 4_000_000_000
 """Above it a bucket's level in micro-tokens would be no exact number in Lua, which has doubles only."""
 
 DAY_S = 86_400.0
+_HOLD_AGAIN_S = 1.0
 _GRANTED = Grant(allowed=True, wait_s=0.0, refused_key="", local=True)
 
 
@@ -52,13 +54,24 @@ class LocalLimiter:
         self._max_keys = max_keys
         # Level in micro-tokens and the microsecond when it was so; touched longest ago first.
         self._buckets: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._slots: OrderedDict[str, dict[str, float]] = OrderedDict()  # holder and when its time is over
 
     def __len__(self) -> int:
         return len(self._buckets)
 
+    def ask(self, takes: Sequence[Take]) -> asyncio.Future[Grant]:
+        """Take all or none; the answer is there."""
+        answer: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        answer.set_result(self.take_now(takes))
+        return answer
+
     async def take(self, takes: Sequence[Take]) -> Grant:
         """Take all or none."""
         return self.take_now(takes)
+
+    async def hold(self, slots: Sequence[Slot]) -> Grant:
+        """Hold all or none."""
+        return self.hold_now(slots)
 
     def take_now(self, takes: Sequence[Take]) -> Grant:
         """Take all or none."""
@@ -93,6 +106,56 @@ class LocalLimiter:
         elapsed_us = max(0, now_us - since_us)
         return min(wish.capacity, level + elapsed_us * wish.rate_per_s // MICRO)
 
+    def refund(self, takes: Sequence[Take]) -> None:
+        """Give back to buckets that are known, never above their capacity."""
+        now_us = int(self._clock() * MICRO)
+        share = max(1, self._share())
+        for take in takes:
+            key = take.tag + take.key
+            if key in self._buckets:
+                wish = micro_take(take, share)
+                self._buckets[key] = (min(wish.capacity, self._level(key, wish, now_us) + wish.cost), now_us)
+
+    def hold_now(self, slots: Sequence[Slot]) -> Grant:
+        """Hold all or none."""
+        now_s = self._clock()
+        share = max(1, self._share())
+        wanted: dict[str, int] = {}
+        for slot in slots:
+            key = slot.tag + slot.key
+            held = self._held(key, now_s)
+            if slot.holder in held:
+                continue
+            wanted[key] = wanted.get(key, 0) + 1
+            if len(held) + wanted[key] > max(1, slot.capacity // share):
+                wait_s = min(_HOLD_AGAIN_S, min(held.values(), default=now_s) - now_s)
+                return Grant(allowed=False, wait_s=max(wait_s, 1 / MICRO), refused_key=slot.key, local=True)
+        for slot in slots:
+            key = slot.tag + slot.key
+            self._slots.setdefault(key, {})[slot.holder] = now_s + slot.ttl_s
+            self._slots.move_to_end(key)
+        while len(self._slots) > self._max_keys:
+            self._slots.popitem(last=False)
+        return _GRANTED
+
+    def release(self, slots: Sequence[Slot]) -> None:
+        """Give slots back."""
+        for slot in slots:
+            key = slot.tag + slot.key
+            held = self._slots.get(key)
+            if held is not None:
+                held.pop(slot.holder, None)
+                if not held:
+                    del self._slots[key]
+
+    def _held(self, key: str, now_s: float) -> dict[str, float]:
+        """Return who holds slots of this key; those whose time is over are gone."""
+        held = self._slots.get(key, {})
+        for holder in [holder for holder, end_s in held.items() if end_s <= now_s]:
+            del held[holder]
+        return held
+
     async def close(self) -> None:
-        """Forget every bucket."""
+        """Forget everything."""
         self._buckets.clear()
+        self._slots.clear()

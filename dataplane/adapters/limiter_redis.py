@@ -1,71 +1,55 @@
-"""Token buckets in Redis or Valkey, shared by all nodes: one round trip for all that a turn of the loop asks.
+"""Limits in Redis or Valkey, shared by all nodes: one round trip for all that a turn of the loop asks.
 
-Contract. A `Limiter` of `dataplane.ports`: `take` never raises. A call that the server does not answer in
-`timeout_s` (30 ms) is given up, and the local limiter decides, with its share of each limit.
+Contract. A `Limiter` of `dataplane.ports`: nothing raises. What a server does not answer in `timeout_s` (30 ms) is
+decided by the local limiter, with its share of each limit (`limiter_shard` has the states).
 
-    state   how it is left                                       a take is decided by
-    local   a probe in the background connects, makes sure of    the local limiter, at once
-            the function and calls it: then shared
-    shared  an error, or an answer that takes too long: the      the server; by the local limiter for those whose
-            connection is dropped, then local                    call failed
-    closed  never                                                the local limiter
+One server keeps everything, and all that is asked leaves in one call. A cluster, which a server gives away by refusing
+two slots in one call, keeps the keys of each tag on one of its servers: a wish is cut by tag, each part goes to its
+server, and a refusal in one part gives back what others granted. Where slots lie is asked of the cluster at the start,
+and again when a server says that it moved (MOVED, ASK) or is gone; until it is known anew the local share decides for
+what lies there.
 
-Probes come after 0.1 s, doubling up to 5 s. Nothing is kept for later: a take that was decided is never sent again.
-One task owns the connection and reads every answer to what it wrote, so that a caller who is cancelled neither
-shifts the answers of others nor is charged when its call had not left yet.
+Over-admission. Of a limit never more than this is granted, all workers together:
 
-The buckets are made by `core/limiter_functions.lua`, which the node loads when the server says that a function is
-missing (it is new, restarted, or was flushed); where the node's user may not, the local share decides. All takes of a batch go
-in one call, which a cluster refuses; keys carry their tag in braces all the same, so that they stay when a cluster
-comes.
+    capacity x (1 + failovers) + rate x time + one for each worker
+
+A failover is each time that workers go over to their local shares, and each time that a server lost its buckets
+(restart, FLUSHALL, promotion of a replica that lags); time counts twice while both, shares and buckets, refill. What
+lies above a limit after a loss is less for long buckets, which are seeded (`limiter_levels`).
+
+Where Redis' user may call functions only, somebody else loads the library (docs/decisions/0005); in a cluster it needs
+`+cluster|slots` as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 
-from dataplane.adapters.limiter_local import MICRO, LocalLimiter, micro_take
-from dataplane.core.limits import server_key
-from dataplane.ports import Grant, Take
+from dataplane.adapters.limiter_link import CONNECT_TIMEOUT_S, Link, Server
+from dataplane.adapters.limiter_local import LocalLimiter
+from dataplane.adapters.limiter_shard import LOOK_S, Counters, Shard, Tools, Wish
+from dataplane.adapters.limiter_wire import Packer, slot_of_tag
+from dataplane.ports import Grant, Slot, Take
 
-FUNCTION_NAME = "postroad_take_1"
-
-_MAX_BATCH = 64
-_FIRST_PROBE_S = 0.1
-_LONGEST_PROBE_S = 5.0
-_CONNECT_TIMEOUT_S = 2.0
+_MOST_HOPS = 3
+_TOPOLOGY_REST_S = 0.5
+_LONGEST_TOPOLOGY_REST_S = 5.0
 _GRANTED = Grant(allowed=True, wait_s=0.0, refused_key="", local=False)
 
-
-def function_library() -> str:
-    """Return the source of the functions."""
-    return files("dataplane.core").joinpath("limiter_functions.lua").read_text(encoding="utf-8")
-
-
-def redis_key(take: Take) -> str:
-    """Return the key of the bucket."""
-    return server_key(take.tag, take.key)
-
-
-class _Wish(NamedTuple):
-    takes: Sequence[Take]
-    answer: asyncio.Future[Grant]
+_Address = tuple[str, int]
 
 
 class RedisLimiter:
     """See the module.
 
     `on_change` hears each change between shared (True) and local (False), with the reason. `sleep` waits between
-    probes; tests give their own.
+    probes, `clock` is monotonic; tests give their own.
     """
 
     def __init__(
@@ -75,198 +59,267 @@ class RedisLimiter:
         *,
         on_change: Callable[[bool, str], None] | None = None,
         timeout_s: float = 0.03,
+        look_s: float = LOOK_S,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """ValueError for a URL that redis-py does not know."""
-        # Only makes connections: retries are off, since a call that was repeated would be charged twice, and nothing
-        # but AUTH is sent before ours, so that an ACL which allows FCALL only is enough.
-        self._pool = ConnectionPool.from_url(
-            url,
-            protocol=2,
-            driver_info=None,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=None,
-            socket_connect_timeout=_CONNECT_TIMEOUT_S,
-        )
+        self.counters = Counters()
+        self._server = Server(url)
         self._local = local
         self._on_change = on_change
         self._timeout_s = timeout_s
+        self._look_s = look_s
         self._sleep = sleep
-        self._connection: AbstractConnection | None = None
-        self._pending: list[_Wish] = []
-        self._sender: asyncio.Task[None] | None = None
-        self._probe: asyncio.Task[None] | None = None
-        self._probe_delay_s = _FIRST_PROBE_S
+        self._tools = Tools(local, clock, Packer(), self.counters, self._changed, self._moved, sleep)
+        self._first = self._make_shard(None)
+        self._shards: dict[_Address, Shard] = {}
+        self._slots: list[_Address | None] = []  # of a cluster: who keeps which
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._refresh: asyncio.Task[None] | None = None
         self._closed = False
-        self.local_count = 0
-        self.trip_count = 0
 
     @property
     def shared(self) -> bool:
-        """Whether the server decides."""
-        return self._connection is not None
+        """Whether the server decides, in a cluster every one of them."""
+        shards = [self._shards[address] for address in set(self._slots) if address] or [self._first]
+        return all(shard.shared for shard in shards)
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether there are several servers, each with tags of its own."""
+        return bool(self._slots)
 
     async def start(self) -> None:
-        """Connect, in at most two seconds; when that fails the local limiter decides until a probe succeeds."""
-        try:
-            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                await self._connect()
-        except (RedisError, OSError, TimeoutError) as error:
-            self._begin_probing(error)
+        """Connect, in at most two seconds each; when that fails the local limiter decides until a probe succeeds."""
+        await self._first.start()
+        if self._refresh is not None:
+            await asyncio.wait([self._refresh], timeout=CONNECT_TIMEOUT_S)
+
+    def ask(self, takes: Sequence[Take]) -> asyncio.Future[Grant]:
+        """Take all or none; the answer may be there already. Cancelled: nothing stays taken."""
+        answer: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        if not takes:
+            answer.set_result(_GRANTED)
+        elif not self._slots:
+            self._ask_first(Wish("", takes, (), answer))
+        else:
+            parts = _by_tag(takes)
+            wishes = [Wish(tag, part, (), _part(answer, parts)) for tag, part in parts.items()]
+            self._ask_cluster(wishes, answer)
+        return answer
 
     async def take(self, takes: Sequence[Take]) -> Grant:
-        """Take all or none. Cancelled before the call left: nothing is taken; later, it may be."""
-        if not takes:
+        """Take all or none."""
+        return await self.ask(takes)
+
+    async def hold(self, slots: Sequence[Slot]) -> Grant:
+        """Hold all or none; cancelled: nothing stays held."""
+        if not slots:
             return _GRANTED
-        if self._connection is None:
-            if self._probe is None and not self._closed:
-                self._begin_probing(None)
-            return self._take_locally(takes)
-        loop = asyncio.get_running_loop()
-        wish = _Wish(takes, loop.create_future())
-        self._pending.append(wish)
-        if self._sender is None:
-            # Begins in the loop's next turn: by then all that this turn asks has gathered.
-            self._sender = loop.create_task(self._send_pending())
-        return await wish.answer
+        answer: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        if not self._slots:
+            self._ask_first(Wish("", (), slots, answer))
+        else:
+            parts = _by_tag(slots)
+            wishes = [Wish(tag, (), part, _part(answer, parts)) for tag, part in parts.items()]
+            self._ask_cluster(wishes, answer)
+        return await answer
+
+    def refund(self, takes: Sequence[Take]) -> None:
+        """Give back; lost when the server is away."""
+        if not self._slots:
+            self._first.refund("", takes)
+            return
+        for tag, part in _by_tag(takes).items():
+            self._shard_of(tag).refund(tag, part)
+
+    def release(self, slots: Sequence[Slot]) -> None:
+        """Give slots back; what is lost ends with its time."""
+        if not self._slots:
+            self._first.release("", slots)
+            return
+        for tag, part in _by_tag(slots).items():
+            self._shard_of(tag).release(tag, part)
 
     async def close(self) -> None:
-        """Drop the connection; whoever waits is answered by the local limiter."""
+        """Drop the connections; whoever waits is answered by the local limiter."""
         self._closed = True
-        tasks = [task for task in (self._probe, self._sender) if task is not None]
-        for task in tasks:
+        for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._answer_locally(self._pending)
-        self._pending = []
-        with contextlib.suppress(RedisError, OSError):
-            await self._drop_connection(nowait=False)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for shard in (self._first, *self._shards.values()):
+            await shard.close()
 
-    def _take_locally(self, takes: Sequence[Take]) -> Grant:
-        self.local_count += 1
-        return self._local.take_now(takes)
+    def _ask_first(self, wish: Wish) -> None:
+        if self._first.is_cluster:
+            # Whose slots nobody has told yet.
+            self._first.answer_locally((wish,))
+        else:
+            self._first.ask(wish)
 
-    def _answer_locally(self, wishes: Sequence[_Wish]) -> None:
+    # --- a cluster
+
+    def _make_shard(self, address: _Address | None) -> Shard:
+        return Shard(Link(self._server, address), self._tools, self._timeout_s, self._look_s)
+
+    def _shard_of(self, tag: str) -> Shard:
+        address = self._slots[slot_of_tag(tag)]
+        return self._shards[address] if address is not None else self._first
+
+    def _ask_cluster(self, wishes: list[Wish], answer: asyncio.Future[Grant]) -> None:
+        if len(wishes) > 1:
+            _Joint(self, wishes, answer)
         for wish in wishes:
-            if not wish.answer.done():
-                wish.answer.set_result(self._take_locally(wish.takes))
+            self._shard_of(wish.lot).ask(wish)
 
-    async def _send_pending(self) -> None:
-        """Send batches until nothing is left; what gathers while one is on its way makes the next."""
-        try:
-            while self._pending:
-                batch = [wish for wish in self._pending[:_MAX_BATCH] if not wish.answer.done()]
-                del self._pending[:_MAX_BATCH]
-                if batch:
-                    await self._send(batch)
-        finally:
-            self._sender = None
+    def _moved(self, wishes: Sequence[Wish], error: ResponseError) -> None:
+        """Send wishes to whom the error names; with none named, or after too many ways, the local share decides."""
+        self._learn_topology()
+        address = _named(error, self._server.host)
+        if not isinstance(error, AskError) or address is None:
+            self._first.answer_locally(wishes)
+            return
+        shard = self._shards.get(address)
+        if isinstance(error, MovedError) and self._slots:
+            self._slots[int(error.slot_id)] = address
+        if shard is None:
+            shard = self._add_shard(address)
+        for wish in wishes:
+            wish.hops += 1
+            wish.asking = not isinstance(error, MovedError)
+            if wish.hops > _MOST_HOPS:
+                self._first.answer_locally((wish,))
+            else:
+                shard.ask(wish)
 
-    async def _send(self, batch: Sequence[_Wish]) -> None:
-        try:
-            if self._connection is not None:
-                async with asyncio.timeout(self._timeout_s):
-                    answers = await _call_surely(self._connection, batch)
-                for wish, wait_us, refused in zip(batch, answers[::2], answers[1::2], strict=True):
-                    if not wish.answer.done():
-                        wish.answer.set_result(_grant(wish.takes, wait_us, refused))
-        except (RedisError, OSError, TimeoutError, LookupError, TypeError, ValueError) as error:
-            # The last three: an answer that is none of ours.
-            self.trip_count += 1
-            await self._drop_connection()
-            self._begin_probing(error)
-        finally:
-            self._answer_locally(batch)
+    def _add_shard(self, address: _Address) -> Shard:
+        shard = self._shards[address] = self._make_shard(address)
+        self._spawn(shard.start())
+        return shard
 
-    async def _connect(self) -> None:
-        """Make a connection that has proved itself; on failure there is none."""
-        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call] # redis-py's
-        try:
-            await connection.connect()  # type: ignore[no-untyped-call] # as above
-            await _call_surely(connection, [])
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
-        self._connection = connection
-        self._probe_delay_s = _FIRST_PROBE_S
-        self._tell(shared=True, reason="")
-
-    async def _drop_connection(self, *, nowait: bool = True) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.disconnect(nowait=nowait)
-
-    def _begin_probing(self, error: BaseException | None) -> None:
-        if error is not None:
-            self._tell(shared=False, reason=f"{type(error).__name__}: {error}"[:200])
-        if self._probe is None and not self._closed:
-            self._probe = asyncio.get_running_loop().create_task(self._probe_until_shared())
-
-    async def _probe_until_shared(self) -> None:
-        try:
-            while self._connection is None:
-                await self._sleep(self._probe_delay_s)
-                self._probe_delay_s = min(_LONGEST_PROBE_S, self._probe_delay_s * 2)
-                try:
-                    async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                        await self._connect()
-                except (RedisError, OSError, TimeoutError):
-                    continue
-        finally:
-            self._probe = None
-
-    def _tell(self, *, shared: bool, reason: str) -> None:
+    def _changed(self, shared: bool, reason: str) -> None:  # noqa: FBT001 - the signature of Tools.on_change
+        if shared and self._first.is_cluster and not self._slots:
+            self._learn_topology()
+        if not shared and self._slots:
+            self._learn_topology()
         if self._on_change is not None:
             self._on_change(shared, reason)
 
+    def _learn_topology(self) -> None:
+        if self._refresh is None and not self._closed:
+            self._refresh = self._spawn(self._refresh_topology())
+            self._refresh.add_done_callback(self._refreshed)
 
-async def _call_surely(connection: AbstractConnection, batch: Sequence[_Wish]) -> list[int]:
-    """Call, and load the function where it is missing."""
-    try:
-        return await _call(connection, batch)
-    except ResponseError as error:
-        # Refused as a whole, so that it may be sent again.
-        if not _is_function_missing(error):
-            raise
-    await _command(connection, "FUNCTION", "LOAD", "REPLACE", function_library())
-    return await _call(connection, batch)
+    def _refreshed(self, task: asyncio.Task[None]) -> None:
+        del task
+        self._refresh = None
+
+    async def _refresh_topology(self) -> None:
+        """Ask any server that answers until all slots are at servers that do; probes go on meanwhile."""
+        rest_s = _TOPOLOGY_REST_S
+        while not self._closed:
+            slots = await self._ask_topology()
+            if slots is not None:
+                await self._use(slots)
+                if self.shared:
+                    return
+            elif not self._slots:
+                return
+            await self._sleep(rest_s)
+            rest_s = min(_LONGEST_TOPOLOGY_REST_S, rest_s * 2)
+
+    async def _ask_topology(self) -> list[_Address | None] | None:
+        for address in [*self._shards, None]:
+            link = Link(self._server, address)
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await link.open()
+                    return _slots(await link.command("CLUSTER", "SLOTS"), self._server.host)
+            except (RedisError, OSError, TimeoutError, LookupError, TypeError, ValueError):
+                continue
+            finally:
+                await link.drop()
+        return None
+
+    async def _use(self, slots: list[_Address | None]) -> None:
+        addresses = {address for address in slots if address is not None}
+        fresh = [self._make_fresh(address) for address in addresses if address not in self._shards]
+        await asyncio.gather(*(shard.start() for shard in fresh))
+        self._slots = slots
+        for address in set(self._shards) - addresses:
+            self._spawn(self._shards.pop(address).close())
+
+    def _make_fresh(self, address: _Address) -> Shard:
+        shard = self._shards[address] = self._make_shard(address)
+        return shard
+
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
-async def _call(connection: AbstractConnection, batch: Sequence[_Wish]) -> list[int]:
-    buckets: dict[str, int] = {}
-    sizes: list[int] = []
-    groups: list[int] = []
-    for wish in batch:
-        groups.append(len(wish.takes))
-        for take in wish.takes:
-            key = redis_key(take)
-            number = buckets.get(key)
-            if number is None:
-                number = buckets[key] = len(buckets) + 1
-                sizes += micro_take(take)[:2]
-            groups += (number, max(0, take.cost))
-    arguments = ("", len(buckets), *sizes, *groups)
-    refusals = await _command(
-        connection, "FCALL", FUNCTION_NAME, len(buckets) + 1, "postroad:epoch", *buckets, *arguments
-    )
-    answers = [0] * (2 * len(batch))
-    for at in range(1, len(refusals), 3):
-        group, wait_us, refused = refusals[at : at + 3]
-        answers[2 * group - 2 : 2 * group] = (wait_us, refused)
-    return answers
+class _Joint:
+    """A wish in parts: granted when all are, else what was granted is given back."""
+
+    __slots__ = ("_answer", "_left", "_limiter", "_wishes")
+
+    def __init__(self, limiter: RedisLimiter, wishes: list[Wish], answer: asyncio.Future[Grant]) -> None:
+        self._limiter = limiter
+        self._wishes = wishes
+        self._answer = answer
+        self._left = len(wishes)
+        for wish in wishes:
+            wish.answer.add_done_callback(self._answered)
+
+    def _answered(self, _: asyncio.Future[Grant]) -> None:
+        self._left -= 1
+        if self._left:
+            return
+        grants = [wish.answer.result() for wish in self._wishes]
+        refusals = [grant for grant in grants if not grant.allowed]
+        if refusals or self._answer.cancelled():
+            for wish, grant in zip(self._wishes, grants, strict=True):
+                if grant.allowed:
+                    self._give_back(wish)
+        if self._answer.done():
+            return
+        if refusals:
+            self._answer.set_result(max(refusals, key=lambda grant: grant.wait_s))
+        else:
+            self._answer.set_result(_GRANTED._replace(local=any(grant.local for grant in grants)))
+
+    def _give_back(self, wish: Wish) -> None:
+        if wish.slots:
+            self._limiter.release(wish.slots)
+        else:
+            self._limiter.refund(wish.takes)
 
 
-async def _command(connection: AbstractConnection, *words: str | int) -> Any:
-    await connection.send_command(*words, check_health=False)
-    # Cancelled or failed while reading, redis-py closes the connection: no answer is left behind for the next.
-    return await connection.read_response()
+def _part(answer: asyncio.Future[Grant], parts: dict[str, Any]) -> asyncio.Future[Grant]:
+    return answer if len(parts) == 1 else asyncio.get_running_loop().create_future()
 
 
-def _grant(takes: Sequence[Take], wait_us: int, refused: int) -> Grant:
-    if not refused:
-        return _GRANTED
-    return Grant(allowed=False, wait_s=wait_us / MICRO, refused_key=takes[refused - 1].key, local=False)
+def _by_tag(items: Sequence[Any]) -> dict[str, list[Any]]:
+    parts: dict[str, list[Any]] = {}
+    for item in items:
+        parts.setdefault(item.tag, []).append(item)
+    return parts
 
 
-def _is_function_missing(error: ResponseError) -> bool:
-    return "function not found" in str(error).lower()
+def _named(error: ResponseError, own_host: str) -> _Address | None:
+    if isinstance(error, AskError):
+        with contextlib.suppress(ValueError):
+            return (error.host or own_host, int(error.port))
+    return None
+
+
+def _slots(answer: Sequence[Any], own_host: str) -> list[_Address | None]:
+    """Return who keeps each slot, by the answer to CLUSTER SLOTS."""
+    slots: list[_Address | None] = [None] * 16_384
+    for first, last, (host, port, *_), *_replicas in answer:
+        address = (host.decode() or own_host, int(port))
+        slots[first : last + 1] = [address] * (last - first + 1)
+    return slots

@@ -1,19 +1,22 @@
-"""What every limiter keeps: token buckets, all or nothing over many keys, on its own clock.
+"""What every limiter keeps: token buckets and slots, all or nothing over many keys, on its own clock.
 
-A harness ages buckets: in memory the clock moves, in Valkey the stored times do (its clock is its own).
+A harness ages buckets and slots: in memory the clock moves, in Valkey the stored times do (its clock is its own). The
+cluster has three servers: keys of several tags lie on several of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import pytest
 import redis
 
 from dataplane.adapters.limiter_local import LocalLimiter
-from dataplane.adapters.limiter_redis import RedisLimiter, redis_key
-from dataplane.ports import Limiter, Take
+from dataplane.adapters.limiter_redis import RedisLimiter
+from dataplane.adapters.limiter_wire import redis_key
+from dataplane.ports import Limiter, Slot, Take
 
 MICRO = 1_000_000
 
@@ -34,7 +37,21 @@ class Harness:
         self.age = age
 
 
-@pytest.fixture(params=["local", "redis"])
+def age_keys(clients: Sequence[redis.Redis], seconds: float) -> None:
+    """Let time pass for what lies on servers."""
+    for client in clients:
+        keys: Any = client.keys("postroad:*")
+        for key in keys:
+            if client.type(key) == b"zset":
+                held: Any = client.zrange(key, 0, -1, withscores=True)
+                client.zadd(key, {holder: end_us - seconds * MICRO for holder, end_us in held})
+            elif not key.endswith(b"epoch") and not key.endswith(b"{epoch}"):
+                value: Any = client.get(key)
+                level, since = value.split()
+                client.set(key, b"%d %d" % (int(level), int(since) - int(seconds * MICRO)))
+
+
+@pytest.fixture(params=["local", "redis", "cluster"])
 async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
     clock = Clock()
 
@@ -44,20 +61,23 @@ async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
     if request.param == "local":
         yield Harness(LocalLimiter(clock), advance)
         return
-    url = request.getfixturevalue("valkey_url")
-
-    def age(seconds: float) -> None:
-        with redis.Redis.from_url(url) as client:
-            for key in client.keys("postroad:*"):
-                level, since = client.get(key).split()
-                client.set(key, b"%d %d" % (int(level), int(since) - int(seconds * MICRO)))
-
+    if request.param == "redis":
+        url = request.getfixturevalue("valkey_url")
+        clients = [redis.Redis.from_url(url)]
+    else:
+        cluster = request.getfixturevalue("valkey_cluster")
+        url = cluster.url()
+        clients = [cluster.client(number) for number in range(3)]
     # Generous, so that a busy machine does not make the local limiter answer for the server.
     limiter = RedisLimiter(url, LocalLimiter(clock), timeout_s=5.0)
     await limiter.start()
-    yield Harness(limiter, age)
-    assert limiter.local_count == 0
+    assert limiter.shared
+    assert limiter.is_cluster is (request.param == "cluster")
+    yield Harness(limiter, lambda seconds: age_keys(clients, seconds))
+    assert limiter.counters.local == 0
     await limiter.close()
+    for client in clients:
+        client.close()
 
 
 def bucket(key: str = "messages", *, capacity: int = 10, rate_per_s: float = 0.001, cost: int = 1) -> Take:
@@ -160,3 +180,137 @@ async def test_large_buckets_count_exactly(harness: Harness) -> None:
 
 def test_a_key_in_redis_carries_its_tag_in_braces() -> None:
     assert redis_key(bucket()) == "postroad:{a:demo}messages"
+
+
+async def test_a_refusal_under_one_tag_gives_back_what_others_granted(harness: Harness) -> None:
+    tags = [f"a:account-{number}" for number in range(8)]
+    await harness.limiter.take([Take("messages", tags[5], 10, 0.001, 10)])
+    for _ in range(3):
+        grant = await harness.limiter.take([Take("messages", tag, 10, 0.001, 2) for tag in tags])
+        assert (grant.allowed, grant.refused_key) == (False, "messages")
+    for tag in tags:
+        assert (await harness.limiter.take([Take("messages", tag, 10, 0.001, 10)])).allowed is (tag != tags[5])
+
+
+async def test_many_tags_are_granted_together(harness: Harness) -> None:
+    wishes = [Take("messages", f"a:account-{number}", 10, 0.001, 4) for number in range(8)]
+    grants = [await harness.limiter.take(wishes) for _ in range(3)]
+    assert [grant.allowed for grant in grants] == [True, True, False]
+
+
+async def test_ask_answers_like_take(harness: Harness) -> None:
+    assert (await harness.limiter.ask([bucket(cost=10)])).allowed
+    assert (await harness.limiter.ask([bucket()])).refused_key == "messages"
+    assert (await harness.limiter.ask([])).allowed
+
+
+async def test_a_refund_makes_room_and_never_more_than_the_capacity(harness: Harness) -> None:
+    await harness.limiter.take([bucket(cost=10), bucket("other", cost=4)])
+    harness.limiter.refund([bucket(cost=3), bucket("other", cost=1_000)])
+    assert (await harness.limiter.take([bucket(cost=3)])).allowed
+    assert not (await harness.limiter.take([bucket()])).allowed
+    assert (await harness.limiter.take([bucket("other", cost=10)])).allowed
+    assert not (await harness.limiter.take([bucket("other")])).allowed
+
+
+async def test_a_refund_of_a_bucket_that_nobody_drew_from_is_nothing(harness: Harness) -> None:
+    harness.limiter.refund([bucket(cost=5)])
+    assert (await harness.limiter.take([bucket(cost=10)])).allowed
+    assert not (await harness.limiter.take([bucket()])).allowed
+
+
+# --- slots
+
+
+def slot(holder: str, key: str = "slots", *, capacity: int = 2, ttl_s: float = 60.0, tag: str = "d:mx") -> Slot:
+    return Slot(key, tag, capacity, ttl_s, holder)
+
+
+async def test_no_slots_are_held_at_once(harness: Harness) -> None:
+    assert (await harness.limiter.hold([])).allowed
+
+
+async def test_as_many_hold_as_there_are_slots(harness: Harness) -> None:
+    grants = [await harness.limiter.hold([slot(f"holder-{number}")]) for number in range(4)]
+    assert [grant.allowed for grant in grants] == [True, True, False, False]
+    assert grants[2].refused_key == "slots"
+    assert 0.0 < grants[2].wait_s <= 1.0
+
+
+async def test_a_slot_that_is_given_back_is_free_at_once(harness: Harness) -> None:
+    await harness.limiter.hold([slot("first")])
+    await harness.limiter.hold([slot("second")])
+    harness.limiter.release([slot("first")])
+    assert (await harness.limiter.hold([slot("third")])).allowed
+    assert not (await harness.limiter.hold([slot("fourth")])).allowed
+
+
+async def test_a_holder_that_dies_gives_its_slots_back_when_their_time_is_over(harness: Harness) -> None:
+    await harness.limiter.hold([slot("dead", ttl_s=60.0)])
+    await harness.limiter.hold([slot("alive", ttl_s=600.0)])
+    harness.age(59.0)
+    assert not (await harness.limiter.hold([slot("next")])).allowed
+    harness.age(2.0)
+    assert (await harness.limiter.hold([slot("next")])).allowed
+    assert not (await harness.limiter.hold([slot("another")])).allowed
+
+
+async def test_who_renews_keeps_its_slot_and_needs_no_second_one(harness: Harness) -> None:
+    await harness.limiter.hold([slot("first")])
+    await harness.limiter.hold([slot("second")])
+    for _ in range(4):
+        harness.age(40.0)
+        assert (await harness.limiter.hold([slot("first")])).allowed
+    assert (await harness.limiter.hold([slot("third")])).allowed
+    assert not (await harness.limiter.hold([slot("fourth")])).allowed
+
+
+async def test_failed_attempts_refresh_nobodys_time(harness: Harness) -> None:
+    await harness.limiter.hold([slot("dead-1")])
+    await harness.limiter.hold([slot("dead-2")])
+    for _ in range(5):
+        harness.age(11.0)
+        assert not (await harness.limiter.hold([slot("waits")])).allowed
+    harness.age(6.0)
+    assert (await harness.limiter.hold([slot("waits")])).allowed
+
+
+async def test_one_refusal_holds_no_slot_of_any_key(harness: Harness) -> None:
+    await harness.limiter.hold([slot("first", "small", capacity=1)])
+    for number in range(3):
+        holder = f"holder-{number}"
+        grant = await harness.limiter.hold([slot(holder, "large"), slot(holder, "small", capacity=1)])
+        assert (grant.allowed, grant.refused_key) == (False, "small")
+    for holder in ("one", "two"):
+        assert (await harness.limiter.hold([slot(holder, "large")])).allowed
+
+
+async def test_slots_of_many_tags_are_held_together_or_not_at_all(harness: Harness) -> None:
+    tags = [f"d:mx-{number}" for number in range(6)]
+    await harness.limiter.hold([slot("first", capacity=1, tag=tags[3])])
+    for _ in range(3):
+        assert not (await harness.limiter.hold([slot("second", capacity=1, tag=tag) for tag in tags])).allowed
+    for tag in tags:
+        assert (await harness.limiter.hold([slot("third", capacity=1, tag=tag)])).allowed is (tag != tags[3])
+
+
+async def test_to_give_back_what_is_not_held_changes_nothing(harness: Harness) -> None:
+    await harness.limiter.hold([slot("first")])
+    harness.limiter.release([slot("nobody"), slot("nobody", "unknown")])
+    await harness.limiter.hold([slot("second")])
+    assert not (await harness.limiter.hold([slot("third")])).allowed
+
+
+async def test_fewer_slots_hold_at_once_and_cut_nobody_off(harness: Harness) -> None:
+    await harness.limiter.hold([slot("first")])
+    await harness.limiter.hold([slot("second")])
+    assert (await harness.limiter.hold([slot("second", capacity=1)])).allowed
+    assert not (await harness.limiter.hold([slot("third", capacity=1)])).allowed
+
+
+async def test_holds_and_takes_of_one_turn_each_get_their_own_answer(harness: Harness) -> None:
+    limiter = harness.limiter
+    held = [asyncio.ensure_future(limiter.hold([slot(f"holder-{number}")])) for number in range(6)]
+    taken = [limiter.ask([bucket(cost=3)]) for _ in range(6)]
+    assert sum(grant.allowed for grant in await asyncio.gather(*held)) == 2
+    assert sum(grant.allowed for grant in await asyncio.gather(*taken)) == 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Self
@@ -12,8 +14,11 @@ import pytest
 import redis
 
 from dataplane.adapters.limiter_local import LocalLimiter
-from dataplane.adapters.limiter_redis import RedisLimiter, function_library
-from dataplane.ports import Take
+from dataplane.adapters.limiter_redis import RedisLimiter
+from dataplane.adapters.limiter_shard import Shard
+from dataplane.adapters.limiter_wire import function_library
+from dataplane.core.limits import server_key
+from dataplane.ports import Slot, Take
 from postroad.localstack import ValkeyServer
 
 PATIENT_S = 5.0
@@ -144,6 +149,26 @@ def bucket(key: str = "messages", *, capacity: int = 12, cost: int = 1) -> Take:
     return Take(key, "a:demo", capacity, 0.001, cost)
 
 
+def minute(key: str = "connections", *, cost: int = 1) -> Take:
+    """A bucket that fills within two minutes: too short to be remembered."""
+    return Take(key, "a:demo", 12, 0.1, cost)
+
+
+async def quiet(shard: Shard) -> None:
+    """Wait until all has left."""
+    if shard._sender is not None:
+        await asyncio.wait([shard._sender])
+
+
+async def look(limiter: RedisLimiter) -> None:
+    """Let the limiter look at its long buckets now."""
+    shards = [limiter._first, *limiter._shards.values()]
+    for shard in shards:
+        shard._look()
+    for shard in shards:
+        await quiet(shard)
+
+
 def server(url: str) -> redis.Redis:
     return redis.Redis.from_url(url)
 
@@ -162,11 +187,13 @@ async def test_function_flush_costs_no_take_its_shared_answer(limiter: RedisLimi
     assert (grant.allowed, grant.local) == (False, False)
 
 
-async def test_flushall_gives_one_capacity_more_and_no_other_harm(limiter: RedisLimiter, valkey_url: str) -> None:
-    await limiter.take([bucket(cost=12)])
+async def test_flushall_gives_a_short_bucket_one_capacity_more_and_no_other_harm(
+    limiter: RedisLimiter, valkey_url: str
+) -> None:
+    await limiter.take([minute(cost=12)])
     with server(valkey_url) as client:
         client.flushall()
-    grants = [await limiter.take([bucket()]) for _ in range(13)]
+    grants = [await limiter.take([minute()]) for _ in range(13)]
     assert [grant.allowed for grant in grants] == [True] * 12 + [False]
     assert not any(grant.local for grant in grants)
 
@@ -192,12 +219,20 @@ async def test_a_library_that_is_there_is_used_and_not_replaced(valkey_url: str,
 async def test_an_acl_that_allows_only_the_call_is_enough(valkey_url: str, start: Start) -> None:
     with server(valkey_url) as client:
         client.function_load(function_library())
-        client.execute_command("ACL", "SETUSER", "node", "on", ">secret", "~postroad:*", "-@all", "+fcall")
-        # What the function itself does is held to the caller's rights.
-        client.execute_command("ACL", "SETUSER", "node", "+time", "+get", "+set")
+        client.execute_command("ACL", "SETUSER", "node", "on", ">secret", "~postroad:*", "-@all")
+        # What a function does is held to the caller's rights: those that the library's header names.
+        rights = re.findall(r"\+[a-z]+", function_library().partition("one that looks only")[0])
+        client.execute_command("ACL", "SETUSER", "node", *rights)
     parts = urlsplit(valkey_url)
     limiter = await start(f"redis://node:secret@{parts.hostname}:{parts.port}/0")
     assert (await limiter.take([bucket()])).local is False
+    held = Slot("slots", "d:mx", 1, 60.0, "holder")
+    assert (await limiter.hold([held])).local is False
+    limiter.refund([bucket()])
+    limiter.release([held])
+    await look(limiter)
+    assert (await limiter.hold([held])).local is False
+    assert limiter.counters.trips == 0
     with server(valkey_url) as client:
         client.function_flush("SYNC")
     # It may not load: the leader will; until then the local share decides.
@@ -235,15 +270,15 @@ async def test_a_silent_server_trips_the_breaker_and_a_probe_finds_the_way_back(
         limiter = await start(proxy.url, sleep=gate.sleep, on_change=changes)
         assert not (await limiter.take([bucket()])).local
         proxy.stop()
-        limiter._timeout_s = 0.03
+        limiter._first.timeout_s = 0.03
         waiting = [asyncio.ensure_future(limiter.take([bucket()])) for _ in range(3)]
         assert [grant.local for grant in await asyncio.gather(*waiting)] == [True] * 3
-        assert limiter.trip_count == 1
+        assert limiter.counters.trips == 1
         # While it is open nobody waits: not one turn of the loop is needed.
         with pytest.raises(StopIteration) as stopped:
             limiter.take([bucket(cost=0)]).send(None)
         assert stopped.value.value.local
-        limiter._timeout_s = PATIENT_S
+        limiter._first.timeout_s = PATIENT_S
         proxy.flow()
         gate.open()
         await changes.wait_for(3)
@@ -255,7 +290,7 @@ async def test_what_was_decided_locally_is_never_sent_later(valkey_url: str, sta
     gate, changes = Gate(), Changes()
     async with Proxy(valkey_url) as proxy:
         limiter = await start(proxy.url, sleep=gate.sleep, on_change=changes)
-        await limiter._drop_connection()
+        await limiter._first.link.drop()
         assert (await limiter.take([bucket(cost=3)])).local
         gate.open()
         await changes.wait_for(2)
@@ -287,6 +322,7 @@ async def test_a_take_cancelled_before_it_left_is_not_charged(limiter: RedisLimi
 
 
 async def test_a_turn_of_the_loop_is_one_call(limiter: RedisLimiter, valkey_url: str) -> None:
+    await limiter.take([bucket()])
     with server(valkey_url) as client:
         client.config_resetstat()
         await asyncio.gather(*(limiter.take([bucket(f"key-{number}")]) for number in range(50)))
@@ -305,7 +341,7 @@ async def test_a_restarted_server_is_found_again_with_its_library_gone(passable_
         own = ValkeyServer(folder, own.port).start()
         gate.open()
         await changes.wait_for(3)
-        grant = await limiter.take([bucket()])
+        grant = await limiter.take([minute()])
         assert (grant.allowed, grant.local) == (True, False)
     finally:
         own.destroy()
@@ -330,3 +366,174 @@ async def test_closing_answers_whoever_waits(valkey_url: str, start: Start) -> N
         await limiter.close()
         assert all(grant.local for grant in await asyncio.gather(*waiting))
         assert (await limiter.take([bucket(cost=0)])).local
+
+
+async def test_an_answer_after_a_cancellation_is_given_back(limiter: RedisLimiter) -> None:
+    slot = Slot("slots", "d:mx", 1, 60.0, "gone")
+    taking, holding = limiter.ask([bucket(cost=12)]), asyncio.ensure_future(limiter.hold([slot]))
+    sender = None
+    while sender is None or not limiter._first.link.is_open:
+        await asyncio.sleep(0)
+        sender = limiter._first._sender
+    await asyncio.sleep(0)
+    taking.cancel()
+    holding.cancel()
+    assert (await limiter.take([bucket(cost=12)])).allowed
+    assert (await limiter.hold([slot._replace(holder="next")])).allowed
+
+
+async def test_the_library_answers_who_only_looks(limiter: RedisLimiter, valkey_url: str) -> None:
+    await limiter.take([bucket(cost=5)])
+    for number in range(3):
+        await limiter.hold([Slot("slots", "d:mx", 3, 60.0, f"holder-{number}")])
+    with server(valkey_url) as client:
+        keys = [server_key("a:demo", "messages"), server_key("a:demo", "never")]
+        sizes = [12_000_000, 1_000] * 2
+        levels = client.execute_command("FCALL_RO", "postroad_peek_1", 2, *keys, *sizes)
+        assert 7_000_000 <= levels[0] < 7_100_000
+        assert levels[1] == 12_000_000
+        slots = [server_key("d:mx", "slots"), server_key("d:mx", "never")]
+        assert client.execute_command("FCALL_RO", "postroad_count_1", 2, *slots) == [3, 0]
+
+
+async def test_slots_end_with_their_key_when_the_last_holder_died(limiter: RedisLimiter, valkey_url: str) -> None:
+    await limiter.hold([Slot("slots", "d:mx", 3, 30.0, "long")])
+    await limiter.hold([Slot("slots", "d:mx", 3, 2.0, "short")])
+    with server(valkey_url) as client:
+        assert 29_000 < client.pttl(server_key("d:mx", "slots")) <= 30_001
+
+
+# --- what was lost
+
+
+async def test_a_long_bucket_is_not_full_after_flushall(limiter: RedisLimiter, valkey_url: str) -> None:
+    await limiter.take([bucket(cost=10)])
+    await look(limiter)
+    with server(valkey_url) as client:
+        client.flushall()
+    grants = [await limiter.take([bucket()]) for _ in range(4)]
+    assert [grant.allowed for grant in grants] == [True, True, False, False]
+    assert not any(grant.local for grant in grants)
+    assert limiter.counters.lost == 1
+
+
+async def test_the_lowest_level_that_any_worker_remembers_holds(valkey_url: str, start: Start) -> None:
+    first, second = await start(valkey_url), await start(valkey_url)
+    await second.take([bucket(cost=1)])
+    await look(second)
+    await first.take([bucket(cost=9)])
+    await look(first)
+    with server(valkey_url) as client:
+        client.flushall()
+    # The one that remembers less comes first: 11 are left as far as it knows.
+    assert (await second.take([bucket(cost=1)])).allowed
+    assert (await first.take([bucket(cost=2)])).allowed
+    assert not (await second.take([bucket(cost=1)])).allowed
+
+
+async def test_what_is_remembered_of_other_buckets_is_seeded_too(limiter: RedisLimiter, valkey_url: str) -> None:
+    for number in range(250):
+        await limiter.take([bucket(f"key-{number}", cost=12)])
+    await look(limiter)
+    with server(valkey_url) as client:
+        client.flushall()
+        await limiter.take([bucket("key-7", cost=0)])
+        await quiet(limiter._first)
+        names = [server_key("a:demo", f"key-{number}") for number in range(250)]
+        assert all(value.startswith(b"0 ") or int(value.split()[0]) < 1_000_000 for value in client.mget(names))
+
+
+async def test_a_seed_grows_by_the_rate_while_nobody_looks(valkey_url: str, start: Start) -> None:
+    now_s = [1_000.0]
+    limiter = await start(valkey_url, clock=lambda: now_s[0])
+    await limiter.take([bucket(cost=12)])
+    await look(limiter)
+    now_s[0] += 3_000.0  # three tokens
+    with server(valkey_url) as client:
+        client.flushall()
+    grants = [await limiter.take([bucket()]) for _ in range(5)]
+    assert sum(grant.allowed for grant in grants) == 3
+
+
+async def test_a_loss_between_a_look_and_the_wish_teaches_nothing_wrong(limiter: RedisLimiter, valkey_url: str) -> None:
+    await limiter.take([bucket(cost=12)])
+    await look(limiter)
+    await limiter.take([bucket(cost=0)])
+    with server(valkey_url) as client:
+        client.flushall()
+    # A look now finds no bucket, which is not to be taken for a full one.
+    await look(limiter)
+    assert not (await limiter.take([bucket()])).allowed
+
+
+async def test_long_buckets_survive_a_restart_of_the_server(passable_folder: Path, start: Start) -> None:
+    gate, changes = Gate(), Changes()
+    folder = passable_folder / "valkey"
+    own = ValkeyServer(folder).start()
+    try:
+        limiter = await start(own.url(), sleep=gate.sleep, on_change=changes)
+        await limiter.take([bucket(cost=10)])
+        await look(limiter)
+        own.stop()
+        assert (await limiter.take([bucket(cost=0)])).local
+        own = ValkeyServer(folder, own.port).start()
+        gate.open()
+        await changes.wait_for(3)
+        grants = [await limiter.take([bucket()]) for _ in range(3)]
+        assert [(grant.allowed, grant.local) for grant in grants] == [(True, False)] * 2 + [(False, False)]
+    finally:
+        own.destroy()
+
+
+async def test_seeds_that_did_not_arrive_are_owed_again(valkey_url: str, start: Start) -> None:
+    gate, changes = Gate(), Changes()
+    async with Proxy(valkey_url) as proxy:
+        limiter = await start(proxy.url, sleep=gate.sleep, on_change=changes)
+        await limiter.take([bucket(cost=12)])
+        await look(limiter)
+        with server(valkey_url) as client:
+            client.flushall()
+        limiter._first._levels.changed("", 5)
+        proxy.stop()
+        limiter._first.timeout_s = 0.03
+        assert (await limiter.take([bucket(cost=0)])).local
+        limiter._first.timeout_s = PATIENT_S
+        proxy.flow()
+        gate.open()
+        await changes.wait_for(3)
+        assert not (await limiter.take([bucket()])).allowed
+
+
+# --- a late loop, counters
+
+
+async def test_a_loop_that_is_late_gives_up_no_server_that_answers(valkey_url: str, start: Start) -> None:
+    limiter = await start(valkey_url, timeout_s=0.03)
+    for _ in range(3):
+        asked = limiter.ask([bucket(cost=0)])
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        time.sleep(0.06)  # noqa: ASYNC251 - a callback that holds the loop
+        assert not (await asked).local
+    assert limiter.counters.trips == 0
+
+
+async def test_counters_tell_how_much_was_decided_without_the_server(start: Start) -> None:
+    limiter = await start("redis://127.0.0.1:1/0", sleep=Gate().sleep)
+    for _ in range(5):
+        await limiter.take([bucket()])
+    assert (limiter.counters.local, limiter.counters.local_granted) == (5, 3)
+    assert limiter.counters.trips == 0
+
+
+async def test_slots_without_a_server_are_shared_out_one_at_least(start: Start) -> None:
+    limiter = await start("redis://127.0.0.1:1/0", sleep=Gate().sleep)
+    for capacity, expected in ((8, 2), (2, 1)):
+        grants = [
+            await limiter.hold([Slot(f"slots-{capacity}", "d:mx", capacity, 60.0, f"holder-{number}")])
+            for number in range(4)
+        ]
+        assert sum(grant.allowed for grant in grants) == expected
+        assert all(grant.local for grant in grants)
+    limiter.release([Slot("slots-2", "d:mx", 2, 60.0, "holder-0")])
+    assert (await limiter.hold([Slot("slots-2", "d:mx", 2, 60.0, "next")])).allowed

@@ -22,7 +22,7 @@ from dataplane.ingress.listeners import Ingress, Mode
 from dataplane.ingress.protocol import Timeouts
 from dataplane.ingress.submission import SPILL_BYTES, Submission
 from dataplane.ingress.tls import TlsHolder
-from dataplane.ports import Grant, Spool, Take
+from dataplane.ports import Grant, Slot, Spool, Take
 
 HOSTNAME = "relay.example"
 SECRET = "prs_a-secret-that-is-in-no-log"
@@ -309,5 +309,5 @@ async def running(node: Node, *modes: Mode) -> AsyncIterator[Node]:
         await node.ingress.drain(0.2)
 
 
-def with_settings(node: Node, **changes: int) -> None:
+def with_settings(node: Node, **changes: Any) -> None:
     node.config.settings = replace(node.config.settings, **changes)
