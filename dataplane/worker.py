@@ -40,7 +40,6 @@ from dataplane.agent.workers import hold_worker_lock
 from dataplane.agent_link import AgentLink
 from dataplane.clock import SystemClock
 from dataplane.commands import CommandRunner
-from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.engine import DeliveryEngine, Surroundings
 from dataplane.descriptors import connection_room, descriptor_limit, open_descriptors
 from dataplane.forwarding import RecordForwarder
@@ -240,9 +239,9 @@ class _Worker:
 
     def _samples(self) -> Iterator[SampleRow]:
         yield from self._counters.samples()
-        yield "event_loop_lag_seconds", (), self._lag.take_worst_s()
+        yield "event_loop_lag_seconds", (), self._lag.seconds.row
         for engine in self._engines.values():
-            yield from delivery_samples(engine.counters)
+            yield from engine.counters.samples()
 
     async def _start(self, limiter: Limiter, listener_fds: Sequence[int], live: LiveSettings) -> Ingress:
         refused = {name for name in self._spools if is_refused(Path("spool") / name)}
@@ -268,6 +267,7 @@ class _Worker:
             hostname=self._settings.hostname,
             random=os.urandom,
             max_content_bytes=bounds.content_bytes,
+            spill_bytes=bounds.spill_bytes,
         )
         ingress = Ingress(submission, self._tls(), timeouts_of(bounds))
         live.attach(admission, ingress.service)
@@ -334,19 +334,6 @@ class _Worker:
         for spool in self._spools.values():
             await spool.close()
         self._log.info("drain.ended")
-
-
-def delivery_samples(counters: DeliveryCounters) -> Iterator[SampleRow]:
-    """What delivery counts, under the names of the metrics."""
-    for result in ("sent", "deferred", "bounced", "failed", "expired", "uncertain", "interrupted"):
-        yield "delivery_attempts_total", (result,), getattr(counters, result)
-    yield "delivery_connections", (), counters.connections_now
-    yield "delivery_connections_total", ("opened",), counters.connections_opened
-    yield "delivery_connections_total", ("failed",), counters.connections_failed
-    yield "delivery_throttled_total", (), counters.throttled
-    yield "delivery_window_bytes", (), counters.window_bytes
-    yield "spool_write_failures_total", (), counters.settle_failures
-    yield "queue_recovered_total", (), counters.recovered
 
 
 def _calm_collector() -> None:

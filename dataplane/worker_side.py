@@ -8,8 +8,9 @@ again by the control plane. Everything else is a step on the loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from dataplane.agent.ports import StoreError
 from dataplane.agent_link import AgentLink
 from dataplane.commands import CommandRunner
 from dataplane.forwarding import RecordForwarder
+from dataplane.ledger_lag import LedgerLag
 from dataplane.link import (
     ConfigApplied,
     ConfigChanged,
@@ -41,6 +43,7 @@ from dataplane.spool_folders import is_refused, mark_refused
 from dataplane.telemetry import SampleRow
 
 FLUSH_LOOK_S = 0.02
+LEDGER_LOOK_S = 1.0
 
 
 class SwappableView(ConfigView, Protocol):
@@ -104,6 +107,7 @@ class WorkerSide:
         self._denials_news = asyncio.Event()
         self._commands: asyncio.Queue[RunCommand] = asyncio.Queue()
         self._status_requests: asyncio.Queue[int] = asyncio.Queue()
+        self._lags = {name: LedgerLag() for name in parts.spools}
         self.draining = False
 
     def attach(self, link: AgentLink, forwarder: RecordForwarder, runner: CommandRunner) -> None:
@@ -121,6 +125,7 @@ class WorkerSide:
             self._follow_denials(),
             self._run_commands(),
             self._report_status(),
+            self._watch_ledger(),
         ]
 
     # --- from the agent --------------------------------------------------------------------------------------
@@ -216,6 +221,15 @@ class WorkerSide:
             except SpoolError as error:
                 self._parts.log.warning("status.failed", error=str(error))
 
+    async def _watch_ledger(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            for name, spool in self._parts.spools.items():
+                with contextlib.suppress(SpoolError):
+                    stats = await spool.stats()
+                    self._lags[name].note(stats.outbox_last, stats.acknowledged, loop.time())
+            await asyncio.sleep(LEDGER_LOOK_S)
+
     # --- to the agent ----------------------------------------------------------------------------------------
 
     async def hello(self) -> WorkerHello:
@@ -241,11 +255,14 @@ class WorkerSide:
     def _samples(self, stats: list[SpoolStats]) -> Iterator[Sample]:
         for row in self._parts.samples():
             yield Sample(*row)
-        yield Sample("queue_depth", ("waiting",), sum(each.waiting_count for each in stats))
+        for state, count in depth_by_state(stats).items():
+            yield Sample("queue_depth", (state,), count)
         yield Sample("spool_bytes", ("database",), sum(each.database_bytes for each in stats))
         yield Sample("spool_bytes", ("wal",), sum(each.wal_bytes for each in stats))
         yield Sample("spool_commits_total", (), sum(each.commits for each in stats))
         yield Sample("config_stale", (), float(self._parts.view.stale))
+        now_s = asyncio.get_running_loop().time()
+        yield Sample("ledger_lag_seconds", (), max((lag.age_s(now_s) for lag in self._lags.values()), default=0.0))
 
     async def unstored(self) -> int:
         """Ledger records that the control plane has not stored yet, over all spools."""
@@ -279,3 +296,16 @@ def spool_state(spool: Spool, stats: SpoolStats) -> SpoolState:
         last_record=stats.outbox_last,
         waiting_count=stats.waiting_count,
     )
+
+
+def depth_by_state(stats: Sequence[SpoolStats]) -> dict[str, int]:
+    """Recipients by state over all spools, by the names of the metric; `failed` is messages set aside."""
+    depths = [each.depth for each in stats]
+    return {
+        "queued": sum(depth.queued for depth in depths),
+        "processing": sum(depth.sending for depth in depths),
+        "deferred": sum(depth.deferred for depth in depths),
+        "scheduled": sum(depth.scheduled for depth in depths),
+        "held": sum(depth.held for depth in depths),
+        "failed": sum(each.quarantined_count for each in stats),
+    }
