@@ -177,9 +177,10 @@ class FairTurns:
                 self._skip_rounds(quantum)
                 passed = 0
 
-    def give_back(self, name: str, spent: int) -> None:
+    def give_back(self, name: str, spent: int, weight: int) -> None:
         """End a turn of a name that wants another one; with something left to spend it comes first."""
         account = self._accounts[name]
+        account[0] = weight
         account[1] -= spent
         if account[1] > 0:
             self._ring.appendleft(name)

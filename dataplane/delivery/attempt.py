@@ -46,8 +46,9 @@ class Owner(Protocol):
 class Attempt:
     """Recipients (`sending`, all with the same attempt number) and where they may go.
 
-    `place` is the target tried now. `probed` says that a target was dialled for this attempt, `waits` that a target is
-    only unusable for now. Seconds are monotonic.
+    `account`, `weight` and `cost` say whose turn it is (core/fair). `read_back_for` is the next hop whose place it
+    takes, empty for mail just accepted. `place` is the target tried now. `probed` says that a target was dialled for
+    this attempt, `waits` that a target is only unusable for now. Seconds are monotonic.
     """
 
     owner: Owner
@@ -57,7 +58,10 @@ class Attempt:
     targets: tuple[Target, ...]
     bundle_revision: int
     queue_key: str
-    accepted_now: bool
+    read_back_for: str
+    account: str
+    weight: int
+    cost: int
     queued_ms: int
     begun_s: float
     place: int = 0

@@ -1,11 +1,12 @@
 """Connections kept for each provider: jobs come in, each is given to a connection, and it hears how it ended.
 
-A `Pool` belongs to one provider, `Pools` to the worker. Jobs wait in two lines, those just accepted and those read
-back from the spool, which take turns, so that neither starves. A job ends in exactly one of its methods: `done`,
-`unreachable`, `rerouted`, or in nothing when `prepare` took it back by returning None. Connections are opened as jobs
-wait, at most the provider's number and the worker's; they close after their number of messages, when idle, when the
-provider's settings changed, and at anything the machine finds odd. A used connection that ended before it answered at
-all had been closed by the remote while idle: its job starts once more on another one.
+A `Pool` belongs to one provider, `Pools` to the worker, whatever number of engines (spools) it has, so that the number
+of connections to a provider holds for the worker. Jobs wait in one line (core/fair): accounts take turns by their
+weight, and of an account those just accepted and those read back from the spool. A job ends in exactly one of its
+methods: `done`, `unreachable`, `rerouted`, or in nothing when `prepare` took it back by returning None. Connections are
+opened as jobs wait, at most what the destination's window allows and the worker's number; they close after their number
+of messages, when idle, when the provider's settings changed, and at anything the machine finds odd. A used connection
+that ended before it answered at all had been closed by the remote while idle: its job starts once more on another one.
 
 Only failures to open a connection touch the destination's state (core/shaping). When it is found dead, every waiting
 job is told; the first one learns that the attempt was its own (`probed`).
@@ -16,9 +17,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dataplane.core.config import SmtpProvider
+from dataplane.core.fair import FairLine
 from dataplane.core.shaping import Destination, Flow
 from dataplane.core.transaction import Transaction, Verdict, VerdictKind
 from dataplane.delivery.connection import Connection, ConnectionFailedError
@@ -29,13 +31,20 @@ Dialer = Callable[[SmtpProvider], Coroutine[Any, Any, Connection]]
 
 WORKER_CONNECTION_LIMIT = 1_000
 
+# Lanes of an account in a provider's line.
+ACCEPTED_NOW = 0
+READ_BACK = 1
+
 _BROKEN = Verdict(VerdictKind.TEMPORARY, 0, "4.3.0", "the connection could not be opened")
 _LOST = Verdict(VerdictKind.TEMPORARY, 0, "4.4.2", "connection lost")
 
 
 class Job(Protocol):
-    """A message for recipients of one provider."""
+    """A message for recipients of one provider, of an account of that weight; `cost` as core/fair counts it."""
 
+    account: str
+    weight: int
+    cost: int
     restarted: bool
 
     def prepare(self, connection: Connection) -> Transaction | None:
@@ -55,12 +64,21 @@ class Job(Protocol):
         ...
 
 
-class Pools:
-    """All pools of a worker.
+class PoolsFollower(NamedTuple):
+    """Who is told of a provider by its name: `usable` that it was dead and is not any more, `dead` until which time.
 
-    `on_usable` hears the name of a provider that was dead and is not any more, `on_broken` of an error of ours that
-    left a job without an end: only a new start of the worker gets it out of `sending`.
+    `ended` hears of each transaction that ends while the pools stop, `broken` of an error of ours that left a job
+    without an end: only a new start of the worker gets it out of `sending`.
     """
+
+    usable: Callable[[str], None]
+    dead: Callable[[str, float], None]
+    ended: Callable[[], None]
+    broken: Callable[[BaseException], None]
+
+
+class Pools:
+    """All pools of a worker; engines that share them stop together."""
 
     def __init__(
         self,
@@ -77,12 +95,35 @@ class Pools:
         self.random = random
         self.counters = counters
         self.log = log
-        self.on_usable: Callable[[str], None] = lambda _: None  # set by who schedules
-        self.on_broken: Callable[[BaseException], None] = lambda _: None  # set by who can end the worker
+        self._followers: list[PoolsFollower] = []
         self._pools: dict[str, Pool] = {}
         self._connection_limit = connection_limit
         self._tasks: set[asyncio.Task[None]] = set()
         self.stopping = False
+
+    def follow(self, follower: PoolsFollower) -> None:
+        """Tell an engine what happens."""
+        self._followers.append(follower)
+
+    def usable_again(self, name: str) -> None:
+        """A provider that was dead takes mail."""
+        for follower in self._followers:
+            follower.usable(name)
+
+    def found_dead(self, name: str, retry_at_s: float) -> None:
+        """A provider takes nothing before then (monotonic)."""
+        for follower in self._followers:
+            follower.dead(name, retry_at_s)
+
+    def transaction_ended(self) -> None:
+        """One less is under way."""
+        for follower in self._followers:
+            follower.ended()
+
+    def broken(self, error: BaseException) -> None:
+        """A job was left without an end."""
+        for follower in self._followers:
+            follower.broken(error)
 
     def find(self, name: str) -> Pool | None:
         """The pool of a provider, if there is one."""
@@ -120,7 +161,7 @@ class Pools:
     def _dial_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.on_broken(error)
+            self.broken(error)
 
     def connection_closed(self, pool: Pool) -> None:
         """Give the place to whoever waits for one, and forget a pool that nothing is known of."""
@@ -162,29 +203,27 @@ class Pool:
         self.provider = provider
         self.destination = Destination(provider.max_connections)
         self._pools = pools
-        self._lines: tuple[deque[Job], deque[Job]] = (deque(), deque())  # accepted just now, read back
-        self._turn = 0
+        self._line: FairLine[Job] = FairLine()
+        self._again: deque[Job] = deque()  # those that start once more go first
         self._jobs: dict[Connection, Job | None] = {}
         self._made_for: dict[Connection, SmtpProvider] = {}
         self._idle: list[Connection] = []
         self._feeding: set[Connection] = set()
         self._opening_count = 0
-        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def waiting_count(self) -> int:
         """Jobs that have no connection yet."""
-        return len(self._lines[0]) + len(self._lines[1])
-
-    @property
-    def read_back_count(self) -> int:
-        """Jobs read back from the spool that have no connection yet."""
-        return len(self._lines[1])
+        return len(self._line) + len(self._again)
 
     @property
     def accepted_now_count(self) -> int:
         """Jobs just accepted that have no connection yet."""
-        return len(self._lines[0])
+        return self._line.counts[ACCEPTED_NOW]
+
+    def accepted_now_of(self, account: str) -> int:
+        """Those of an account."""
+        return self._line.count(account, ACCEPTED_NOW)
 
     @property
     def busy_count(self) -> int:
@@ -195,12 +234,17 @@ class Pool:
     def is_blank(self) -> bool:
         """Whether forgetting this pool loses nothing."""
         nothing = not self._jobs and not self._opening_count and not self.waiting_count
-        return nothing and self.destination.flow is Flow.OPEN and self._timer is None
+        return nothing and self.destination.is_new
 
     @property
     def is_open(self) -> bool:
         """Whether the destination is neither dead nor stopped."""
         return self.destination.flow is Flow.OPEN
+
+    @property
+    def window(self) -> int:
+        """How many connections there may be now."""
+        return self.destination.window(self._pools.clock.monotonic())
 
     def usable(self) -> bool:
         """Whether a job given now will be looked at before something changes."""
@@ -208,14 +252,14 @@ class Pool:
 
     def submit(self, job: Job, *, accepted_now: bool) -> None:
         """Take a job. It may have ended when this returns."""
-        self._lines[0 if accepted_now else 1].append(job)
+        self._line.put(job.account, job.weight, ACCEPTED_NOW if accepted_now else READ_BACK, job.cost, job)
         self.pump()
 
     def update(self, provider: SmtpProvider) -> None:
         """Use new settings: what is idle closes now, what is busy after its message."""
         changed = provider != self.provider
         self.provider = provider
-        self.destination.window = provider.max_connections
+        self.destination.limit = provider.max_connections
         if changed:
             self.close_idle()
 
@@ -232,8 +276,8 @@ class Pool:
 
     def take_waiting(self) -> list[Job]:
         """Give up all jobs that wait."""
-        jobs = [*self._lines[0], *self._lines[1]]
-        self._lines = (deque(), deque())
+        jobs = [*self._again, *self._line.drain()]
+        self._again.clear()
         return jobs
 
     def close_idle(self) -> None:
@@ -251,9 +295,6 @@ class Pool:
 
     def abort(self) -> None:
         """Cut every connection; their jobs are told."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         for connection in list(self._jobs):
             connection.abort("stopped")
 
@@ -270,7 +311,9 @@ class Pool:
         while self.waiting_count > self._opening_count and not pools.stopping:
             now_s = pools.clock.monotonic()
             if not self.destination.may_connect(now_s):
-                self._dial_later(now_s)
+                if self.destination.connections == 0:
+                    # Dead or stopped, and nobody else comes back to those that wait.
+                    self._turn_away()
                 return
             if not pools.make_room():
                 return
@@ -282,20 +325,6 @@ class Pool:
     def _turn_away(self) -> None:
         for job in self.take_waiting():
             job.rerouted()
-
-    def _dial_later(self, now_s: float) -> None:
-        """Without connections nobody else comes back to the jobs that wait."""
-        if self.destination.connections:
-            return
-        if self.destination.flow is not Flow.OPEN:
-            self._turn_away()
-        elif self._timer is None:
-            delay_s = max(0.0, self.destination.retry_at_s - now_s)
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._dial_now)
-
-    def _dial_now(self) -> None:
-        self._timer = None
-        self._dial_more()
 
     async def _dial(self) -> None:
         pools, provider = self._pools, self.provider
@@ -329,6 +358,8 @@ class Pool:
                 reply_code=failure.code,
                 reply=failure.text,
             )
+        if throttled:
+            pools.found_dead(self.provider.name, self.destination.retry_at_s)
         if self.destination.connections == 0:
             for place, job in enumerate(self.take_waiting()):
                 job.unreachable(failure, remote_host, probed=place == 0)
@@ -347,8 +378,9 @@ class Pool:
         connection.on_done = self._done
         connection.on_closed = self._closed
         self._feed(connection)
+        self._dial_more()
         if was_dead:
-            self._pools.on_usable(provider.name)
+            self._pools.usable_again(provider.name)
 
     # --- using
 
@@ -378,9 +410,7 @@ class Pool:
         return stale or self._pools.stopping or connection.transaction_count >= provider.max_messages_per_connection
 
     def _next_job(self) -> Job | None:
-        self._turn ^= 1
-        line = self._lines[self._turn] or self._lines[self._turn ^ 1]
-        return line.popleft() if line else None
+        return self._again.popleft() if self._again else self._line.take()
 
     def _done(self, connection: Connection, verdicts: tuple[Verdict, ...]) -> None:
         job = self._jobs.get(connection)
@@ -389,13 +419,15 @@ class Pool:
             return
         if self._was_stale(connection, verdicts) and not job.restarted and not self._pools.stopping:
             job.restarted = True
-            self._lines[0].appendleft(job)
+            self._again.append(job)
             self.pump()
         else:
             try:
                 job.done(connection, verdicts)
             except Exception as error:  # noqa: BLE001 - nobody up the stack knows that an outcome was lost
-                self._pools.on_broken(error)
+                self._pools.broken(error)
+        if self._pools.stopping:
+            self._pools.transaction_ended()
         if connection.reusable:
             self._feed(connection)
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from dataplane.core.config import RetryPolicy, SmtpProvider, Target
 from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
+from dataplane.core.fair import message_cost
 from dataplane.core.ids import format_message_id
 from dataplane.core.ledger import AttemptEvent
 from dataplane.core.policy import denied, is_denied
@@ -32,7 +33,7 @@ from dataplane.delivery.connection import Connection
 from dataplane.delivery.connections import Job, Pools
 from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.outcome import Concluder, Facts, Moment, put_back
-from dataplane.delivery.planning import Group
+from dataplane.delivery.planning import Group, Plan
 from dataplane.delivery.settler import Done, Settler
 from dataplane.delivery.transforms import Transform, apply_transforms
 from dataplane.failpoints import failpoint
@@ -58,7 +59,7 @@ class Follower(NamedTuple):
 
     requeued: Callable[[str], None]
     expected: Callable[[str, int], None]
-    place_free: Callable[[str], None]
+    place_free: Callable[[str], None]  # for read-back, of a next hop
     window_free: Callable[[], None]
 
 
@@ -78,14 +79,10 @@ class Tools(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """Whether an attempt makes sense now, and if not, when to look again (steady milliseconds, 0: when told).
-
-    `is_dead` says that a target is unusable because connections to it fail, not only because it was stopped.
-    """
+    """Whether an attempt makes sense now; `is_dead`: not, because connections to a target fail."""
 
     usable: bool
-    again_ms: int
-    is_dead: bool = False
+    is_dead: bool
 
 
 class Dispatcher:
@@ -104,6 +101,7 @@ class Dispatcher:
             self._log,
             self._transforms,
         ) = tools
+        self._held_bytes: dict[str, int] = {}
         self.follower = Follower(_nothing, _nothing, _nothing, _nothing)
         self.stopping = False
 
@@ -112,22 +110,33 @@ class Dispatcher:
     def hold(self, message: Message, attempt_count: int) -> None:
         """The message's content is in memory for that many attempts."""
         if message.open_count == 0:
-            self._counters.window_bytes += len(message.content)
+            account = message.envelope.account
+            size_bytes = len(message.content)
+            self._counters.window_bytes += size_bytes
+            self._held_bytes[account] = self._held_bytes.get(account, 0) + size_bytes
         message.open_count += attempt_count
 
-    def begin(self, message: Message, group: Group, bundle_revision: int, *, accepted_now: bool) -> None:
+    def held_bytes(self, account: str) -> int:
+        """Content of an account in memory."""
+        return self._held_bytes.get(account, 0)
+
+    def begin(self, message: Message, group: Group, plan: Plan, *, read_back_for: str = "") -> None:
         """Start an attempt of a message that is held; the group's rows are `sending`."""
         now = self._moment()
+        envelope = message.envelope
         attempt = Attempt(
             owner=self,
             message=message,
             rows=group.rows,
             rule=group.rule,
             targets=group.targets,
-            bundle_revision=bundle_revision,
+            bundle_revision=plan.bundle_revision,
             queue_key=group.queue_key,
-            accepted_now=accepted_now,
-            queued_ms=max(0, now.steady_ms - group.rows[0].due_ms) if not accepted_now else 0,
+            read_back_for=read_back_for,
+            account=envelope.account,
+            weight=plan.weight,
+            cost=message_cost(len(message.content), len(group.rows)),
+            queued_ms=max(0, now.steady_ms - group.rows[0].due_ms) if read_back_for else 0,
             begun_s=self._clock.monotonic(),
         )
         self.offer(attempt)
@@ -145,23 +154,20 @@ class Dispatcher:
 
     def outlook(self, targets: Sequence[Target], account: str) -> Outlook:
         """Whether one of these targets would take an attempt now. Targets that are all unknown make an attempt, too."""
-        moment = self._moment()
-        known = False
-        again_ms = 0
+        wall_ms = self._clock.wall_ms()
+        known = is_dead = False
         for target in targets:
             provider = self._provider(target, account)
             if provider is None:
                 continue
             known = True
-            if is_denied(self._config.denials.providers, provider.name, moment.wall_ms):
+            if is_denied(self._config.denials.providers, provider.name, wall_ms):
                 continue
             pool = self._pools.find(provider.name)
             if pool is None or pool.usable() or pool.destination.flow is Flow.SUSPENDED:
-                return Outlook(usable=True, again_ms=0)
-            wait_s = pool.destination.retry_at_s - self._clock.monotonic()
-            retry_ms = moment.steady_ms + max(0, int(wait_s * 1000) + 1)
-            again_ms = min(again_ms or retry_ms, retry_ms)
-        return Outlook(not known, again_ms, is_dead=again_ms > 0)
+                return Outlook(usable=True, is_dead=False)
+            is_dead = True
+        return Outlook(not known, is_dead)
 
     def next_hop(self, account: str, targets: Sequence[Target]) -> str:
         """The provider that mail for these targets waits for: the first that takes some now, else the first of all."""
@@ -192,7 +198,7 @@ class Dispatcher:
                     pool = self._pools.get(provider)
                     if pool.usable():
                         attempt.provider = provider.name
-                        pool.submit(attempt, accepted_now=attempt.accepted_now)
+                        pool.submit(attempt, accepted_now=not attempt.read_back_for)
                         return
                     attempt.waits = True
             attempt.place += 1
@@ -221,7 +227,7 @@ class Dispatcher:
             envelope.smtputf8,
             envelope.body_8bit,
             # Ingress counted the line ends of what it handed over, and nothing has touched it since.
-            verified=attempt.accepted_now and not self._transforms,
+            verified=not attempt.read_back_for and not self._transforms,
         )
 
     def done(self, attempt: Attempt, connection: Connection, verdicts: tuple[Verdict, ...]) -> None:
@@ -356,13 +362,21 @@ class Dispatcher:
 
     def _release(self, attempt: Attempt) -> None:
         self.let_go(attempt.message)
-        self.follower.place_free(attempt.provider)
+        if attempt.read_back_for:
+            self.follower.place_free(attempt.read_back_for)
 
     def let_go(self, message: Message) -> None:
         """One attempt less holds the message's content."""
         message.open_count -= 1
         if message.open_count == 0:
-            self._counters.window_bytes -= len(message.content)
+            account = message.envelope.account
+            size_bytes = len(message.content)
+            self._counters.window_bytes -= size_bytes
+            left = self._held_bytes.get(account, 0) - size_bytes
+            if left:
+                self._held_bytes[account] = left
+            else:
+                self._held_bytes.pop(account, None)
             message.content = b""
             self.follower.window_free()
 

@@ -5,7 +5,9 @@ planned by the configuration of that moment (`planning`), offered to the targets
 (`dispatch`), sent by a pooled connection (`connections`), and its outcome becomes one settlement (`outcome`,
 `settler`).
 
-Content in memory is bounded by the window and one message: when it is full nothing is handed over or read back. What
+Content in memory is bounded by the window and one message: when it is full nothing is handed over or read back. Of the
+window and of a provider's line one account has its share (core/fair): what a flood has beyond it is queued on disk and
+comes back by turns, while mail of others is handed on. What
 a denial holds back stays in the spool, is looked at again when denials change, and once a minute. Mail whose lifetime
 is over ends also without an attempt of its own: where its targets are known to be dead, for one failed probe stands for
 all that wait, and where its credential is revoked, so that it never leaves. What operators hold back waits for them.
@@ -21,11 +23,12 @@ from typing import NamedTuple
 
 from dataplane.core.config import Target
 from dataplane.core.envelope import Envelope, RecipientRow, split_queue_key
+from dataplane.core.fair import may_hold
 from dataplane.core.ids import MessageId
 from dataplane.core.retry import RetryClock, is_expired
 from dataplane.core.transaction import Verdict, VerdictKind
 from dataplane.delivery.attempt import Message
-from dataplane.delivery.connections import Pools
+from dataplane.delivery.connections import Pools, PoolsFollower
 from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.deadlines import Deadlines
 from dataplane.delivery.dispatch import Dispatcher, Follower, Tools
@@ -52,9 +55,10 @@ from dataplane.ports import (
 
 WINDOW_BYTES = 64 * 1024 * 1024
 CONNECT_TIMEOUT_S = 30.0
-HANDED_OVER_LIMIT = 1_000  # messages just accepted that may wait for one provider
-UNROUTED_ROOM = 32  # messages a turn of a key whose provider is unknown: they are planned anew
-SCOUTS = 4  # messages a turn of a key whose provider is dead: they may have other targets
+HANDED_OVER_LIMIT = 2_000  # messages just accepted that may wait for one provider; one account has its share of them
+UNROUTED_ROOM = 32  # messages under way of next hops that are unknown: they are planned anew
+AHEAD = 16  # messages under way for a next hop beside those that have a connection, so that none of these idles
+REFILL = 8  # places that are free before they are filled: many claims to a commit
 LOOK_AGAIN_MS = 60_000
 DENIED_DELAY_MS = 300_000
 DENIED_LIMIT = 10_000
@@ -78,7 +82,10 @@ class Surroundings(NamedTuple):
 
 
 class DeliveryEngine:
-    """`ports.Handover`, and the life of delivery in a worker."""
+    """`ports.Handover`, and the life of delivery in a worker.
+
+    Engines of one worker share the `pools` of one of them, so that connections are counted once; they stop together.
+    """
 
     def __init__(
         self,
@@ -87,6 +94,7 @@ class DeliveryEngine:
         window_bytes: int = WINDOW_BYTES,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         transforms: tuple[Transform, ...] = NO_TRANSFORMS,
+        pools: Pools | None = None,
     ) -> None:
         spool, config, resolver, encode, clock, random, log, hostname = surroundings
         self.counters = DeliveryCounters()
@@ -100,14 +108,17 @@ class DeliveryEngine:
         self._denied: deque[tuple[MessageId, tuple[RecipientRow, ...]]] = deque(maxlen=DENIED_LIMIT)
         self._deadlines = Deadlines(clock)
         transport = SmtpTransport(resolver, config, hostname, clock, self._deadlines, connect_timeout_s)
-        self._pools = Pools(transport.open, clock, random, self.counters, log)
+        self._owns_pools = pools is None
+        self.pools = pools or Pools(transport.open, clock, random, self.counters, log)
+        self._under_way: dict[str, int] = {}  # messages claimed and not ended, by the next hop they waited for
+        self._claiming: dict[str, int] = {}  # of these, the ones whose claim is not committed
         self._settler = Settler(spool, self.counters, log)
         concluder = Concluder(encode)
         self._reporter = Reporter(self._settler, concluder, clock, self.counters)
         self._dispatcher = Dispatcher(
             Tools(
                 config,
-                self._pools,
+                self.pools,
                 self._settler,
                 concluder,
                 clock,
@@ -122,12 +133,11 @@ class DeliveryEngine:
         self._recovery = Recovery(
             spool, self._settler, concluder, self.counters, log, self.moment, random, self._dispatcher.retry_policy
         )
-        self._pools.on_usable = self._scheduler.release
-        self._pools.on_broken = self._fail
-        self._dispatcher.follower = Follower(
-            self._scheduler.wake, self._scheduler.expect, self._place_free, self._window_free
-        )
         self._quiet = asyncio.Event()
+        self.pools.follow(PoolsFollower(self._scheduler.release, self._found_dead, self._quiet.set, self._fail))
+        self._dispatcher.follower = Follower(
+            self._scheduler.wake, self._scheduler.expect, self._place_free, self._scheduler.nudge
+        )
 
     # --- life
 
@@ -144,32 +154,33 @@ class DeliveryEngine:
         """
         self._stopping = self._dispatcher.stopping = True
         await self._scheduler.stop()
-        for job in self._pools.stop():
+        for job in self.pools.stop():
             job.rerouted()
         try:
             async with asyncio.timeout(grace_s):
-                while self._pools.busy_count:
+                while self.pools.busy_count:
                     self._quiet.clear()
                     await self._quiet.wait()
         except TimeoutError:
-            self._pools.abort()
-        await self._pools.join()
+            self.pools.abort()
+        await self.pools.join()
         self._reporter.close()
         try:
             async with asyncio.timeout(SETTLE_GRACE_S):
                 await self._settler.drained()
         except TimeoutError:
             self._settler.close()
-        self._pools.abort()
+        self.pools.abort()
         self._deadlines.close()
 
     def held(self) -> Mapping[str, int]:
         """What keeps `stop` waiting, by label."""
-        return {"transactions": self._pools.busy_count, "settlements": self._settler.pending_count}
+        transactions = self.pools.busy_count if self._owns_pools else 0
+        return {"transactions": transactions, "settlements": self._settler.pending_count}
 
     def config_changed(self) -> None:
         """A new configuration is in use."""
-        for pool in self._pools:
+        for pool in self.pools:
             provider = self._config.provider(pool.provider.name)
             if provider is None:
                 pool.retire()
@@ -199,15 +210,17 @@ class DeliveryEngine:
 
     def admit(self, size_bytes: int, queue_key: str) -> bool:
         """Whether a message of this size may be handed on in memory."""
-        if self._stopping or self.counters.window_bytes + size_bytes > self._window_bytes:
+        account, next_hop = split_queue_key(queue_key)
+        held_bytes = self._dispatcher.held_bytes(account)
+        if self._stopping or not may_hold(held_bytes, size_bytes, self.counters.window_bytes, self._window_bytes):
             return False
-        next_hop = split_queue_key(queue_key)[1]
         if not next_hop:
             return True
-        pool = self._pools.find(next_hop)
+        pool = self.pools.find(next_hop)
         if pool is None:
             return self._config.provider(next_hop) is not None
-        return pool.usable() and pool.accepted_now_count < HANDED_OVER_LIMIT
+        waiting = pool.accepted_now_of(account)
+        return pool.usable() and may_hold(waiting, 1, pool.accepted_now_count, HANDED_OVER_LIMIT)
 
     def deliver(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> None:
         """Deliver a message whose rows are committed as `sending`, attempt 1."""
@@ -222,7 +235,7 @@ class DeliveryEngine:
         if plan.groups:
             self._dispatcher.hold(message, len(plan.groups))
         for group in plan.groups:
-            self._dispatcher.begin(message, group, plan.bundle_revision, accepted_now=True)
+            self._dispatcher.begin(message, group, plan)
         self._reporter.watch(message)
 
     def queued(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> None:
@@ -238,23 +251,34 @@ class DeliveryEngine:
 
     # --- scheduler.Work
 
-    def room(self, queue_key: str) -> int:
-        """How many messages of this key may be claimed now."""
-        provider = self._config.provider(split_queue_key(queue_key)[1])
+    def weight(self, account: str) -> int:
+        """How much of its next hops an account gets beside others."""
+        compiled = self._config.account(account)
+        return compiled.account.delivery_weight if compiled is not None else 1
+
+    def room(self, next_hop: str) -> int:
+        """How many messages for this next hop may be claimed now."""
+        under_way = self._under_way.get(next_hop, 0)
+        provider = self._config.provider(next_hop)
         if provider is None:
-            return UNROUTED_ROOM
-        pool = self._pools.find(provider.name)
+            return UNROUTED_ROOM - under_way
+        pool = self.pools.find(provider.name)
         if pool is None:
-            return provider.max_connections
+            return provider.max_connections + AHEAD - under_way
         if not pool.usable():
-            return SCOUTS
+            return AHEAD - under_way  # they may have other targets
         if not pool.is_open:
-            return 1
-        return provider.max_connections - pool.read_back_count
+            return 1 - self._claiming.get(next_hop, 0)  # the probe
+        return pool.window + AHEAD - under_way
 
     def window_open(self) -> bool:
         """Whether more content may be read into memory."""
         return self.counters.window_bytes < self._window_bytes
+
+    def crowded(self, account: str) -> bool:
+        """Whether this account has its share of memory."""
+        held_bytes = self._dispatcher.held_bytes(account)
+        return not may_hold(held_bytes, 0, self.counters.window_bytes, self._window_bytes)
 
     def take(self, stored: StoredMessage, rows: Sequence[RecipientRow]) -> Taken:
         """Claim and start what may go of these waiting recipients."""
@@ -273,9 +297,8 @@ class DeliveryEngine:
         if not groups and not plan.refused:
             if outlived and any(outlook.is_dead for outlook in outlooks):
                 return Taken([self._expire(stored, rows, plan, moment, _UNREACHABLE)])
-            again_ms = moment.steady_ms + LOOK_AGAIN_MS
-            return Taken([], min(outlook.again_ms or again_ms for outlook in outlooks))
-        return Taken(self._claim(stored, plan, groups))
+            return Taken([], moment.steady_ms + LOOK_AGAIN_MS)
+        return Taken(self._claim(stored, plan, groups, split_queue_key(rows[0].queue_key)[1]))
 
     # --- inside
 
@@ -298,7 +321,9 @@ class DeliveryEngine:
         self._reporter.watch(message)
         return future
 
-    def _claim(self, stored: StoredMessage, plan: Plan, groups: list[Group]) -> list[asyncio.Future[None]]:
+    def _claim(
+        self, stored: StoredMessage, plan: Plan, groups: list[Group], next_hop: str
+    ) -> list[asyncio.Future[None]]:
         message = self._read_back(stored)
         futures: list[asyncio.Future[None]] = []
         if plan.refused:
@@ -310,19 +335,23 @@ class DeliveryEngine:
         for group in groups:
             future = asyncio.get_running_loop().create_future()
             futures.append(future)
-            self._settler.settle(claim(message, group.rows), self._claimed(message, group, plan, future))
+            _count(self._under_way, next_hop, 1)
+            _count(self._claiming, next_hop, 1)
+            self._settler.settle(claim(message, group.rows), self._claimed(message, group, plan, next_hop, future))
         self._reporter.watch(message)
         return futures
 
-    def _claimed(self, message: Message, group: Group, plan: Plan, future: asyncio.Future[None]) -> Done:
+    def _claimed(self, message: Message, group: Group, plan: Plan, next_hop: str, future: asyncio.Future[None]) -> Done:
         def done(changed_count: int) -> None:
             _resolver(future)(changed_count)
             failpoint("delivery.claimed")
+            _count(self._claiming, next_hop, -1)
             if changed_count == len(group.rows):
                 started = group._replace(rows=claimed(group.rows))
-                self._dispatcher.begin(message, started, plan.bundle_revision, accepted_now=False)
+                self._dispatcher.begin(message, started, plan, read_back_for=next_hop)
             else:
                 self._dispatcher.let_go(message)
+                self._place_free(next_hop)
 
         return done
 
@@ -347,11 +376,13 @@ class DeliveryEngine:
         return self.moment().steady_ms
 
     def _place_free(self, next_hop: str) -> None:
-        self._quiet.set()
-        self._scheduler.kick(next_hop)
+        _count(self._under_way, next_hop, -1)
+        if next_hop not in self._under_way or self.room(next_hop) >= REFILL:
+            self._scheduler.kick(next_hop)
 
-    def _window_free(self) -> None:
-        self._scheduler.nudge()
+    def _found_dead(self, next_hop: str, retry_at_s: float) -> None:
+        wait_ms = int((retry_at_s - self._clock.monotonic()) * 1000) + 1
+        self._scheduler.probe_at(next_hop, self._steady_ms() + max(0, wait_ms))
 
     def _scheduler_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -360,6 +391,15 @@ class DeliveryEngine:
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
             self.failed.set_exception(error)
+
+
+def _count(counts: dict[str, int], name: str, change: int) -> None:
+    """Change a count; one that is 0 is not kept."""
+    count = counts.get(name, 0) + change
+    if count:
+        counts[name] = count
+    else:
+        counts.pop(name, None)
 
 
 def _resolver(future: asyncio.Future[None]) -> Done:

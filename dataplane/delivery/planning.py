@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     groups: list[Group]
     bundle_revision: int
     retry_policy: RetryPolicy
+    weight: int = 1
 
 
 def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRow], now_ms: int) -> Plan:
@@ -90,6 +91,7 @@ def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRo
         ],
         account.revision,
         account.retry_policy,
+        account.delivery_weight,
     )
 
 

@@ -1,12 +1,17 @@
-"""Brings back from the spool what is due, key by key in turn, as fast as its destinations take it.
+"""Brings back from the spool what is due, as fast as its next hops take it, with accounts taking turns by weight.
 
-One loop, no memory of rows: of a key it reads the first READ_COUNT heads, claims what may go (`sending`, attempt one
-higher, committed before anything is sent) and reads again when its turn comes. A key is in one place at a time:
+One loop, no memory of rows: of a key (account, next hop) it reads the first READ_COUNT heads, claims what may go
+(`sending`, attempt one higher, committed before anything is sent) and reads again when its turn comes. Next hops take
+turns, and keys of a next hop by core/fair. A key is in one place at a time:
 
-    active   has or may have due rows, and waits for its turn
-    timed    its first row is due later, or it was put off
-    full     due, and its destination takes no more now; `kick` makes it active
-    parked   due, and nothing can go before configuration, denials or a destination change; `release` frees it
+    wanting   has or may have due rows: waits for its turn, or has it until its claims are committed
+    timed     its first row is due later, or it was put off
+    crowded   due, and its account holds its share of memory; `nudge` makes it wanting
+    parked    due, and nothing can go before configuration, denials or a destination change; `release` frees it
+
+A next hop that takes no more is `full` until `kick`, or until a turn of one of its keys ends. One that is dead is
+probed: when its time comes one parked key gets a turn, and the next one if that has nothing to send, so that a dead
+next hop costs one attempt and not one for each key or message.
 
 A wake-up that got lost is found by reading all keys again every minute. Failures of the spool put a key off by a
 second.
@@ -19,7 +24,8 @@ import heapq
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from dataplane.core.envelope import RecipientRow, split_queue_key
+from dataplane.core.envelope import RecipientRow, make_queue_key, split_queue_key
+from dataplane.core.fair import FairTurns, message_cost
 from dataplane.core.ids import MessageId, format_message_id
 from dataplane.core.queue import State
 from dataplane.core.retry import rebase_due
@@ -27,11 +33,14 @@ from dataplane.delivery.counters import DeliveryCounters
 from dataplane.ports import Due, EventLog, RecipientChange, Settlement, Spool, SpoolError, StoredMessage
 
 READ_COUNT = 64
+SCOUTS = 4  # messages of a turn that could not go before the rest is taken to be like them
+LOADS = 8  # messages read before the sessions have their turn
 POLL_S = 60.0
 PUT_OFF_MS = 1_000
 STOP_S = 5.0
 # No retry is further away than this unless a clock was ahead when it was written.
 LONGEST_DELAY_S = 86_400.0
+SPARE_TIMERS = 64
 
 
 class Taken(NamedTuple):
@@ -39,22 +48,43 @@ class Taken(NamedTuple):
 
     claims: list[asyncio.Future[None]]
     park_ms: int = 0
+    cost: int = 0
 
 
 class Work(Protocol):
     """What the scheduler feeds."""
 
-    def room(self, queue_key: str) -> int:
-        """How many messages of this key may be claimed now."""
+    def weight(self, account: str) -> int:
+        """How much of its next hops an account gets beside others."""
+        ...
+
+    def room(self, next_hop: str) -> int:
+        """How many messages for this next hop may be claimed now."""
         ...
 
     def window_open(self) -> bool:
         """Whether more content may be read into memory."""
         ...
 
+    def crowded(self, account: str) -> bool:
+        """Whether this account has its share of memory."""
+        ...
+
     def take(self, stored: StoredMessage, rows: Sequence[RecipientRow]) -> Taken:
         """Claim and start what may go of these waiting recipients."""
         ...
+
+
+class _Hop:
+    """A next hop with keys that want turns. `full` since it had no room; `told` see `Scheduler.expect`."""
+
+    __slots__ = ("full", "name", "told", "turns")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.turns = FairTurns()
+        self.full = False
+        self.told: dict[str, int] = {}
 
 
 class Scheduler:
@@ -68,16 +98,25 @@ class Scheduler:
         self._now_ms = now_ms
         self._counters = counters
         self._log = log
-        self._active: dict[str, None] = {}
-        self._full: dict[str, bool] = {}
-        self._full_by_hop: dict[str, dict[str, bool]] = {}  # the same, oldest first
+        self._hops: dict[str, _Hop] = {}
+        self._ready: dict[str, None] = {}  # next hops where a key waits for its turn, and that are not known to be full
         self._timed: dict[str, int] = {}
         self._parked: dict[str, int] = {}
-        self._heap: list[tuple[int, str]] = []  # of timed and parked keys; stale entries are skipped
+        self._parked_by_hop: dict[str, dict[str, None]] = {}  # the same, longest first
+        self._crowded: dict[str, None] = {}
+        self._probes: dict[str, int] = {}  # by the key of no account
+        self._probing: dict[str, int] = {}  # next hops that want a probe, and how many keys are still to be tried
+        self._heap: list[tuple[int, str]] = []  # of timed and parked keys and probes; stale entries are skipped
         self._polled_ms = 0
         self._release_count = 0
+        self._is_blocked = False  # something could be read, and the window is closed
         self._event = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is due that could go: all that waits waits for a time or for somebody."""
+        return not self._hops
 
     async def start(self, on_end: Callable[[asyncio.Task[None]], None]) -> None:
         """Read the keys and begin; `on_end` hears of the loop's end, which is a failure unless `stop` was called."""
@@ -86,7 +125,7 @@ class Scheduler:
         self._task.add_done_callback(on_end)
 
     async def stop(self) -> None:
-        """Claim nothing any more. A claim under way is finished, unless the spool keeps it for long."""
+        """Claim nothing any more. A turn under way is finished, unless the spool keeps it for long."""
         task, self._task = self._task, None
         self._event.set()
         if task is not None:
@@ -97,69 +136,126 @@ class Scheduler:
 
     def wake(self, queue_key: str) -> None:
         """Rows were added to the key or became due."""
-        if queue_key not in self._parked and queue_key not in self._full:
-            self._timed.pop(queue_key, None)
-            self._activate(queue_key)
+        if queue_key not in self._parked and queue_key not in self._crowded:
+            self._want(queue_key, 0)
 
     def expect(self, queue_key: str, due_ms: int) -> None:
         """A row of the key will be due then (steady clock)."""
-        if queue_key in self._active or queue_key in self._parked or queue_key in self._full:
+        if queue_key in self._parked or queue_key in self._crowded:
             return
-        if self._timed.get(queue_key, due_ms + 1) > due_ms:
+        hop = self._hops.get(split_queue_key(queue_key)[1])
+        if hop is not None and queue_key in hop.turns:
+            # The row may not be committed yet when the key is read.
+            hop.told[queue_key] = min(hop.told.get(queue_key, due_ms), due_ms)
+        elif self._timed.get(queue_key, due_ms + 1) > due_ms:
             self._put(self._timed, queue_key, due_ms)
             self._event.set()
 
     def kick(self, next_hop: str) -> None:
-        """A place for one more message became free: it is the turn of the key that waits longest for this next hop."""
-        waiting = self._full_by_hop.get(next_hop)
-        if waiting:
-            queue_key = next(iter(waiting))
-            self._leave_full(queue_key)
-            self._activate(queue_key)
+        """Places for more messages became free."""
+        hop = self._hops.get(next_hop)
+        if hop is not None and hop.full:
+            self._open(hop)
 
     def nudge(self) -> None:
-        """The window is open again."""
-        self._event.set()
+        """Content left the memory."""
+        if self._is_blocked or self._crowded:
+            crowded, self._crowded = self._crowded, {}
+            for queue_key in crowded:
+                self._want(queue_key)
+            self._event.set()
 
     def release(self, next_hop: str | None = None) -> None:
-        """Look again at parked and full keys, all or those of a next hop."""
+        """Look again at parked keys, all or those of a next hop, and at what room there is."""
         self._release_count += 1
-        for queue_key in [*self._parked, *self._full]:
-            if next_hop is None or split_queue_key(queue_key)[1] == next_hop:
-                self._parked.pop(queue_key, 0)
-                self._leave_full(queue_key)
-                self._activate(queue_key)
+        names = [next_hop] if next_hop is not None else list(self._parked_by_hop)
+        for name in names:
+            for queue_key in list(self._parked_by_hop.get(name, ())):
+                self._unpark(queue_key)
+        for name in [next_hop] if next_hop is not None else list(self._hops):
+            self.kick(name)
 
-    def _enter_full(self, queue_key: str) -> None:
-        self._full[queue_key] = True
-        self._full_by_hop.setdefault(split_queue_key(queue_key)[1], {})[queue_key] = True
+    def probe_at(self, next_hop: str, due_ms: int) -> None:
+        """The next hop is dead, and wants one attempt then (steady clock)."""
+        self._put(self._probes, make_queue_key("", next_hop), due_ms)
+        self._event.set()
 
-    def _leave_full(self, queue_key: str) -> None:
-        if self._full.pop(queue_key, False):
-            next_hop = split_queue_key(queue_key)[1]
-            waiting = self._full_by_hop[next_hop]
-            del waiting[queue_key]
-            if not waiting:
-                del self._full_by_hop[next_hop]
+    # --- places of keys
+
+    def _want(self, queue_key: str, told_ms: int | None = None) -> None:
+        account, next_hop = split_queue_key(queue_key)
+        self._timed.pop(queue_key, None)
+        hop = self._hops.get(next_hop)
+        if hop is None:
+            hop = self._hops[next_hop] = _Hop(next_hop)
+        if queue_key not in hop.turns:
+            hop.turns.join(queue_key, self._work.weight(account))
+        elif told_ms is not None:
+            hop.told[queue_key] = told_ms
+        if not hop.full:
+            self._open(hop)
+
+    def _open(self, hop: _Hop) -> None:
+        hop.full = False
+        if hop.turns.waiting_count:
+            self._ready[hop.name] = None
+            self._event.set()
+
+    def _leave(self, hop: _Hop, queue_key: str, due_ms: int = 0) -> None:
+        """End the last turn of a key; above 0 it is due again then, or when somebody told that it is."""
+        told_ms = hop.told.pop(queue_key, None)
+        if told_ms == 0:
+            self._give_back(hop, queue_key, 0)
+            return
+        hop.turns.leave(queue_key)
+        if due_ms or told_ms:
+            self._put(self._timed, queue_key, min(due_ms or told_ms or 0, told_ms or due_ms))
+        self._drop_if_empty(hop)
+
+    def _give_back(self, hop: _Hop, queue_key: str, spent: int) -> None:
+        hop.turns.give_back(queue_key, spent, self._work.weight(split_queue_key(queue_key)[0]))
+        self._open(hop)
+
+    def _drop_if_empty(self, hop: _Hop) -> None:
+        if not len(hop.turns):
+            del self._hops[hop.name]
+            self._ready.pop(hop.name, None)
+
+    def _park(self, hop: _Hop, queue_key: str, due_ms: int) -> None:
+        hop.told.pop(queue_key, None)
+        hop.turns.leave(queue_key)
+        self._drop_if_empty(hop)
+        self._parked_by_hop.setdefault(hop.name, {})[queue_key] = None
+        self._put(self._parked, queue_key, due_ms)
+        self._probe_next(hop.name)
+
+    def _unpark(self, queue_key: str) -> None:
+        next_hop = split_queue_key(queue_key)[1]
+        parked = self._parked_by_hop[next_hop]
+        self._parked.pop(queue_key, None)
+        del parked[queue_key]
+        if not parked:
+            del self._parked_by_hop[next_hop]
+        self._want(queue_key)
+
+    def _probe_next(self, next_hop: str) -> None:
+        """Give the key that is parked longest a turn, while a probe is wanted and there is one that had none."""
+        left = self._probing.pop(next_hop, 0)
+        if left:
+            self._probing[next_hop] = left - 1
+            self._unpark(next(iter(self._parked_by_hop[next_hop])))
 
     # --- the loop
-
-    def _activate(self, queue_key: str) -> None:
-        self._active[queue_key] = None
-        self._event.set()
 
     async def _run(self) -> None:
         while self._task is not None:
             self._event.clear()
             self._promote()
-            if self._active and self._work.window_open():
-                queue_key = next(iter(self._active))
-                del self._active[queue_key]
-                try:
-                    await self._serve(queue_key)
-                except SpoolError as error:
-                    self._log.warning("delivery.spool_read_failed", error=type(error).__name__)
-                    self._put(self._timed, queue_key, self._now_ms() + PUT_OFF_MS)
+            self._is_blocked = bool(self._ready) and not self._work.window_open()
+            if self._ready and not self._is_blocked:
+                hop = self._hops[next(iter(self._ready))]
+                del self._ready[hop.name]
+                await self._turn(hop)
                 # Turns that never wait for the disk must still let the sessions have theirs.
                 await asyncio.sleep(0)
             else:
@@ -168,7 +264,7 @@ class Scheduler:
     async def _rest(self) -> None:
         """Wait until somebody tells something, a key is due, or it is time to read all keys again."""
         until_ms = self._polled_ms + int(POLL_S * 1000)
-        if self._heap and not self._active:
+        if self._heap:
             until_ms = min(until_ms, self._heap[0][0])
         delay_s = max(0.001, (until_ms - self._now_ms()) / 1000)
         timer = asyncio.get_running_loop().call_later(delay_s, self._event.set)
@@ -187,61 +283,111 @@ class Scheduler:
             self._log.warning("delivery.spool_read_failed", error=type(error).__name__)
             return
         for queue_key, due_ms in heads:
-            if queue_key not in self._active and queue_key not in self._parked:
-                self._leave_full(queue_key)
+            hop = self._hops.get(split_queue_key(queue_key)[1])
+            wanting = hop is not None and queue_key in hop.turns
+            if not wanting and queue_key not in self._parked and queue_key not in self._crowded:
                 self._put(self._timed, queue_key, due_ms)
+        for hop in list(self._hops.values()):
+            self._open(hop)
 
     def _put(self, place: dict[str, int], queue_key: str, due_ms: int) -> None:
+        if place.get(queue_key) == due_ms:
+            return
         place[queue_key] = due_ms
         heapq.heappush(self._heap, (due_ms, queue_key))
+        current_count = len(self._timed) + len(self._parked) + len(self._probes)
+        if len(self._heap) > 2 * current_count + SPARE_TIMERS:
+            places = (self._timed, self._parked, self._probes)
+            self._heap = [(due_ms, key) for each in places for key, due_ms in each.items()]
+            heapq.heapify(self._heap)
 
     def _promote(self) -> None:
-        """Activate the keys whose time has come."""
+        """Give turns to the keys and probes whose time has come."""
         now_ms = self._now_ms()
         while self._heap:
             due_ms, queue_key = self._heap[0]
-            place = self._timed if self._timed.get(queue_key) == due_ms else self._parked
-            current = place.get(queue_key) == due_ms
-            if current and due_ms > now_ms:
+            is_timed = self._timed.get(queue_key) == due_ms
+            is_parked = self._parked.get(queue_key) == due_ms
+            is_probe = self._probes.get(queue_key) == due_ms
+            if due_ms > now_ms and (is_timed or is_parked or is_probe):
                 return
             heapq.heappop(self._heap)
-            if current:
-                del place[queue_key]
-                self._activate(queue_key)
+            if is_timed:
+                self._want(queue_key)
+            elif is_parked:
+                self._unpark(queue_key)
+            elif is_probe:
+                del self._probes[queue_key]
+                next_hop = split_queue_key(queue_key)[1]
+                self._probing[next_hop] = len(self._parked_by_hop.get(next_hop, ()))
+                self._probe_next(next_hop)
 
-    async def _serve(self, queue_key: str) -> None:
-        """One turn of a key; puts it where it belongs afterwards."""
-        room = self._work.room(queue_key)
+    # --- a turn
+
+    async def _turn(self, hop: _Hop) -> None:
+        """One turn of a key of this next hop."""
+        room = self._work.room(hop.name)
         if room <= 0:
-            self._enter_full(queue_key)
+            hop.full = True
             return
+        # A key that is alone takes all the room at once; where there are many, each has a message by turns.
+        queue_key, budget = hop.turns.take(max(1, room // len(hop.turns)))
+        self._open(hop)
+        if self._work.crowded(split_queue_key(queue_key)[0]):
+            hop.turns.leave(queue_key)
+            hop.told.pop(queue_key, None)
+            self._drop_if_empty(hop)
+            self._crowded[queue_key] = None
+            return
+        try:
+            await self._serve(hop, queue_key, room, budget)
+        except SpoolError as error:
+            self._log.warning("delivery.spool_read_failed", error=type(error).__name__)
+            self._leave(hop, queue_key, self._now_ms() + PUT_OFF_MS)
+
+    async def _serve(self, hop: _Hop, queue_key: str, room: int, budget: int) -> None:
+        """Claim what may go; puts the key where it belongs afterwards, or leaves that to the end of its claims."""
         dues = await self._spool.heads(queue_key, None, READ_COUNT)
         now_ms = self._now_ms()
         ready = [due for due in dues if due.due_ms <= now_ms]
         if not ready:
-            self.kick(split_queue_key(queue_key)[1])
-            if dues:
-                await self._wait_for(queue_key, dues[0], now_ms)
+            self._leave(hop, queue_key, await self._next_due_ms(dues[0], now_ms) if dues else 0)
             return
         release_count = self._release_count
         claims: list[asyncio.Future[None]] = []
         parks: list[int] = []
-        for message_id in dict.fromkeys(due.message_id for due in ready):
-            if len(claims) >= room or not self._work.window_open():
+        spent = 0
+        for place, message_id in enumerate(dict.fromkeys(due.message_id for due in ready)):
+            if len(claims) >= room or spent >= budget or len(parks) >= SCOUTS or not self._work.window_open():
                 break
+            if place and place % LOADS == 0:
+                await asyncio.sleep(0)
             taken = await self._offer(message_id, queue_key, now_ms)
             claims += taken.claims
+            spent += taken.cost
             if taken.park_ms:
                 parks.append(taken.park_ms)
         if claims:
-            await asyncio.wait(claims)
-        if len(claims) < room:
-            self.kick(split_queue_key(queue_key)[1])
-        if claims or not parks or release_count != self._release_count:
+            self._probing.pop(hop.name, None)
+            self._when_claimed(hop, queue_key, claims, spent)
+        elif not parks or release_count != self._release_count:
             # What stood in the way may have gone while the rows were read.
-            self._active[queue_key] = None
+            self._give_back(hop, queue_key, spent)
         else:
-            self._put(self._parked, queue_key, max(min(parks), now_ms + PUT_OFF_MS))
+            self._park(hop, queue_key, max(min(parks), now_ms + PUT_OFF_MS))
+
+    def _when_claimed(self, hop: _Hop, queue_key: str, claims: list[asyncio.Future[None]], spent: int) -> None:
+        """Read the key again when its claims are committed: until then they look as if they waited."""
+        left = len(claims)
+
+        def claimed(_: asyncio.Future[None]) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                self._give_back(hop, queue_key, spent)
+
+        for claim in claims:
+            claim.add_done_callback(claimed)
 
     async def _offer(self, message_id: MessageId, queue_key: str, now_ms: int) -> Taken:
         try:
@@ -254,13 +400,15 @@ class Scheduler:
         if stored is None or not rows:
             # Changed since the heads were read; a row that stays like this must not be read in a circle.
             return Taken([], now_ms + PUT_OFF_MS)
-        return self._work.take(stored, rows)
+        # What is taken may let its content go.
+        cost = message_cost(len(stored.content), len(rows))
+        return self._work.take(stored, rows)._replace(cost=cost)
 
-    async def _wait_for(self, queue_key: str, due: Due, now_ms: int) -> None:
+    async def _next_due_ms(self, due: Due, now_ms: int) -> int:
         due_ms = rebase_due(due.due_ms, now_ms, LONGEST_DELAY_S)
         if due_ms < due.due_ms:
             await self._rebase(due, due_ms)
-        self._put(self._timed, queue_key, due_ms)
+        return due_ms
 
     async def _rebase(self, due: Due, due_ms: int) -> None:
         """Bring back a retry that a clock far ahead has put off."""

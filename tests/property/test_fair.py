@@ -70,7 +70,7 @@ def test_long_run_shares_of_turns_follow_the_weights_whatever_they_cost(
             cost += costs[turn_counts[flow] % len(costs)]
             turn_counts[flow] += 1
         spent[flow] += cost
-        turns.give_back(name, cost)
+        turns.give_back(name, cost, flows[flow][0])
     assert_shares([weight for weight, _ in flows], spent, 2 * (60 + quantum))
 
 
@@ -84,7 +84,7 @@ def test_a_turn_that_is_cut_short_costs_no_share(heavy: int, quantum: int, room:
         name, budget = turns.take(quantum)
         cost = min(budget, room)
         spent[name] += cost
-        turns.give_back(name, cost)
+        turns.give_back(name, cost, heavy if name == "heavy" else 1)
     assert_shares([heavy, 1], [spent["heavy"], spent["light"]], 2 * (quantum + 1))
 
 
@@ -146,7 +146,7 @@ def test_turns_that_were_left_are_forgotten_with_debt_and_credit() -> None:
     turns = FairTurns()
     turns.join("a", 1)
     name, _ = turns.take(4)
-    turns.give_back(name, 1_000)
+    turns.give_back(name, 1_000, 1)
     assert turns.take(4) == ("a", 4)
     turns.leave("a")
     assert (len(turns), turns.waiting_count, "a" in turns) == (0, 0, False)

@@ -19,6 +19,7 @@ def test_the_window_bounds_connections() -> None:
     assert not destination.may_connect(0)
     with pytest.raises(ForbiddenShapingError):
         destination.connect(0)
+    destination.succeeded()
     destination.disconnected()
     assert destination.may_connect(0)
 
@@ -56,12 +57,77 @@ def test_one_probe_at_a_time() -> None:
     assert not destination.usable(1)
 
 
-def test_a_probe_that_succeeds_opens_the_whole_window() -> None:
-    destination = throttled()
-    destination.connect(1)
+def grow(destination: Destination, now_s: float) -> int:
+    """Open all that may be opened at once, and let it become ready; how many that were."""
+    count = 0
+    while destination.may_connect(now_s):
+        destination.connect(now_s)
+        count += 1
+    for _ in range(count):
+        destination.succeeded()
+    return count
+
+
+def test_after_an_outage_the_window_begins_with_the_probe_and_doubles_with_each_round() -> None:
+    destination = Destination(20)
+    destination.connect(0)
+    destination.failed(0, 0.0)
+    rounds = []
+    while destination.connections < 20:
+        rounds.append(grow(destination, 1))
+    assert rounds == [1, 1, 2, 4, 8, 4]
+    assert destination.window(1) == 20
+
+
+def test_a_destination_that_never_failed_may_use_its_whole_window_at_once() -> None:
+    assert grow(Destination(20), 0) == 20
+
+
+def test_a_refusal_beside_connections_that_work_shrinks_the_window_to_them_and_closed_ones_are_replaced() -> None:
+    destination = Destination(20)
+    for _ in range(20):
+        destination.connect(0)
+    for _ in range(5):
+        destination.succeeded()
+    for _ in range(15):
+        assert not destination.failed(0, 0.0)
+    assert (destination.window(0.4), destination.connections) == (5, 5)
+    destination.disconnected()
+    destination.connect(0.4)
     destination.succeeded()
-    assert destination.flow is Flow.OPEN
-    assert destination.may_connect(1)
+    assert destination.window(0.4) == 5
+    assert destination.window(0.5) == 6  # one more is tried, and no cohort
+    destination.connect(0.5)
+    destination.failed(0.5, 0.0)
+    assert destination.window(1.4) == 5
+    assert destination.window(1.5) == 6  # and later each time
+
+
+def test_a_window_that_is_none_any_more_is_found_and_forgotten() -> None:
+    destination = Destination(4)
+    grow(destination, 0)
+    destination.disconnected()
+    destination.connect(0)
+    destination.failed(0, 0.0)
+    assert destination.window(0) == 3
+    assert grow(destination, 1) == 1
+    assert destination.window(1) == 4
+    destination.disconnected()
+    destination.connect(1)
+    destination.failed(1, 1.0)
+    assert destination.retry_at_s == 2  # the timer begins anew
+
+
+def test_a_cohort_that_fails_is_one_failure() -> None:
+    destination = Destination(20)
+    for _ in range(20):
+        destination.connect(0)
+    for place in range(20):
+        assert destination.failed(place / 100, 1.0) is (place == 19)
+    assert destination.retry_at_s == 1.0
+    destination.connect(1)
+    destination.failed(1, 1.0)
+    assert destination.retry_at_s == 3.0
 
 
 def test_each_failed_probe_doubles_the_delay_up_to_the_cap() -> None:
@@ -81,8 +147,18 @@ def test_success_forgets_earlier_failures() -> None:
     destination = throttled()
     destination.connect(1)
     destination.succeeded()
-    destination.failed(1, 1.0)
+    destination.disconnected()
+    destination.connect(1)
+    assert destination.failed(1, 1.0)
     assert destination.retry_at_s == 2
+
+
+def test_a_lower_limit_counts_at_once() -> None:
+    destination = Destination(10)
+    grow(destination, 0)
+    destination.limit = 3
+    assert destination.window(0) == 3
+    assert not destination.may_connect(0)
 
 
 def test_suspended_means_no_connection_until_resumed() -> None:
@@ -102,6 +178,10 @@ def test_forbidden_moves_raise() -> None:
         destination.resume()
     with pytest.raises(ForbiddenShapingError):
         destination.disconnected()
+    with pytest.raises(ForbiddenShapingError):
+        destination.succeeded()
+    with pytest.raises(ForbiddenShapingError):
+        destination.failed(0, 0.0)
     destination.suspend()
     with pytest.raises(ForbiddenShapingError):
         destination.suspend()

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import pytest
+
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.core.envelope import RecipientRow, make_queue_key
 from dataplane.core.queue import State
@@ -39,14 +41,27 @@ class Destination:
     """A `Work` that claims what it is offered while there is room."""
 
     spool: RamSpool
-    rooms: dict[str, int] = field(default_factory=dict)
+    rooms: dict[str, int] = field(default_factory=dict)  # by next hop
+    weights: dict[str, int] = field(default_factory=dict)
+    crowded_accounts: set[str] = field(default_factory=set)
     taken: list[str] = field(default_factory=list)
     park_ms: int = 0
     open: bool = True
     when_parking: Callable[[], None] = lambda: None
+    parked: list[str] = field(default_factory=list)
+    asked: int = 0
+    takes_room: bool = False
+    held_claims: list[asyncio.Future[None]] | None = None  # claims stay uncommitted while this is a list
 
-    def room(self, queue_key: str) -> int:
-        return self.rooms.get(queue_key, 1)
+    def weight(self, account: str) -> int:
+        return self.weights.get(account, 1)
+
+    def room(self, next_hop: str) -> int:
+        self.asked += 1
+        return self.rooms.get(next_hop, 1)
+
+    def crowded(self, account: str) -> bool:
+        return account in self.crowded_accounts
 
     def window_open(self) -> bool:
         return self.open
@@ -54,11 +69,17 @@ class Destination:
     def take(self, stored: StoredMessage, rows: Sequence[RecipientRow]) -> Taken:
         if self.park_ms:
             park_ms = self.park_ms
+            self.parked.append(rows[0].queue_key)
             self.when_parking()
             return Taken([], park_ms)
         self.taken.append(rows[0].queue_key)
+        if self.takes_room:
+            self.rooms["providers/a"] -= 1
         changes = [change(row, State.SENDING, new_attempt=row.attempt + 1) for row in rows]
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self.held_claims is not None:
+            self.held_claims.append(future)
+            return Taken([future])
         claim = self.spool.settle(Settlement(stored.envelope.message_id, changes, None, reported=False))
         claim.add_done_callback(lambda _: future.set_result(None))
         return Taken([future])
@@ -110,7 +131,7 @@ async def test_keys_take_turns_however_much_waits_in_one() -> None:
 
 async def test_a_full_destination_is_not_asked_until_a_place_is_free_and_then_for_the_key_that_waited_longest() -> None:
     async with bench() as made:
-        made.work.rooms = {ONE: 0, TWO: 0}
+        made.work.rooms = {"providers/a": 0}
         await made.put(ONE, 2)
         await made.put(TWO, 2)
         await made.scheduler.start(lambda _: None)
@@ -197,7 +218,7 @@ async def test_a_lost_wake_up_is_found_by_the_poll() -> None:
         await made.settle_down()
         await made.put(ONE, 1)
         made.clock.advance(60)
-        made.scheduler.nudge()
+        made.scheduler.wake(TWO)
         await made.until(lambda: made.work.taken == [ONE])
 
 
@@ -209,3 +230,157 @@ async def test_the_end_of_the_loop_is_heard_of() -> None:
         await made.scheduler.start(lambda task: ended.append(task.exception()))
         await made.until(lambda: bool(ended))
         assert isinstance(ended[0], AttributeError)
+
+
+def keys_of(count: int) -> list[str]:
+    return [make_queue_key(f"accounts/a{number}", "providers/a") for number in range(count)]
+
+
+async def test_accounts_share_a_next_hop_by_their_weights() -> None:
+    async with bench() as made:
+        made.work.weights = {"accounts/one": 3}
+        made.work.rooms = {"providers/a": 0}
+        made.work.takes_room = True
+        await made.put(ONE, 400)
+        await made.put(TWO, 400)
+        await made.scheduler.start(lambda _: None)
+        for _ in range(50):
+            made.work.rooms["providers/a"] = 4
+            made.scheduler.kick("providers/a")
+            await made.until(lambda: made.work.rooms["providers/a"] == 0)
+            await made.settle_down()
+        assert made.work.taken.count(ONE) == pytest.approx(150, abs=6)
+        assert made.work.taken.count(TWO) == pytest.approx(50, abs=6)
+
+
+async def test_a_small_account_waits_behind_one_message_of_each_other_where_many_wait() -> None:
+    async with bench() as made:
+        made.work.rooms = {"providers/a": 20}
+        flood = keys_of(30)
+        for key in flood:
+            await made.put(key, 5)
+        await made.put(ONE, 1)
+        await made.scheduler.start(lambda _: None)
+        await made.until(lambda: ONE in made.work.taken)
+        before = made.work.taken[: made.work.taken.index(ONE)]
+        assert max(before.count(key) for key in flood) == 1
+
+
+async def test_next_hops_take_turns_however_many_accounts_wait_for_one() -> None:
+    async with bench() as made:
+        for key in keys_of(20):
+            await made.put(key, 5)
+        other = make_queue_key("accounts/a0", "providers/b")
+        await made.put(other, 5)
+        await made.scheduler.start(lambda _: None)
+        await made.until(lambda: made.work.taken.count(other) == 5)
+        assert len(made.work.taken) <= 25
+
+
+async def test_a_full_next_hop_is_asked_once_and_not_for_each_key() -> None:
+    async with bench() as made:
+        made.work.rooms = {"providers/a": 0}
+        for key in keys_of(50):
+            await made.put(key, 1)
+        await made.scheduler.start(lambda _: None)
+        await made.settle_down()
+        assert (made.work.asked, made.spool.reads) == (1, 0)
+
+
+async def test_a_claim_that_the_disk_keeps_does_not_hold_up_other_keys() -> None:
+    async with bench() as made:
+        made.work.held_claims = []
+        await made.put(ONE, 2)
+        await made.put(TWO, 2)
+        await made.scheduler.start(lambda _: None)
+        await made.settle_down()
+        assert sorted(made.work.taken) == [ONE, TWO]  # each once: what is being claimed looks as if it waited
+
+
+async def test_a_dead_next_hop_costs_a_turn_of_one_key_when_its_time_comes() -> None:
+    async with bench() as made:
+        made.work.park_ms = made.clock.wall_ms() + 3_600_000
+        for key in keys_of(50):
+            await made.put(key, 1)
+        await made.scheduler.start(lambda _: None)
+        await made.until(lambda: len(made.work.parked) == 50)
+        made.scheduler.probe_at("providers/a", made.clock.wall_ms() + 10_000)
+        made.work.park_ms = 0
+        made.clock.advance(9.0)
+        made.scheduler.wake(make_queue_key("accounts/nobody", "providers/b"))
+        await made.settle_down()
+        assert made.work.taken == []
+        made.clock.advance(1.0)
+        made.scheduler.wake(make_queue_key("accounts/nobody", "providers/b"))
+        await made.settle_down()
+        assert made.work.taken == keys_of(1)
+
+
+async def test_a_probe_goes_to_the_next_key_where_one_has_nothing_to_send_and_tries_each_once() -> None:
+    async with bench() as made:
+        made.work.park_ms = made.clock.wall_ms() + 3_600_000
+        for key in keys_of(10):
+            await made.put(key, 1)
+        await made.scheduler.start(lambda _: None)
+        await made.until(lambda: len(made.work.parked) == 10)
+        made.work.parked.clear()
+        made.scheduler.probe_at("providers/a", made.clock.wall_ms())
+        await made.until(lambda: len(made.work.parked) == 10)
+        await made.settle_down()
+        assert sorted(made.work.parked) == sorted(keys_of(10))
+
+
+async def test_a_row_that_becomes_due_while_its_key_is_read_is_not_forgotten() -> None:
+    async with bench() as made:
+        made.work.held_claims = []
+        await made.put(ONE, 1)
+        await made.scheduler.start(lambda _: None)
+        await made.until(lambda: made.work.taken == [ONE])
+        made.scheduler.expect(ONE, made.clock.wall_ms() + 5_000)
+        (claim,) = made.work.held_claims
+        (head,) = await made.spool.heads(ONE, None, 10)
+        made.work.held_claims = None
+        done = change(make_row(queue_key=ONE, due_ms=head.due_ms), State.CANCELLED)
+        await made.spool.settle(Settlement(head.message_id, [done], None, reported=False))
+        claim.set_result(None)
+        await made.settle_down()
+        assert made.scheduler.is_idle
+        await made.put(ONE, 1, due_in_s=5)
+        made.clock.advance(5.0)
+        made.scheduler.wake(TWO)
+        await made.until(lambda: made.work.taken == [ONE, ONE])
+
+
+async def test_an_account_that_has_its_share_of_memory_waits_and_others_go_on() -> None:
+    async with bench() as made:
+        made.work.crowded_accounts = {"accounts/one"}
+        await made.put(ONE, 2)
+        await made.put(TWO, 2)
+        await made.scheduler.start(lambda _: None)
+        await made.until(lambda: made.work.taken == [TWO, TWO])
+        made.scheduler.wake(ONE)
+        await made.settle_down()
+        assert made.work.taken == [TWO, TWO]
+        made.work.crowded_accounts = set()
+        made.scheduler.nudge()
+        await made.until(lambda: made.work.taken.count(ONE) == 2)
+
+
+async def test_what_is_told_and_read_again_for_hours_leaves_nothing_behind() -> None:
+    async with bench() as made:
+        made.work.park_ms = made.clock.wall_ms() + 86_400_000
+        for key in keys_of(20):
+            await made.put(key, 1)
+        await made.put(ONE, 1, due_in_s=80_000)
+        await made.scheduler.start(lambda _: None)
+        await made.until(lambda: len(made.work.parked) == 20)
+        begun_ms = made.clock.wall_ms()
+        for minute in range(300):
+            made.clock.advance(60.0)
+            made.scheduler.probe_at("providers/a", made.clock.wall_ms() + 1_000)
+            made.scheduler.expect(TWO, begun_ms + 80_000_000 - minute * 1_000)
+            await made.settle_down()
+        kept = vars(made.scheduler)
+        sizes = {name: len(value) for name, value in kept.items() if isinstance(value, (dict, list))}
+        assert sizes.pop("_heap") <= 2 * 23 + 64
+        assert max(sizes.values()) <= 21
