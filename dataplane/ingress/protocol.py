@@ -37,6 +37,7 @@ _DATA_WINDOW_S = 30.0
 _LINGER_S = 5.0
 _MAX_LINGER_OCTETS = 4_194_304
 _MAX_EARLY_OCTETS = 262_144
+_STORED = 250
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         "_reading_paused",
         "_service",
         "_spilling_bytes",
+        "_stored_last",
         "_submitter",
         "_tls",
         "_transport",
@@ -99,6 +101,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         self._charged_bytes = 0
         self._spilling_bytes = 0
         self._commit = 0
+        self._stored_last = False
         self.session = Session(
             submitter,
             limits,
@@ -123,6 +126,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
 
     def data_received(self, data: bytes) -> None:
         """Feed the machine. During a handshake octets come from inside TLS: the client was quicker than our task."""
+        self._stored_last = False
         if self._closing:
             self._pass_over(data)
             return
@@ -152,7 +156,9 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         return not self._tls and self.session.action in {Action.COMMIT, Action.MORE}
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of everything but a commit."""
+        """Let go of everything but a commit. What broke with nothing said since a 250 may have lost it."""
+        if exc is not None and self._stored_last:
+            self._service.counters.answers_lost += 1
         self._lose()
 
     def pause_writing(self) -> None:
@@ -407,7 +413,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         counters.content_bytes += len(content) - self._charged_bytes
         self._charged_bytes = 0
         self._commit += 1
-        answer = partial(self._committed, self._commit, len(content))
+        answer = partial(self._committed, self._commit, len(content), self._service.wheel.now())
         if self._service.over_budget:
             answer(replies.OVERLOADED)
             return
@@ -417,16 +423,25 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         except Exception as error:  # noqa: BLE001 - as in _permit_at_once
             answer(replies.internal_error(self._submitter.failed(error)))
 
-    def _committed(self, number: int, size_bytes: int, reply: Reply) -> None:
-        self._service.counters.content_bytes -= size_bytes
-        self._finish_commit(number, reply)
+    def _committed(self, number: int, size_bytes: int, ended_s: float, reply: Reply) -> None:
+        counters = self._service.counters
+        counters.content_bytes -= size_bytes
+        told = self._finish_commit(number, reply)
+        if reply.code == _STORED:
+            self._stored_last = told
+            if told:
+                counters.enqueue_seconds.observe(self._service.wheel.now() - ended_s)
+            else:
+                counters.answers_lost += 1
 
-    def _finish_commit(self, number: int, reply: Reply) -> None:
-        """Answer the dot, unless the client is gone or was answered when the deadline passed."""
-        if number == self._commit and self.committing and not self._lost:
-            self._commit += 1
-            self.session.committed(reply)
-            self._react()
+    def _finish_commit(self, number: int, reply: Reply) -> bool:
+        """Answer the dot, unless the client is gone or was answered when the deadline passed; say whether."""
+        if number != self._commit or not self.committing or self._lost:
+            return False
+        self._commit += 1
+        self.session.committed(reply)
+        self._react()
+        return True
 
     # --- STARTTLS ------------------------------------------------------------------------------------------------
 
