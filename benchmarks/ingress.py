@@ -167,21 +167,27 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-async def _serve(sessions: int, messages: int, size_bytes: int) -> None:
-    nobody, clock, counters = _Nobody(), SystemClock(), IngressCounters()
-    submission = Submission(
+def quiet_submission() -> Submission:
+    """Return a submission of one account, bound to loopback, behind which nothing is asked, kept or told."""
+    nobody = _Nobody()
+    return Submission(
         config=_Config(),
         spool=NullSpool(),
         limiter=nobody,
         handover=nobody,
-        clock=clock,
+        clock=SystemClock(),
         log=nobody,
         admission=Admission(100_000, 100_000),
-        counters=counters,
+        counters=IngressCounters(),
         hostname="bench",
         random=os.urandom,
         max_content_bytes=1 << 28,
     )
+
+
+async def _serve(sessions: int, messages: int, size_bytes: int) -> None:
+    submission = quiet_submission()
+    counters = submission.counters
     ingress = Ingress(submission, None, Timeouts())
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
