@@ -20,6 +20,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -50,13 +51,19 @@ from controlplane.adapters.postgres.leader import PostgresJobs, PostgresLeadersh
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.migrate import load_migrations, schema_problems
 from controlplane.adapters.postgres.signal import PostgresLedgerSignal
+from controlplane.adapters.redis.functions import RedisFunctions
+from controlplane.adapters.redis.limits import RedisLiveLimits
+from controlplane.adapters.redis.requests import RedisRequestBudget
 from controlplane.adapters.sealing import Keyring, KeyringError, KeyringSealer
 from controlplane.domain.hosts import HostPolicy
 from controlplane.jobs.housekeeping import housekeeping_jobs
 from controlplane.jobs.leader import Leader
+from controlplane.ports import LiveLimits, RequestBudget
 from controlplane.services.compile import POOL_KEY_PLACE
 from controlplane.services.enrollment import EnrollmentService
 from controlplane.services.ingest import IngestService
+from controlplane.services.limit_states import NoLiveLimits
+from controlplane.services.throttle import LocalRequestBudget
 from controlplane.settings import Settings
 from controlplane.stream.fleet import FleetService
 from controlplane.stream.hub import Hub
@@ -184,6 +191,11 @@ class _ControlPlane:
         self._fleet_dsn = database.fleet_dsn.get_secret_value()
         self._fleet_pool = await open_pool(self._fleet_dsn, database.fleet_connections)
         stack.push_async_callback(_close_pool, self._fleet_pool)
+        self._redis: RedisFunctions | None = None
+        if self._settings.redis.url is not None:
+            url = self._settings.redis.url.get_secret_value()
+            self._redis = RedisFunctions(url, on_change=self._note_redis)
+            stack.push_async_callback(self._redis.close)
         self._build()
         settings = self._settings.http
         tls = None
@@ -215,6 +227,8 @@ class _ControlPlane:
                 self._signal,
                 HostPolicy(settings.allowed_private_networks),
                 observe=lambda method, status, seconds: metrics.request_ended("POST", method, status, seconds),
+                live=self._live_limits(),
+                requests=self._request_budget(),
             )
         )
         self._fleet_database = FleetDatabase(
@@ -233,6 +247,16 @@ class _ControlPlane:
         self._fleet = FleetService(
             self._fleet_repository, self._hub, _now, f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
         )
+
+    def _live_limits(self) -> LiveLimits:
+        return NoLiveLimits() if self._redis is None else RedisLiveLimits(self._redis)
+
+    def _request_budget(self) -> RequestBudget | None:
+        per_minute = self._settings.api.requests_per_minute
+        if not per_minute:
+            return None
+        local = LocalRequestBudget(per_minute, time.monotonic)
+        return local if self._redis is None else RedisRequestBudget(self._redis, per_minute, local)
 
     async def wait_for_schema(self, stop: asyncio.Event) -> bool:
         """Wait until the database answers; StartError when it and this code do not fit; False when told to stop."""
@@ -347,6 +371,12 @@ class _ControlPlane:
         self._log.info(event, **facts)
         if event in {"config.acked", "config.nacked"}:
             self._metrics.config_answered(event.removeprefix("config.").removesuffix("ed"))
+
+    def _note_redis(self, reason: str) -> None:
+        if reason:
+            self._log.warning("redis.away", reason=reason)
+        else:
+            self._log.info("redis.back")
 
     def _note_reject(self, spool: str, reason: str, detail: str) -> None:
         self._log.warning("ledger.rejected", spool=spool, reason=reason, detail=detail)

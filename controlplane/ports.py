@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 from controlplane.domain.access import EVERY_ACCOUNT, Caller
 from controlplane.domain.etags import Etag
+from controlplane.domain.limits import Limit, Look
 from controlplane.domain.messages import Command, Event, Message, MessageQuery, Position
 from controlplane.domain.resources import (
     Account,
@@ -30,6 +31,7 @@ from controlplane.domain.resources import (
 from controlplane.domain.secrets import ScramVerifier
 from dataplane.core.config import Account as AccountConfig
 from dataplane.core.config import NodeSettings, SealedValue, SmtpProvider
+from dataplane.core.limits import LimitScope
 
 
 class Scope(NamedTuple):
@@ -191,6 +193,34 @@ class RoutingRules(Protocol):
         """AbortedError when the etag is stale."""
 
 
+class Limits(Protocol):
+    """limits."""
+
+    async def get(self, account: str | None, limit: str) -> Limit:
+        """NotFoundError."""
+
+    async def list_page(self, account: str | None, after: str, limit: int) -> list[Limit]:
+        """In order of id."""
+
+    async def list_all(self, account: str | None) -> list[Limit]:
+        """In order of id."""
+
+    async def list_of(self, accounts: Sequence[str]) -> list[Limit]:
+        """All that these accounts own."""
+
+    async def subjects(self, scope: LimitScope, account: str | None, limit: int) -> list[str]:
+        """Names of what is counted by itself in this scope, of an account or, with None, of all; by name."""
+
+    async def insert(self, limit: Limit) -> None:
+        """AlreadyExistsError; FailedPreconditionError when another one of the owner counts the same."""
+
+    async def update(self, limit: Limit, etag: Etag) -> None:
+        """AbortedError when the etag is stale; FailedPreconditionError as for insert."""
+
+    async def delete(self, limit: Limit, etag: Etag) -> None:
+        """AbortedError when the etag is stale."""
+
+
 class Nodes(Protocol):
     """nodes, node_pools and what hangs on them."""
 
@@ -317,6 +347,7 @@ class Work(Protocol):
     smtp_credentials: SmtpCredentials
     providers: Providers
     routing_rules: RoutingRules
+    limits: Limits
     nodes: Nodes
     bundles: Bundles
     idempotency: Idempotency
@@ -383,6 +414,27 @@ class ProviderProbe(Protocol):
 
     async def probe(self, provider: Provider, password: str) -> ProbeResult:
         """Connect, TLS by policy, AUTH, QUIT; never raises for what the remote does. Cancelling closes."""
+
+
+class LiveStateUnknownError(Exception):
+    """The shared counters cannot be asked; the text says why, for people."""
+
+
+class LiveLimits(Protocol):
+    """The counters that nodes share, to look at."""
+
+    async def look(self, looks: Sequence[Look]) -> list[float]:
+        """Return the level of each bucket in tokens, or how many of its slots are held.
+
+        LiveStateUnknownError, at the latest after a moment that a caller can spare. Cancelling leaves nothing behind.
+        """
+
+
+class RequestBudget(Protocol):
+    """How many requests an API key may still make."""
+
+    async def spend(self, key: str) -> float:
+        """Take one request from the bucket of a key: 0.0, or the seconds until there is one. Never raises."""
 
 
 class LedgerSignal(Protocol):

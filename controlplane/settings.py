@@ -104,6 +104,24 @@ class HttpSettings(_Section):
         return self
 
 
+class RedisSettings(_Section):
+    """Where Redis or Valkey is, which the nodes share; without a URL limits show no live state."""
+
+    url: Dsn | None = None
+
+    @model_validator(mode="after")
+    def _check_url(self) -> RedisSettings:
+        if self.url is not None and urlsplit(self.url.get_secret_value()).scheme not in {"redis", "rediss", "unix"}:
+            raise ValueError("url is no redis://, rediss:// or unix:// URL")
+        return self
+
+
+class ApiSettings(_Section):
+    """What callers of the API may do."""
+
+    requests_per_minute: Annotated[int, Field(ge=0, le=1_000_000)] = 100
+
+
 class RetentionSettings(_Section):
     """How long the record of mail is kept."""
 
@@ -123,6 +141,8 @@ class Settings(BaseSettings):
     grpc: GrpcSettings = GrpcSettings()
     nodes: NodesSettings = NodesSettings()
     http: HttpSettings = HttpSettings()
+    api: ApiSettings = ApiSettings()
+    redis: RedisSettings = RedisSettings()
     retention: RetentionSettings = RetentionSettings()
     allowed_private_networks: tuple[IPv4Network | IPv6Network, ...] = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -26,7 +26,7 @@ class Scope(StrEnum):
 
 
 ACCOUNT_SCOPES = frozenset(Scope) - {Scope.OPERATOR}
-OPERATOR_FIELDS = frozenset({"networks", "sender_domains", "durability", "node_pool"})
+OPERATOR_FIELDS = frozenset({"networks", "sender_domains", "durability", "node_pool", "delivery_weight"})
 
 _CONTROL = "postroad.control.v1"
 _NEEDED: dict[str, dict[Scope, tuple[str, ...]]] = {
@@ -52,6 +52,10 @@ _NEEDED: dict[str, dict[Scope, tuple[str, ...]]] = {
     f"{_CONTROL}.RoutingRuleService": {
         Scope.CONFIG_READ: ("GetRoutingRule", "ListRoutingRules"),
         Scope.CONFIG_WRITE: ("CreateRoutingRule", "UpdateRoutingRule", "DeleteRoutingRule"),
+    },
+    f"{_CONTROL}.LimitService": {
+        Scope.OPERATOR: ("CreateLimit", "UpdateLimit", "DeleteLimit"),
+        Scope.CONFIG_READ: ("GetLimit", "ListLimits", "ListEffectiveLimits"),
     },
     f"{_CONTROL}.MessageService": {
         Scope.MESSAGES_READ: ("GetMessage", "ListMessages", "WatchEvents"),

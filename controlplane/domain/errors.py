@@ -55,10 +55,13 @@ class Reason(StrEnum):
     PROVIDER_MISSING = "PROVIDER_MISSING"
     PROVIDER_IN_USE = "PROVIDER_IN_USE"
     PROVIDER_SUSPENDED = "PROVIDER_SUSPENDED"
+    LIMIT_TAKEN = "LIMIT_TAKEN"
+    LIMIT_SUBJECT_MISSING = "LIMIT_SUBJECT_MISSING"
     REPLICATION_UNAVAILABLE = "REPLICATION_UNAVAILABLE"
     LAST_OPERATOR_KEY = "LAST_OPERATOR_KEY"
     KEY_REVOKED = "KEY_REVOKED"
     CONCURRENT_EDIT = "CONCURRENT_EDIT"
+    REQUESTS_EXHAUSTED = "REQUESTS_EXHAUSTED"
     READER_TOO_SLOW = "READER_TOO_SLOW"
     TOO_MANY_WATCHERS = "TOO_MANY_WATCHERS"
     TOO_MANY_DENIED_CREDENTIALS = "TOO_MANY_DENIED_CREDENTIALS"
@@ -133,8 +136,9 @@ class AbortedError(ControlPlaneError):
 class ResourceExhaustedError(ControlPlaneError):
     """There is more than can be served."""
 
-    def __init__(self, reason: Reason, text: str = "", *, retry_after_s: float) -> None:
+    def __init__(self, reason: Reason, text: str = "", *, retry_after_s: float, subject: str = "") -> None:
         self.retry_after_s = retry_after_s
+        self.subject = subject or reason
         super().__init__(reason, text)
 
 

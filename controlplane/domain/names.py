@@ -21,6 +21,8 @@ SHARED_PROVIDER = "providers/*"
 ROUTING_RULE = "accounts/*/routingRules/*"
 MESSAGE = "accounts/*/messages/*"
 OPERATION = "accounts/*/operations/*"
+LIMIT = "accounts/*/limits/*"
+SHARED_LIMIT = "limits/*"
 NODE = "nodes/*"
 NODE_POOL = "nodePools/*"
 
@@ -86,6 +88,11 @@ def format_owned(account: str | None, item: str, owned: str, shared: str) -> str
 def provider_name(account: str | None, provider: str) -> str:
     """Name a provider of an account, or a shared one."""
     return format_owned(account, provider, PROVIDER, SHARED_PROVIDER)
+
+
+def limit_name(account: str | None, limit: str) -> str:
+    """Name a limit of an account, or a shared one."""
+    return format_owned(account, limit, LIMIT, SHARED_LIMIT)
 
 
 def api_key_name(account: str | None, api_key: str) -> str:

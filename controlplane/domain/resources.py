@@ -65,6 +65,7 @@ class Account:
     durability: Durability = Durability.LOCAL
     node_pool: str = ""
     retry_policy: RetryPolicy = RetryPolicy()
+    delivery_weight: int = 1
     meta: Meta = Meta()
 
 
@@ -75,6 +76,7 @@ ACCOUNT_FIELDS = Fields(
         "networks": Field("networks"),
         "durability": Field("durability"),
         "node_pool": Field("node_pool"),
+        "delivery_weight": Field("delivery_weight"),
         "retry_policy": Field(
             "retry_policy",
             {

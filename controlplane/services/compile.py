@@ -9,10 +9,12 @@ the lock of the account or of the pools.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from controlplane.domain import names
 from controlplane.domain.errors import InvalidArgumentError, Reason, Violation
+from controlplane.domain.limits import config_of as limit_config
 from controlplane.domain.messages import milliseconds_at
 from controlplane.domain.resources import Account, NodePool, Provider, RoutingRule, SmtpCredential
 from controlplane.ports import BundleEncoder, Sealer, Work
@@ -38,6 +40,9 @@ class Edited(NamedTuple):
 
     prefix: str
     field: str
+
+
+_EDITED_POOL = Edited("", "node_pool")
 
 
 class _PoolKey(NamedTuple):
@@ -74,6 +79,8 @@ class BundleCompiler:
                 cap_s=max(3_600.0, base_s) if policy.cap_s is None else policy.cap_s,
                 lifetime_s=432_000.0 if policy.lifetime_s is None else policy.lifetime_s,
             ),
+            limits=tuple(limit_config(one) for one in await work.limits.list_all(account.account)),
+            delivery_weight=account.delivery_weight,
         )
         refuse(config.validate_account(value), edited)
         compile_account(value)
@@ -95,6 +102,11 @@ class BundleCompiler:
         """Rebuild the settings of these pools, taking their locks in order of id."""
         for node_pool in sorted(set(node_pools)):
             await self._settings(work, await work.nodes.lock_pool(node_pool))
+
+    async def shared_limits(self, work: Work, edited: Edited) -> None:
+        """Rebuild the settings of every pool, which carry the shared limits."""
+        for pool in await work.nodes.lock_pools():
+            await self._settings(work, pool, edited)
 
     async def new_pool(self, work: Work, pool: NodePool) -> None:
         """Make everything that a pool has from the beginning; its key must be there."""
@@ -121,9 +133,10 @@ class BundleCompiler:
         content = _within_limit(self._encoder.networks(bindings), Edited("", "account.networks"))
         await work.bundles.put(pool.node_pool, f"pools/{pool.node_pool}/networks", KIND_NETWORKS, None, content)
 
-    async def _settings(self, work: Work, pool: NodePool) -> None:
-        value = settings_of(pool, await work.nodes.count_nodes(pool.node_pool))
-        refuse(config.validate_settings(value), Edited("", "node_pool"))
+    async def _settings(self, work: Work, pool: NodePool, edited: Edited = _EDITED_POOL) -> None:
+        shared = tuple(limit_config(one) for one in await work.limits.list_all(None))
+        value = replace(settings_of(pool, await work.nodes.count_nodes(pool.node_pool)), limits=shared)
+        refuse(config.validate_settings(value), edited)
         content = self._encoder.settings(value)
         await work.bundles.put(pool.node_pool, f"pools/{pool.node_pool}/settings", KIND_NODE_SETTINGS, None, content)
 

@@ -19,6 +19,7 @@ from controlplane.domain.access import METHOD_SCOPES, Scope
 from postroad.control.v1 import (
     account_service_pb2,
     credential_service_pb2,
+    limit_service_pb2,
     message_service_pb2,
     node_service_pb2,
     provider_service_pb2,
@@ -31,6 +32,7 @@ from support.databases import Database
 _FILES = (
     account_service_pb2,
     credential_service_pb2,
+    limit_service_pb2,
     message_service_pb2,
     node_service_pb2,
     provider_service_pb2,
@@ -52,6 +54,7 @@ _COLLECTIONS = {
     "SmtpCredential": "smtpCredentials/app",
     "Provider": "providers/relay",
     "RoutingRule": "routingRules/all",
+    "Limit": "limits/hourly",
     "Message": f"messages/{_UUID}",
     "Operation": f"operations/{_UUID}",
 }
@@ -198,7 +201,7 @@ _COMMAND = "INSERT INTO postroad.commands (account, verb, spool, message_ids) VA
 
 ACCOUNT_TABLES = (
     *("accounts", "account_sender_domains", "account_networks", "api_keys", "smtp_credentials"),
-    *("providers", "routing_rules", "routing_rule_targets", "config_bundles", "config_revisions", "denials"),
+    *("providers", "routing_rules", "routing_rule_targets", "limits", "config_bundles", "config_revisions", "denials"),
     *("messages", "recipients", "delivery_events", "commands", "audit_log"),
 )
 
@@ -233,6 +236,9 @@ async def fill(stack: ApiStack, client: Client, account: str) -> None:
     await client.rule("CreateRoutingRule", rule)
     credential = credential_service_pb2.CreateSmtpCredentialRequest(parent=parent, smtp_credential_id="app")
     await client.credential("CreateSmtpCredential", credential)
+    limit = limit_service_pb2.CreateLimitRequest(parent=parent, limit_id="hourly")
+    limit.limit.scope, limit.limit.unit, limit.limit.amount, limit.limit.period.seconds = 1, 1, 5, 3600
+    await stack.operator.limit("CreateLimit", limit)
     one = f"019b7700-0000-7000-8000-00000000000{len(account)}"  # on 2026-01-01
     await stack.as_superuser("SELECT postroad.ensure_partitions(date '2026-01-01', 1)")
     await stack.as_superuser(
@@ -245,7 +251,7 @@ async def fill(stack: ApiStack, client: Client, account: str) -> None:
 
 
 async def test_no_account_writes_rows_of_another_one_whatever_the_code_asks(stack: ApiStack) -> None:
-    await stack.make_account("acme")
+    await fill(stack, await stack.make_account("acme"), "acme")
     await stack.make_account("other")
     async with stack.pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT set_config('postroad.account', 'acme', true)")
@@ -253,6 +259,9 @@ async def test_no_account_writes_rows_of_another_one_whatever_the_code_asks(stac
         assert done == "UPDATE 0"
         done = await connection.execute("DELETE FROM postroad.api_keys WHERE account = 'other'")
         assert done == "DELETE 0"
+        # Not even its own: only operators write limits.
+        done = await connection.execute("UPDATE postroad.limits SET amount = 9")
+        assert done == "UPDATE 0"
     async with stack.pool.acquire() as connection:
         await connection.execute("BEGIN")
         await connection.execute("SELECT set_config('postroad.account', 'acme', true)")

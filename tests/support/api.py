@@ -31,6 +31,7 @@ from postroad.control.v1 import (
     credential_pb2,
     credential_service_pb2,
     credential_service_pb2_grpc,
+    limit_service_pb2_grpc,
     message_service_pb2_grpc,
     node_service_pb2_grpc,
     provider_service_pb2_grpc,
@@ -112,6 +113,9 @@ class Client:
 
     async def rule(self, method: str, request: Message) -> Any:
         return await self.call(routing_rule_service_pb2_grpc.RoutingRuleServiceStub, method, request)
+
+    async def limit(self, method: str, request: Message) -> Any:
+        return await self.call(limit_service_pb2_grpc.LimitServiceStub, method, request)
 
     async def node(self, method: str, request: Message) -> Any:
         return await self.call(node_service_pb2_grpc.NodeServiceStub, method, request)

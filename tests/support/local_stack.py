@@ -40,10 +40,15 @@ def stack_folder() -> Iterator[Path]:
             ValkeyServer(folder / ".postroad" / "valkey").destroy()
 
 
+# Tests ask more than people do.
+_UNCOUNTED = {"POSTROAD_CONTROLPLANE_API__REQUESTS_PER_MINUTE": "0"}
+
+
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """An environment in which no settings of whoever runs the tests count."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("POSTROAD_")}
-    return {**ours, "HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config"), **(extra or {})}
+    folders = {"HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config")}
+    return {**ours, **folders, **_UNCOUNTED, **(extra or {})}
 
 
 class LocalStack:
@@ -52,6 +57,7 @@ class LocalStack:
     def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
         self.folder = folder
         self._options = options or [word for name in DEFAULT_PORTS for word in ("--port", f"{name}=0")]
+        self.extra_environment: dict[str, str] = {}
         self.events: list[dict[str, Any]] = []
         self.ready: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = None
@@ -67,7 +73,7 @@ class LocalStack:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "postroad.cli", "up", "--output", "json", *self._options],
                 cwd=self.folder,
-                env=environment(self.folder),
+                env=environment(self.folder, self.extra_environment),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,

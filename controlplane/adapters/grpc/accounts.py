@@ -95,6 +95,7 @@ def read_account(message: pb.Account, account: str) -> Account:
             cap_s=convert.from_duration(policy, "cap"),
             lifetime_s=convert.from_duration(policy, "lifetime"),
         ),
+        delivery_weight=message.delivery_weight or 1,
     )
 
 
@@ -110,6 +111,7 @@ def write_account(account: Account) -> pb.Account:
         networks=account.networks,
         durability=pb.Account.Durability.ValueType(account.durability),
         node_pool=names.format_name(names.NODE_POOL, account.node_pool),
+        delivery_weight=account.delivery_weight,
     )
     if policy != RetryPolicy():
         message.retry_policy.CopyFrom(

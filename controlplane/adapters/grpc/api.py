@@ -7,8 +7,9 @@ Contract. `build_api(parts)` opens nothing and starts nothing; what it returns i
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from google.longrunning import operations_pb2, operations_pb2_grpc
@@ -19,6 +20,7 @@ from controlplane.adapters.grpc.auth import Guard
 from controlplane.adapters.grpc.calls import CallObserver, Calls
 from controlplane.adapters.grpc.credentials import CredentialHandlers
 from controlplane.adapters.grpc.interceptor import ApiInterceptor
+from controlplane.adapters.grpc.limits import LimitHandlers
 from controlplane.adapters.grpc.messages import MessageHandlers
 from controlplane.adapters.grpc.nodes import NodeHandlers
 from controlplane.adapters.grpc.operations import OperationHandlers
@@ -29,20 +31,25 @@ from controlplane.adapters.sealing import Keyring, KeyringSealer
 from controlplane.adapters.smtp_probe import SmtpProbe
 from controlplane.domain.hosts import HostPolicy
 from controlplane.domain.paging import PageTokens
-from controlplane.ports import Database, LedgerSignal, ProviderProbe, Random
+from controlplane.ports import Database, LedgerSignal, LiveLimits, ProviderProbe, Random, RequestBudget
 from controlplane.services.accounts import AccountsService
 from controlplane.services.authentication import Authenticator
 from controlplane.services.compile import BundleCompiler
 from controlplane.services.credentials import ApiKeysService, SmtpCredentialsService
+from controlplane.services.limit_states import LimitStates, NoLiveLimits
+from controlplane.services.limits import LimitsService
 from controlplane.services.messages import MAX_WATCHERS, MessagesService, OperationsService
 from controlplane.services.nodes import NodePoolsService, NodesService
 from controlplane.services.providers import ProvidersService
 from controlplane.services.routing_rules import RoutingRulesService
+from controlplane.services.throttle import Throttle
 from postroad.control.v1 import (
     account_service_pb2,
     account_service_pb2_grpc,
     credential_service_pb2,
     credential_service_pb2_grpc,
+    limit_service_pb2,
+    limit_service_pb2_grpc,
     message_service_pb2,
     message_service_pb2_grpc,
     node_service_pb2,
@@ -75,6 +82,9 @@ class ApiParts:
     random: Random = os.urandom
     now: Callable[[], datetime] = _utc_now
     max_watchers: int = MAX_WATCHERS
+    live: LiveLimits = field(default_factory=NoLiveLimits)
+    requests: RequestBudget | None = None
+    monotonic: Callable[[], float] = time.monotonic
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +127,14 @@ def build_api(parts: ApiParts) -> Api:
         credentials,
         ProviderHandlers(providers),
         RoutingRuleHandlers(RoutingRulesService(database, compiler, tokens)),
+        LimitHandlers(LimitsService(database, compiler, tokens, LimitStates(parts.live))),
         MessageHandlers(messages),
         NodeHandlers(NodesService(database, compiler, tokens, random), pools),
         OperationHandlers(OperationsService(database, tokens, parts.signal)),
     )
     authenticator = Authenticator(database, parts.now)
-    calls = Calls(Guard(authenticator), parts.observe)
+    guard = Guard(authenticator, Throttle(parts.requests, parts.monotonic))
+    calls = Calls(guard, parts.observe)
     return Api(ApiRegistry(calls, services), ApiInterceptor(calls), authenticator, pools, messages)
 
 
@@ -131,6 +143,7 @@ def _services(
     credentials: CredentialHandlers,
     providers: ProviderHandlers,
     rules: RoutingRuleHandlers,
+    limits: LimitHandlers,
     messages: MessageHandlers,
     nodes: NodeHandlers,
     operations: OperationHandlers,
@@ -155,6 +168,11 @@ def _services(
             routing_rule_service_pb2.DESCRIPTOR.services_by_name["RoutingRuleService"],
             rules,
             routing_rule_service_pb2_grpc.add_RoutingRuleServiceServicer_to_server,
+        ),
+        ApiService(
+            limit_service_pb2.DESCRIPTOR.services_by_name["LimitService"],
+            limits,
+            limit_service_pb2_grpc.add_LimitServiceServicer_to_server,
         ),
         ApiService(
             message_service_pb2.DESCRIPTOR.services_by_name["MessageService"],

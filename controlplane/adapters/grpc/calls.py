@@ -51,16 +51,25 @@ class Calls:
         self._log = get_logger("api")
 
     async def unary(
-        self, method: str, metadata: Metadata, handle: Callable[[], Awaitable[Answer]], remaining_s: float | None
+        self,
+        method: str,
+        metadata: Metadata,
+        handle: Callable[[], Awaitable[Answer]],
+        remaining_s: float | None,
+        *,
+        entered: bool = False,
     ) -> Answer:
-        """Run a handler that answers once; `remaining_s` is what the caller's deadline leaves."""
+        """Run a handler that answers once.
+
+        `remaining_s` is what the caller's deadline leaves; `entered`: see `enter`.
+        """
         allowed_s = _LONG_DEADLINES_S.get(method, _DEADLINE_S)
         begun, ended = time.monotonic(), "CANCELLED"
         try:
             deadline = asyncio.timeout(allowed_s if remaining_s is None else min(remaining_s, allowed_s))
             try:
                 async with deadline:
-                    caller = await self._guard.admit(method, metadata)
+                    caller = await self._look(entered=entered)(method, metadata)
                     with _as(caller):
                         answer = await handle()
             except TimeoutError as error:
@@ -77,12 +86,12 @@ class Calls:
             self._observe(method, ended, time.monotonic() - begun)
 
     async def stream(
-        self, method: str, metadata: Metadata, handle: Callable[[], AsyncIterator[Answer]]
+        self, method: str, metadata: Metadata, handle: Callable[[], AsyncIterator[Answer]], *, entered: bool = False
     ) -> AsyncGenerator[Answer, None]:
         """Run a handler that answers many times; closing the iterator closes the handler's."""
         begun, ended = time.monotonic(), "CANCELLED"
         try:
-            caller = await self._guard.admit(method, metadata)
+            caller = await self._look(entered=entered)(method, metadata)
             with _as(caller):
                 answers = handle()
             admitted = time.monotonic()
@@ -99,12 +108,15 @@ class Calls:
         finally:
             self._observe(method, ended, time.monotonic() - begun)
 
-    async def admit(self, method: str, metadata: Metadata) -> None:
-        """Raise ApiStatusError when the key does not open the method; for who wants to know before it reads on."""
+    async def enter(self, method: str, metadata: Metadata) -> None:
+        """Raise ApiStatusError when the key does not open the method; for who wants to know before it reads on.
+
+        The call that follows is `entered`: it was counted as the key's request here.
+        """
         begun = time.monotonic()
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                await self._guard.admit(method, metadata)
+                await self._guard.enter(method, metadata)
         except Exception as error:
             status = self._status(method, error)
             self._observe(method, code_of(status).name, time.monotonic() - begun)
@@ -120,6 +132,9 @@ class Calls:
             if not limit.expired():
                 raise
             raise ApiStatusError(to_status(_TOO_SLOW, "")) from error
+
+    def _look(self, *, entered: bool) -> Callable[[str, Metadata], Awaitable[Caller | None]]:
+        return self._guard.admit if entered else self._guard.enter
 
     def _status(self, method: str, error: Exception) -> Status:
         request = uuid.uuid4().hex

@@ -75,7 +75,7 @@ def _more(error: ControlPlaneError) -> list[Message]:
             )
             return [details.PreconditionFailure(violations=[failure])]
         case errors.ResourceExhaustedError():
-            quota = details.QuotaFailure.Violation(subject=error.reason, description=error.text)
+            quota = details.QuotaFailure.Violation(subject=error.subject, description=error.text)
             return [details.QuotaFailure(violations=[quota]), _retry(error.retry_after_s)]
         case errors.UnavailableError():
             return [_retry(error.retry_after_s)]

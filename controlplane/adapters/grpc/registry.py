@@ -51,7 +51,13 @@ class ApiRegistry:
         return self._methods[full_name][0]
 
     async def call(
-        self, full_name: str, request: Message, metadata: Metadata, timeout_s: float | None = None
+        self,
+        full_name: str,
+        request: Message,
+        metadata: Metadata,
+        timeout_s: float | None = None,
+        *,
+        entered: bool = False,
     ) -> Message | AsyncGenerator[Message, None]:
         """Call `/package.Service/Method`; see the module."""
         if full_name not in self._methods:
@@ -59,13 +65,15 @@ class ApiRegistry:
             raise ApiStatusError(to_status(unknown, ""))
         descriptor, behavior = self._methods[full_name]
         if descriptor.server_streaming:
-            return self._calls.stream(full_name, metadata, lambda: behavior(request, None))
-        answer: Message = await self._calls.unary(full_name, metadata, lambda: behavior(request, None), timeout_s)
+            return self._calls.stream(full_name, metadata, lambda: behavior(request, None), entered=entered)
+        answer: Message = await self._calls.unary(
+            full_name, metadata, lambda: behavior(request, None), timeout_s, entered=entered
+        )
         return answer
 
-    async def admit(self, full_name: str, metadata: Metadata) -> None:
-        """Raise ApiStatusError when the key does not open the method; `call` looks again."""
-        await self._calls.admit(full_name, metadata)
+    async def enter(self, full_name: str, metadata: Metadata) -> None:
+        """Raise ApiStatusError when the key does not open the method; the `call` that follows is `entered`."""
+        await self._calls.enter(full_name, metadata)
 
     async def take(self, writing: Awaitable[None]) -> None:
         """Wait until the reader of a stream took an answer; ApiStatusError when that takes too long."""

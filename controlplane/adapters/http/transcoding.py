@@ -72,9 +72,11 @@ def add_json_api(app: web.Application, registry: ApiRegistry) -> None:
         try:
             if request.can_read_body:
                 # Nobody makes us read and take apart 4 MiB whose key opens nothing.
-                await registry.admit(found.route.full_name, _metadata(request))
+                await registry.enter(found.route.full_name, _metadata(request))
             message = await _request_message(request, found)
-            answer = await registry.call(found.route.full_name, message, _metadata(request))
+            answer = await registry.call(
+                found.route.full_name, message, _metadata(request), entered=request.can_read_body
+            )
             if isinstance(answer, Message):
                 return web.Response(body=_to_json(answer), content_type="application/json")
         except ApiStatusError as error:
@@ -235,7 +237,7 @@ def _error(status: status_pb2.Status) -> web.Response:
     for detail in status.details:
         retry = error_details_pb2.RetryInfo()
         if detail.Unpack(retry):
-            headers["Retry-After"] = str(max(1, retry.retry_delay.seconds))
+            headers["Retry-After"] = str(max(1, retry.retry_delay.seconds + bool(retry.retry_delay.nanos)))
     if status.code == code_pb2.UNAUTHENTICATED:
         headers["WWW-Authenticate"] = "Bearer"
     return web.Response(

@@ -26,6 +26,7 @@ from controlplane.adapters.postgres.constraints import domain_error
 from controlplane.adapters.postgres.credentials import ApiKeysRepository, SmtpCredentialsRepository
 from controlplane.adapters.postgres.fleet_database import AWAY
 from controlplane.adapters.postgres.idempotency import IdempotencyRepository
+from controlplane.adapters.postgres.limits import LimitsRepository
 from controlplane.adapters.postgres.messages import MessagesRepository
 from controlplane.adapters.postgres.nodes import NodesRepository
 from controlplane.adapters.postgres.providers import ProvidersRepository
@@ -37,6 +38,7 @@ from controlplane.ports import (
     ApiKeys,
     Bundles,
     Idempotency,
+    Limits,
     Messages,
     Nodes,
     Providers,
@@ -92,6 +94,7 @@ class PostgresWork:
         self.smtp_credentials: SmtpCredentials = SmtpCredentialsRepository(session)
         self.providers: Providers = ProvidersRepository(session)
         self.routing_rules: RoutingRules = RoutingRulesRepository(session)
+        self.limits: Limits = LimitsRepository(session)
         self.nodes: Nodes = NodesRepository(session)
         self.bundles: Bundles = BundlesRepository(session, principal)
         self.idempotency: Idempotency = IdempotencyRepository(session, principal)

@@ -100,15 +100,23 @@ async def end_interrupted(layout: Layout) -> None:
         await end_left_behind(pid_file, (str(layout.root),))
 
 
-def write_controlplane_settings(layout: Layout, ports: dict[str, int], postgres: PostgresServer) -> None:
-    """The control plane's settings, made anew at each start from what is the case; for people to read, too."""
-    write_private(controlplane_file(layout), _settings_text(_controlplane_settings(layout, ports, postgres)))
+def write_controlplane_settings(
+    layout: Layout, ports: dict[str, int], postgres: PostgresServer, valkey: ValkeyServer | None = None
+) -> None:
+    """The control plane's settings, made anew at each start from what is the case; for people to read, too.
+
+    Its commands need no Valkey; when it is to serve, Valkey has started, for its password stands in them.
+    """
+    values = _controlplane_settings(layout, ports, postgres)
+    if valkey is not None:
+        values["redis"] = {"url": valkey.url()}
+    write_private(controlplane_file(layout), _settings_text(values))
 
 
-def write_node_settings(layout: Layout, ports: dict[str, int], valkey: ValkeyServer) -> None:
+def write_node_settings(layout: Layout, ports: dict[str, int], valkey: ValkeyServer, workers: int) -> None:
     """The node's settings, in the same way; Valkey has started, for its password stands in them."""
     (layout / NODE_ID).mkdir(mode=0o700, exist_ok=True)
-    write_private(node_file(layout), _settings_text(_node_settings(layout, ports, valkey)))
+    write_private(node_file(layout), _settings_text(_node_settings(layout, ports, valkey, workers)))
 
 
 def certificate_steps(layout: Layout) -> Iterator[Step]:
@@ -237,10 +245,11 @@ def _controlplane_settings(layout: Layout, ports: dict[str, int], server: Postgr
     }
 
 
-def _node_settings(layout: Layout, ports: dict[str, int], valkey: ValkeyServer) -> dict[str, Any]:
+def _node_settings(layout: Layout, ports: dict[str, int], valkey: ValkeyServer, workers: int) -> dict[str, Any]:
     return {
         "data_dir": str(layout / NODE_ID),
         "hostname": "localhost",
+        "workers": workers,
         "control_plane": {
             "address": f"{LOOPBACK}:{ports['nodes']}",
             "enroll_address": f"{LOOPBACK}:{ports['grpc']}",

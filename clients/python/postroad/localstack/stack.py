@@ -55,12 +55,13 @@ class Facts:
 
 
 class Stack:
-    """See the module. `ports` are settled, the layout is open."""
+    """See the module. `ports` are settled, the layout is open; `workers` of 0 is one a core."""
 
-    def __init__(self, layout: Layout, ports: dict[str, int], progress: Progress) -> None:
+    def __init__(self, layout: Layout, ports: dict[str, int], progress: Progress, workers: int) -> None:
         self._layout = layout
         self._ports = ports
         self._progress = progress
+        self._workers = workers
         self._postgres = PostgresServer(layout / "postgres", ports["postgres"])
         self._valkey = ValkeyServer(layout / "valkey", ports["valkey"])
         self._inbox = Child(
@@ -108,7 +109,8 @@ class Stack:
             group.create_task(self._start("Valkey", self._databases[1].start()))
             group.create_task(self._start("Inbox", self._inbox.start()))
             group.create_task(self._do(setup.certificate_steps(self._layout)))
-        setup.write_node_settings(self._layout, self._ports, self._valkey)
+        setup.write_controlplane_settings(self._layout, self._ports, self._postgres, self._valkey)
+        setup.write_node_settings(self._layout, self._ports, self._valkey, self._workers)
         await self._start("Control plane", self._controlplane.start())
         async with self._client() as client:
             credential = await self._demo(client)

@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from postroad.control.v1.account_service_pb2_grpc import AccountServiceStub
 from postroad.control.v1.credential_service_pb2_grpc import CredentialServiceStub
+from postroad.control.v1.limit_service_pb2_grpc import LimitServiceStub
 from postroad.control.v1.message_service_pb2_grpc import MessageServiceStub
 from postroad.control.v1.node_service_pb2_grpc import NodeServiceStub
 from postroad.control.v1.provider_service_pb2_grpc import ProviderServiceStub
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     # The asynchronous faces of the stubs exist for type checkers only.
     from postroad.control.v1.account_service_pb2_grpc import AccountServiceAsyncStub
     from postroad.control.v1.credential_service_pb2_grpc import CredentialServiceAsyncStub
+    from postroad.control.v1.limit_service_pb2_grpc import LimitServiceAsyncStub
     from postroad.control.v1.message_service_pb2_grpc import MessageServiceAsyncStub
     from postroad.control.v1.node_service_pb2_grpc import NodeServiceAsyncStub
     from postroad.control.v1.provider_service_pb2_grpc import ProviderServiceAsyncStub
@@ -51,6 +53,7 @@ class Client:
         self.credentials = CredentialServiceStub(intercepted)
         self.providers = ProviderServiceStub(intercepted)
         self.routing_rules = RoutingRuleServiceStub(intercepted)
+        self.limits = LimitServiceStub(intercepted)
         self.messages = MessageServiceStub(intercepted)
         self.nodes = NodeServiceStub(intercepted)
         self.operations = operations_pb2_grpc.OperationsStub(intercepted)  # type: ignore[no-untyped-call]  # Google's, untyped
@@ -83,6 +86,7 @@ class AsyncClient:
         self.credentials: CredentialServiceAsyncStub = CredentialServiceStub(channel)
         self.providers: ProviderServiceAsyncStub = ProviderServiceStub(channel)
         self.routing_rules: RoutingRuleServiceAsyncStub = RoutingRuleServiceStub(channel)
+        self.limits: LimitServiceAsyncStub = LimitServiceStub(channel)
         self.messages: MessageServiceAsyncStub = MessageServiceStub(channel)
         self.nodes: NodeServiceAsyncStub = NodeServiceStub(channel)
         self.operations = operations_pb2_grpc.OperationsStub(channel)  # type: ignore[no-untyped-call]  # Google's, untyped

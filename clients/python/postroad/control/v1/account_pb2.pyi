@@ -92,6 +92,7 @@ class Account(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    DELIVERY_WEIGHT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`accounts/{account}`; the id is chosen by the caller: 1 to 63 of a-z, 0-9
     and '-', beginning with a letter, not ending with '-'.
@@ -112,6 +113,10 @@ class Account(_message.Message):
     """
     etag: _builtins.str
     """Required on Update and Delete; a mismatch is ABORTED."""
+    delivery_weight: _builtins.int
+    """The account's share of delivery beside others that wait: one of 2 is given
+    twice the turns of one of 1. 1 to 100, 1 unless set; operators change it.
+    """
     @_builtins.property
     def sender_domains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Domains that this account may use in MAIL FROM and in From. `example.com`
@@ -155,10 +160,11 @@ class Account(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        delivery_weight: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "retry_policy", b"retry_policy", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "durability", b"durability", "etag", b"etag", "name", b"name", "networks", b"networks", "node_pool", b"node_pool", "retry_policy", b"retry_policy", "sender_domains", b"sender_domains", "state", b"state", "suspend_reason", b"suspend_reason", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delivery_weight", b"delivery_weight", "display_name", b"display_name", "durability", b"durability", "etag", b"etag", "name", b"name", "networks", b"networks", "node_pool", b"node_pool", "retry_policy", b"retry_policy", "sender_domains", b"sender_domains", "state", b"state", "suspend_reason", b"suspend_reason", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,2 @@
+ALTER TABLE postroad.accounts DROP COLUMN delivery_weight;
+DROP TABLE postroad.limits;
