@@ -309,8 +309,17 @@ class Dispatcher:
             attempt.connecting_ms,
             int((now_s - sent_s) * 1000),
         )
+        self._count_stages(facts, transferred=attempt.sending_s > 0)
         self._conclude(attempt.message, ends, facts, self._moment())
         self._release(attempt)
+
+    def _count_stages(self, facts: Facts, *, transferred: bool) -> None:
+        counters = self._counters
+        counters.waiting_seconds.observe(facts.waiting_ms / 1000)
+        if facts.connecting_ms:
+            counters.connecting_seconds.observe(facts.connecting_ms / 1000)
+        if transferred:
+            counters.transferring_seconds.observe(facts.transferring_ms / 1000)
 
     def _conclude(
         self,
@@ -324,10 +333,12 @@ class Dispatcher:
         conclusion = self._concluder.conclude(message, ends, facts, self.retry_policy(envelope), moment, self._random())
         failpoint("delivery.concluded")
         self._settler.settle(conclusion.settlement, done)
-        if conclusion.waits:
-            for change in conclusion.settlement.changes:
-                if change.state is State.DEFERRED:
-                    self.follower.expected(change.queue_key, change.due_ms)
+        lifetime_s = max(0, moment.wall_ms - envelope.accepted_ms) / 1000
+        for change in conclusion.settlement.changes:
+            if change.state is State.DEFERRED:
+                self.follower.expected(change.queue_key, change.due_ms)
+            else:
+                self._counters.lifetime_seconds.observe(lifetime_s)
         for event in conclusion.events:
             self._tell(envelope, event)
 

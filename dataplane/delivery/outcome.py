@@ -61,11 +61,10 @@ class Facts(NamedTuple):
 
 
 class Conclusion(NamedTuple):
-    """The settlement, the events in it, and whether a recipient waits again."""
+    """The settlement and the events in it."""
 
     settlement: Settlement
     events: tuple[AttemptEvent, ...]
-    waits: bool
 
 
 class Concluder:
@@ -87,7 +86,6 @@ class Concluder:
         changes: list[RecipientChange] = []
         updates: list[RecipientUpdate] = []
         indexes: dict[tuple[int, EventType, Verdict], list[int]] = {}
-        waits = False
         for row, verdict in ends:
             state, event = _ENDS[verdict.kind]
             due_ms = 0
@@ -98,7 +96,6 @@ class Concluder:
                         indexes.setdefault((row.attempt, event, verdict), []).append(row.index)
                     event = EventType.EXPIRED
                 else:
-                    waits = True
                     due_ms = next_attempt_ms(policy, row.attempt, moment.steady_ms, random)
             check_move(row.state, state)
             changes.append(RecipientChange(row.index, row.attempt, state, row.attempt, due_ms, row.queue_key))
@@ -109,7 +106,7 @@ class Concluder:
             _event(tuple(found), attempt, event, verdict, facts, moment.wall_ms)
             for (attempt, event, verdict), found in indexes.items()
         )
-        return Conclusion(self._settlement(message, changes, tuple(updates), events), events, waits)
+        return Conclusion(self._settlement(message, changes, tuple(updates), events), events)
 
     def recover(self, message: Message, rows: Sequence[RecipientRow], due_ms: int, moment: Moment) -> Conclusion:
         """Put back recipients whose attempt ended with nobody watching: the dot may have left, so it is uncertain."""
@@ -125,7 +122,7 @@ class Concluder:
             _event(tuple(found), attempt, EventType.UNCERTAIN, verdict, Facts(), moment.wall_ms)
             for attempt, found in _by_attempt(rows).items()
         )
-        return Conclusion(self._settlement(message, changes, tuple(updates), events), events, waits=True)
+        return Conclusion(self._settlement(message, changes, tuple(updates), events), events)
 
     def report(self, message: Message) -> Settlement:
         """Tell that a message was accepted; until it is told otherwise the ledger shows its recipients as queued."""
