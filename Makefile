@@ -1,7 +1,7 @@
 # The face of the project for people: `make up` and `make test` need Python 3.11+ and make, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check ci lint types imports proto proto-check buf-lint format lock bench unit clean
+.PHONY: help up test check ci lint types imports proto proto-check buf-lint format lock bench unit chaos clean
 
 BIN := .venv/bin
 RUNTIME := .venv/.installed-runtime
@@ -11,6 +11,8 @@ CODE := $(wildcard controlplane dataplane clients/python tests tools benchmarks)
 WORKERS ?= auto
 # More arguments for `postroad up`, pytest or the benchmarks: make test ARGS="-k spool".
 ARGS ?=
+# Which campaigns `make chaos` runs: 1-20, or 3,7.
+SEEDS ?= 1-20
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +63,9 @@ format: $(DEV) ## put code and protos into form
 
 lock: $(DEV) ## resolve the locked requirements anew
 	@tools/lock.sh $(ARGS)
+
+chaos: $(DEV) ## campaigns of faults, one line a seed: make chaos SEEDS=1-20
+	@$(BIN)/python -m tests.chaos.campaign --quiet --seeds $(SEEDS) $(ARGS)
 
 bench: $(DEV) ## the benchmarks, as benchmarks/README.md says
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -5,6 +5,7 @@ Processes are found by their place in the tree below `postroad up` and by their 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -31,9 +32,13 @@ class KillableStack(LocalStack):
 
     def kill_server(self, name: str) -> None:
         """SIGKILL for one server: worker, agent, supervisor, controlplane, postgres or valkey."""
-        for pid in self._pids():
-            if _is(name, _command(pid)):
+        for pid in self.pids_of(name):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def pids_of(self, name: str) -> list[int]:
+        """The processes of one server; none while it is down."""
+        return [pid for pid in self._pids() if _is(name, _command(pid))]
 
     def kill_everything(self) -> None:
         """SIGKILL for `postroad up` and every process that it runs, all at once."""

@@ -1,0 +1,39 @@
+"""Kills, cut links, a full and a failing disk while mail flows: what got its 250 arrives, and every copy is explained.
+
+Everything is real and durable. The number of faults is small here; `make chaos` runs seeds with more of them.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from support.chaos.campaign import Step, draw_steps, run_campaign
+from support.chaos.stack import LINKS, SERVERS
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+_SHORT_SEED, _SHORT_STEPS = 20261120, 6
+
+
+def test_a_short_campaign_breaks_no_promise() -> None:
+    result = run_campaign(_SHORT_SEED, _SHORT_STEPS)
+    assert not result.violations, result.report()
+    assert result.numbers["acknowledged"] > 100
+
+
+def test_the_same_seed_draws_the_same_faults() -> None:
+    assert draw_steps(7, 50) == draw_steps(7, 50)
+    assert draw_steps(7, 50) != draw_steps(8, 50)
+
+
+def test_twenty_seeds_kill_every_server_and_break_every_link() -> None:
+    drawn = {step[:2] for seed in range(1, 21) for step in draw_steps(seed, 12)}
+    assert {("server", server) for server in SERVERS} | {("link", link) for link in LINKS} <= drawn
+    assert {Step("disk", how)[:2] for how in ("full", "late", "fsync")} <= drawn
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(1, 21))
+def test_a_campaign_breaks_no_promise(seed: int) -> None:
+    result = run_campaign(seed)
+    assert not result.violations, result.report()

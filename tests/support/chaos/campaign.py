@@ -1,0 +1,302 @@
+"""A campaign: a whole stack, applications that submit all the while, and a schedule of faults drawn from a seed.
+
+Each step waits until mail flows, breaks something, and lets it heal; faults of links last while some more mail is
+tried. At the end everything is healed, the last messages end, and the judge compares the books with Postroad's ledger.
+The same seed draws the same faults in the same order; when they strike in the flow of mail is the machine's choice.
+
+    python -m tests.chaos.campaign --seed 3 --steps 12        one line, and the violations; status 1 when there are any
+    python -m tests.chaos.campaign --seeds 1-20
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from support.chaos.application import Application
+from support.chaos.books import Books, Strike
+from support.chaos.disk import fail_next_fsync, full_disk
+from support.chaos.judge import Case, Violation, judge, summary
+from support.chaos.sink import POLITE, Manners, end_of
+from support.chaos.stack import LINKS, SERVERS, ChaosStack
+from support.fault_proxy import Fault, Kind, in_thread
+from support.killable_stack import wait_until
+from support.local_stack import stack_folder
+
+STEPS = 12
+_APPLICATIONS = 3
+_SHOWN = 30
+_FLOW = 25  # messages acknowledged between two faults
+_QUIET_S = 180.0
+_FLOW_S = 150.0
+_SUBMISSION_BYTES = (8_000, 6_000)  # about what a connection with TLS moves before its second message
+_NEXT_HOP_BYTES = (3_000, 900)
+
+
+class Step(NamedTuple):
+    """One fault. `kind` is server, pause, link, sink, disk; `what` the server, the link, or what the disk does."""
+
+    kind: str
+    what: str
+    fault: Fault | None = None
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.what}" + (f" {self.fault}" if self.fault else "")
+
+
+@dataclass
+class Result:
+    """What came of a campaign."""
+
+    seed: int
+    violations: list[Violation]
+    numbers: dict[str, int]
+    steps: list[Step]
+    seconds: float
+    books: str = ""
+
+    def line(self) -> str:
+        """The result in one line."""
+        counts = " ".join(f"{name}={count}" for name, count in self.numbers.items())
+        verdict = "clean" if not self.violations else f"{len(self.violations)} VIOLATIONS"
+        return f"seed {self.seed}: {verdict} {counts} steps={len(self.steps)} seconds={self.seconds:.0f}"
+
+    def report(self) -> str:
+        """What is needed to look into violations, and to see them again."""
+        shown = [f"  {violation.rule}: {violation.what}" for violation in self.violations[:_SHOWN]]
+        return "\n".join(
+            [
+                self.line(),
+                *shown,
+                f"  faults: {'; '.join(map(str, self.steps))}",
+                f"  books, logs and spools: {self.books}",
+                f"  again: python -m tests.chaos.campaign --seed {self.seed} --steps {len(self.steps)}",
+            ]
+        )
+
+
+def draw_steps(seed: int, count: int) -> list[Step]:
+    """The schedule of a seed."""
+    chooser = random.Random(f"steps {seed}")
+    return [_draw(chooser) for _ in range(count)]
+
+
+def _draw(chooser: random.Random) -> Step:
+    kind = chooser.choices(("server", "pause", "link", "sink", "disk"), (5, 1, 6, 2, 2))[0]
+    if kind == "server":
+        return Step(kind, chooser.choice(SERVERS))
+    if kind == "pause":
+        return Step(kind, chooser.choice(("worker", "agent", "controlplane", "valkey")), None, chooser.uniform(0.2, 2))
+    if kind == "sink":
+        return Step(kind, chooser.choice(("hang up", "stray", "slow", "reset")))
+    if kind == "disk":
+        return Step(kind, chooser.choice(("full", "late", "fsync")))
+    link = chooser.choice(LINKS)
+    return Step(kind, link, _draw_fault(link, chooser))
+
+
+def _draw_fault(link: str, chooser: random.Random) -> Fault:
+    kind = chooser.choice(list(Kind))
+    upstream = chooser.random() < 0.5
+    limits = {"submission": _SUBMISSION_BYTES, "next-hop": _NEXT_HOP_BYTES}.get(link, (20_000, 20_000))
+    after_bytes = chooser.randrange(1, limits[0 if upstream else 1])
+    if kind is Kind.BLACK_HOLE and chooser.random() < 0.5:
+        after_bytes = 0
+    seconds = {Kind.DELAY: 0.05, Kind.DRIP: 0.0005}.get(kind, 0.0)
+    return Fault(kind, 0 if seconds else after_bytes, upstream, seconds)
+
+
+class Campaign:
+    """One run on a stack that is up."""
+
+    def __init__(self, stack: ChaosStack, seed: int, steps: list[Step], tell: Callable[[str], None]) -> None:
+        self._stack = stack
+        self._books = stack.books
+        self._seed = seed
+        self._steps = steps
+        self._tell = tell
+        self._chooser = random.Random(f"run {seed}")
+        self._applications: list[Application] = []
+
+    def run(self) -> Case:
+        """All steps, then the judge's case. AssertionError when mail does not flow again or does not end."""
+        ready = self._stack.ready
+        login = (ready["smtp_username"], ready["smtp_password"])
+        port = self._stack.proxies["submission"].port
+        self._applications = [
+            Application(self._books, f"a{number}", port, login, ready["ca_file"], self._seed)
+            for number in range(_APPLICATIONS)
+        ]
+        for application in self._applications:
+            application.start()
+        try:
+            for place, step in enumerate(self._steps):
+                self._flow(f"before step {place + 1}, {step}")
+                self._tell(f"  step {place + 1}: {step}")
+                self._do(step)
+            self._flow("after the last step")
+        finally:
+            self._stack.heal()
+            for application in self._applications:
+                application.stop()
+        for application in self._applications:
+            application.join()
+        self._stack.wait_quiet(_QUIET_S)
+        tries, copies, strikes, confirmed = self._books.snapshot()
+        return Case(
+            tries,
+            copies,
+            strikes,
+            frozenset(confirmed),
+            self._stack.ledger(),
+            self._stack.left_in_spools(),
+            end_of,
+        )
+
+    def _flow(self, what: str) -> None:
+        wanted = self._books.acknowledged() + _FLOW
+        wait_until(lambda: self._books.acknowledged() >= wanted, f"mail flows {what}", _FLOW_S)
+
+    def _do(self, step: Step) -> None:
+        if step.kind == "server":
+            self._stack.strike_server(step.what)
+        elif step.kind == "pause":
+            self._stack.pause(step.what, step.seconds)
+        elif step.kind == "link" and step.fault is not None:
+            self._break_link(step.what, step.fault)
+        elif step.kind == "sink":
+            self._spoil(step.what)
+        else:
+            self._fill(step.what)
+
+    def _break_link(self, link: str, fault: Fault) -> None:
+        # On links that are opened once and kept, only what strikes open connections is felt.
+        kept = link in {"nodes", "valkey", "postgres"}
+        spoilt = self._chooser.randrange(2, 30)
+        self._stack.strike_link(link, fault, open_too=kept)
+
+        def plan() -> Fault | None:
+            nonlocal spoilt
+            spoilt -= 1
+            # A connection in three passes, so that mail goes on.
+            return fault if spoilt >= 0 and self._chooser.random() < 0.7 else None
+
+        self._stack.plan(link, plan)
+        self._last(2.0)
+        self._stack.heal()
+
+    def _last(self, seconds: float) -> None:
+        """Let a fault last until more mail is acknowledged, or for a while if none is."""
+        ends_s = time.monotonic() + seconds
+        wanted = self._books.acknowledged() + _FLOW
+        while time.monotonic() < ends_s and self._books.acknowledged() < wanted:
+            time.sleep(0.05)
+
+    def _spoil(self, how: str) -> None:
+        manners = {
+            "hang up": Manners(reply=None),
+            "stray": Manners(after_reply=b"550 5.7.1 of another message\r\n"),
+            "slow": Manners(delay_s=0.3),
+            "reset": Manners(hang_up=True),
+        }[how]
+        self._books.note_strike(Strike("sink", how))
+        chooser = random.Random(f"manners {self._seed}")
+        self._stack.sink.manners = lambda: manners if chooser.random() < 0.4 else POLITE
+        self._last(3.0)
+        self._stack.sink.manners = lambda: POLITE
+
+    def _fill(self, how: str) -> None:
+        if how == "fsync":
+            # Only the process that it strikes ends, and that it delivered meanwhile is known to nobody.
+            self._books.note_strike(Strike("disk", how, ends_worker=True))
+            if not fail_next_fsync(self._stack.disk):
+                self._tell("  no fsync came")
+            self._books.note_strike(Strike("disk", how, ends_worker=True))
+            return
+        self._books.note_strike(Strike("disk", how))
+        with full_disk(self._stack.disk, told=how == "full"):
+            self._last(2.0)
+
+
+def run_campaign(seed: int, count: int = STEPS, tell: Callable[[str], None] = lambda _: None) -> Result:
+    """Run one seed from an empty folder; the books of a run with violations are kept, and the result says where."""
+    steps = draw_steps(seed, count)
+    begun_s = time.monotonic()
+    with stack_folder() as folder, in_thread() as thread:
+        books = Books(folder / "books")
+        stack = ChaosStack(folder, books, thread)
+        case: Case | None = None
+        try:
+            stack.bring_up()
+            case = Campaign(stack, seed, steps, tell).run()
+            violations = judge(case)
+        except AssertionError as error:
+            violations = [Violation("stuck", str(error)), *_stuck(stack)]
+        finally:
+            if stack.is_running:
+                stack.stop()
+            stack.take_down()
+        kept = ""
+        if violations:
+            kept = tempfile.mkdtemp(prefix=f"postroad-chaos-{seed}-")
+            shutil.copytree(folder / "books", Path(kept) / "books")
+            shutil.copytree(folder / ".postroad" / "logs", Path(kept) / "logs")
+            for spool in (folder / ".postroad" / "node-1").glob("spool"):
+                shutil.copytree(spool, Path(kept) / "spool")
+        numbers = dict(summary(case)) if case is not None else dict(summary(_so_far(books)))
+        return Result(seed, violations, numbers, steps, time.monotonic() - begun_s, kept)
+
+
+def _so_far(books: Books) -> Case:
+    tries, copies, strikes, confirmed = books.snapshot()
+    return Case(tries, copies, strikes, frozenset(confirmed), ends_as=end_of)
+
+
+def _stuck(stack: ChaosStack) -> list[Violation]:
+    """What the judge can say of a run that did not come to its end."""
+    found: list[Violation] = []
+    try:
+        found = [Violation("left behind", row) for row in stack.left_in_spools()[:10]]
+    except Exception as error:  # noqa: BLE001 - this only adds to what is reported
+        found.append(Violation("left behind", f"not to be read: {error}"))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; 0 when every seed was clean."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.campaign", description=__doc__)
+    parser.add_argument("--seed", type=int, help="one seed")
+    parser.add_argument("--seeds", help="several: 1-20, or 1,4,7")
+    parser.add_argument("--steps", type=int, default=STEPS, help="faults in each campaign")
+    parser.add_argument("--quiet", action="store_true", help="one line a seed")
+    options = parser.parse_args(arguments)
+    seeds = [options.seed] if options.seed is not None else _numbers(options.seeds or "1-20")
+    failed: list[int] = []
+    for seed in seeds:
+        result = run_campaign(seed, options.steps, (lambda _: None) if options.quiet else _say)
+        _say(result.report() if result.violations else result.line())
+        failed += [seed] * bool(result.violations)
+    _say(f"{len(seeds) - len(failed)} of {len(seeds)} seeds clean" + (f"; not clean: {failed}" if failed else ""))
+    return 1 if failed else 0
+
+
+def _numbers(text: str) -> list[int]:
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
