@@ -22,6 +22,9 @@ def up(
             "--port", help="NAME=NUMBER, repeatable; 0 picks a free one and keeps it; $POSTROAD_PORT_<NAME> too"
         ),
     ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, max=256, help="Processes of the node that do the mail; 0: one a core")
+    ] = 0,
     port_base: Annotated[
         int | None, typer.Option("--port-base", min=1024, max=65_000, help="All ports in a row from here on")
     ] = None,
@@ -38,4 +41,4 @@ def up(
     session = session_of(context)
     wishes = wished_ports(port or [], port_base, os.environ)
     progress = progress_for(json_lines=session.printer.is_json)
-    run_stack(folder.absolute(), wishes, progress)
+    run_stack(folder.absolute(), wishes, progress, workers)

@@ -38,6 +38,8 @@ PROVIDER = f"{ACCOUNT}/providers/inbox"
 RULE = f"{ACCOUNT}/routingRules/default"
 SENDER = "app@example.com"
 _SENDER_DOMAINS = ("example.com", "*.example.com")
+# As many as the API takes: the cap of all connections of a worker is what holds.
+_MOST_CONNECTIONS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ async def make_demo(client: AsyncClient, inbox_port: int) -> DemoCredential:
         await client.routing_rules.CreateRoutingRule(
             CreateRoutingRuleRequest(parent=ACCOUNT, routing_rule_id="default", routing_rule=rule)
         )
-    await _lift_address_limit(client)
+    await _lift_address_limits(client)
     return await _credential(client)
 
 
@@ -79,11 +81,12 @@ async def point_inbox(client: AsyncClient, inbox_port: int) -> None:
     )
 
 
-async def _lift_address_limit(client: AsyncClient) -> None:
-    """No limit of connections an address: on this machine all applications come from the same one."""
+async def _lift_address_limits(client: AsyncClient) -> None:
+    """No limits of connections an address: on this machine all applications come from the same one."""
     pool = await client.nodes.GetNodePool(GetNodePoolRequest(name="nodePools/default"))
     pool.submission_limits.address_connections_per_minute = 0
-    mask = FieldMask(paths=["submission_limits.address_connections_per_minute"])
+    pool.max_connections_per_address = _MOST_CONNECTIONS
+    mask = FieldMask(paths=["submission_limits.address_connections_per_minute", "max_connections_per_address"])
     await client.nodes.UpdateNodePool(UpdateNodePoolRequest(node_pool=pool, update_mask=mask))
 
 

@@ -27,19 +27,18 @@ _SHOWN_AT_ONCE = 3
 _SAME_WISH_S = 1.0
 
 
-def run_stack(folder: Path, wishes: Mapping[str, int], progress: Progress) -> None:
-    """Run a stack in `folder` until a signal comes. See the module."""
+def run_stack(folder: Path, wishes: Mapping[str, int], progress: Progress, workers: int) -> None:
+    """Run a stack in `folder` until a signal comes; `workers` of 0 is one a core. See the module."""
     layout = Layout(folder).open()
     try:
         ports = settle_ports(wishes, layout.note("ports") or {})
         layout.keep_note("ports", ports)
-        asyncio.run(_run(layout, ports, progress))
+        asyncio.run(_run(layout, Stack(layout, ports, progress, workers), progress))
     finally:
         layout.close()
 
 
-async def _run(layout: Layout, ports: dict[str, int], progress: Progress) -> None:
-    stack = Stack(layout, ports, progress)
+async def _run(layout: Layout, stack: Stack, progress: Progress) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
 
