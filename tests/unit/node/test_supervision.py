@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from pathlib import Path
 
 import pytest
 
 from dataplane.backoff import Backoff
+from dataplane.lifecycle import DrainPlan, report_held
 from dataplane.restarts import LONGEST_WAIT_S, Restarts
 from dataplane.spool_folders import (
     assign_spools,
@@ -16,6 +18,7 @@ from dataplane.spool_folders import (
     mark_refused,
     quarantine_spool,
 )
+from support.ingress import Log
 
 
 def test_waits_double_up_to_a_bound_while_it_ends_quickly() -> None:
@@ -89,3 +92,28 @@ def test_backoff_is_forgotten_after_a_minute_of_health_and_not_before() -> None:
     backoff.next_wait_s(0.0)
     assert backoff.next_wait_s(59.0) == 2.0
     assert backoff.next_wait_s(60.0) == 1.0
+
+
+@pytest.mark.parametrize("timeout_s", [0.5, 5.0, 30.0, 600.0])
+def test_every_part_of_a_drain_ends_within_its_time_and_before_what_needs_it(timeout_s: float) -> None:
+    plan = DrainPlan.of(timeout_s)
+    assert 0 < plan.sessions_s < plan.deliveries_s < plan.ledger_s < plan.workers_killed_s < plan.node_s == timeout_s
+
+
+async def test_what_still_holds_a_drain_up_is_said_by_kind_again_and_again() -> None:
+    counts = [{"sessions": 3, "transactions": 0}, {"sessions": 1, "transactions": 2}]
+    enough, log = asyncio.Event(), Log()
+
+    async def held() -> dict[str, int]:
+        if len(counts) == 1:
+            enough.set()
+        return counts.pop(0) if counts else {}
+
+    reporter = asyncio.create_task(report_held(held, log, interval_s=0.0))
+    await enough.wait()
+    await asyncio.sleep(0)
+    reporter.cancel()
+    assert log.lines[:2] == [
+        ("drain.waiting", {"sessions": 3}),
+        ("drain.waiting", {"sessions": 1, "transactions": 2}),
+    ]
