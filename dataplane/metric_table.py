@@ -58,6 +58,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("smtp_auth_attempts_total", "AUTH attempts", "result", ("succeeded", "failed", "throttled")),
     _histogram("smtp_enqueue_duration_seconds", "From the final dot to its answer", LATENCY_BOUNDS_S),
     _counter("smtp_commits_late_total", "Commits that outlasted the client's answer"),
+    _counter("smtp_answers_delayed_total", "Answers held back because delivery could not keep pace"),
     _gauge("smtp_content_bytes", "Content in memory that clients are sending or that is being stored"),
     # the queue
     _gauge("queue_depth", "Recipients in the spools by state; failed are messages set aside", "status", QUEUE_STATES),
@@ -93,8 +94,9 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("ledger_lag_seconds", "Age of the oldest record that the control plane has not stored", merge="max"),
     # limits
     _counter("limiter_decisions_total", "Questions to the limiter by who answered", "by", ("shared", "local")),
-    _counter("limiter_over_admitted_total", "Grants of the local limiter, which no other node knows of"),
-    _counter("limiter_trips_total", "Times that the shared limiter was given up for a while"),
+    _counter("limiter_over_admission_total", "Grants of local shares: what may be above a limit, at most"),
+    _counter("limiter_trips_total", "Times that a server of limits was given up for a while"),
+    _counter("limiter_lost_total", "Times that a server of limits had lost its buckets"),
     _gauge("limiter_shared", "Workers whose limits are shared"),
     _histogram("limiter_call_duration_seconds", "Round trips to the shared limiter", CALL_BOUNDS_S),
     # configuration and the control plane

@@ -102,6 +102,7 @@ class _Worker:
         self._spools: dict[str, SqliteSpool] = {}
         self._engines: dict[str, DeliveryEngine] = {}
         self._counters = IngressCounters()
+        self._limits: RedisLimiter | None = None
         self._lag = LoopLag(self._clock.monotonic)
         self._node, self._view = self._open_config()
 
@@ -193,6 +194,7 @@ class _Worker:
         if self._settings.redis is None:
             return local
         limiter = RedisLimiter(self._settings.redis.url.get_secret_value(), local, on_change=self._limiter_changed)
+        self._limits = limiter
         await limiter.start()
         return limiter
 
@@ -240,6 +242,8 @@ class _Worker:
     def _samples(self) -> Iterator[SampleRow]:
         yield from self._counters.samples()
         yield "event_loop_lag_seconds", (), self._lag.seconds.row
+        if self._limits is not None:
+            yield from limiter_samples(self._limits)
         for engine in self._engines.values():
             yield from engine.counters.samples()
 
@@ -344,6 +348,18 @@ def _calm_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS, 20, 20)
+
+
+def limiter_samples(limiter: RedisLimiter) -> Iterator[SampleRow]:
+    """What the shared limiter counts, under the names of the metrics."""
+    counters = limiter.counters
+    yield "limiter_decisions_total", ("shared",), counters.shared
+    yield "limiter_decisions_total", ("local",), counters.local
+    yield "limiter_over_admission_total", (), counters.local_granted
+    yield "limiter_trips_total", (), counters.trips
+    yield "limiter_lost_total", (), counters.lost
+    yield "limiter_shared", (), int(limiter.shared)
+    yield "limiter_call_duration_seconds", (), counters.call_seconds.row
 
 
 async def _unless_hurried(phase: Awaitable[None], signals: ProcessSignals) -> None:

@@ -35,6 +35,7 @@ from dataplane.adapters.limiter_wire import (
     pack_release,
     pack_seed,
 )
+from dataplane.histogram import CALL_BOUNDS_S, Histogram
 from dataplane.ports import Grant, Slot, Take
 
 LOOK_S = 1.0
@@ -72,12 +73,15 @@ class Counters:
     """Plain numbers since start, of all servers.
 
     `local` wishes were decided by the local share, `local_granted` of them with yes: no more than those can be above a
-    limit while servers are away. `trips` counts connections given up, `lost` epochs that ended: buckets were lost.
+    limit while servers are away. `shared` ones were decided by a server, in round trips of `call_seconds`. `trips`
+    counts connections given up, `lost` epochs that ended: buckets were lost.
     """
 
-    __slots__ = ("local", "local_granted", "lost", "trips")
+    __slots__ = ("call_seconds", "local", "local_granted", "lost", "shared", "trips")
 
     def __init__(self) -> None:
+        self.shared = 0
+        self.call_seconds = Histogram(CALL_BOUNDS_S)
         self.local = 0
         self.local_granted = 0
         self.trips = 0
@@ -111,8 +115,8 @@ class Shard:
         self.link = link
         self.timeout_s = timeout_s
         self.is_cluster = False
-        self._local, clock, self._packer, self._counters, self._on_change, self._moved, self._sleep = tools
-        self._levels = Levels(clock)
+        self._local, self._clock, self._packer, self._counters, self._on_change, self._moved, self._sleep = tools
+        self._levels = Levels(self._clock)
         self._look_s = look_s
         self._pending: list[Wish] = []
         self._refunds: list[tuple[str, Sequence[Take]]] = []
@@ -238,7 +242,9 @@ class Shard:
             calls = [*self._given_back(), *self._seeds(batch), *self._decisions(batch), *self._looks()]
             if not calls:
                 return
+            called_s = self._clock()
             answers = await self.link.exchange([call.packed for call in calls])
+            self._counters.call_seconds.observe(self._clock() - called_s)
             for call, answer in zip(calls, answers, strict=True):
                 call.settle(answer)
             if not self._again:
@@ -326,6 +332,7 @@ class Shard:
         return settle
 
     def _answer(self, wish: Wish, grant: Grant) -> None:
+        self._counters.shared += 1
         if not wish.answer.done():
             wish.answer.set_result(grant)
         elif grant.allowed and wish.slots:
