@@ -146,7 +146,13 @@ class _Worker:
                 self._log,
                 self._settings.hostname,
             )
-            self._engines[name] = DeliveryEngine(surroundings, window_bytes=self._settings.delivery.handover_bytes)
+            first = next(iter(self._engines.values()), None)
+            self._engines[name] = DeliveryEngine(
+                surroundings,
+                window_bytes=self._settings.delivery.handover_bytes,
+                # A provider's number of connections is this worker's, whatever number of spools it has.
+                pools=first.pools if first is not None else None,
+            )
             self._log.info("spool.opened", spool=name, incarnation=spool.identity.incarnation)
 
     def _spool_failed(self, error: SpoolFailedError) -> None:
