@@ -126,7 +126,7 @@ def config_of(limit: Limit) -> core.Limit:
 
 
 def own_problems(limit: Limit) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with a limit by itself, as field and description."""
+    """Yield what is wrong with a limit by itself, as field and description; of each field what is worst."""
     if limit.scope is None:
         yield "scope", "must be account, credential, address, provider or destination"
     if limit.unit is None:
@@ -134,7 +134,12 @@ def own_problems(limit: Limit) -> Iterator[tuple[str, str]]:
     if limit.scope is None or limit.unit is None:
         return
     account = "" if limit.account is None else names.format_name(names.ACCOUNT, limit.account)
-    yield from core.limit_problems(config_of(limit), account)
+    told: set[str] = set()
+    for field_name, text in core.limit_problems(config_of(limit), account):
+        # The burst follows from the amount.
+        if field_name not in told and not (field_name == "burst" and "amount" in told):
+            yield field_name, text
+        told.add(field_name)
 
 
 def defaults_of(settings: NodeSettings) -> list[Limit]:
