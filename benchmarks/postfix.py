@@ -51,6 +51,7 @@ class Postfix:
     """One instance; `port` takes mail without TLS or AUTH from loopback and relays all of it to the sink."""
 
     name = "postfix"
+    holders = ("master", "smtpd")
 
     def __init__(self, sink_port: int) -> None:
         """Write its folder and start it. ToolError when it does not come up."""

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import yaml
@@ -27,6 +28,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from benchmarks.processes import cpu_by_role, memory_by_role
 from benchmarks.smtp_tools import ToolError
+from controlplane.settings import setting_names
 from postroad.control.v1.account_pb2 import Account
 from postroad.control.v1.account_service_pb2 import CreateAccountRequest
 from postroad.control.v1.credential_service_pb2 import CreateSmtpCredentialRequest
@@ -45,6 +47,7 @@ _START_S = 120.0
 _SYNC_S = 20.0
 _POLL_S = 0.05
 _OUT_OF_REACH = 1_000_000_000
+_API_RATE = "api.requests_per_minute"
 _ROLES = (
     ("-m dataplane worker", "worker"),
     ("-m dataplane agent", "agent"),
@@ -88,6 +91,7 @@ class Postroad:
     """One stack; `port` takes mail without TLS or AUTH from loopback, `tls_port` with STARTTLS and AUTH."""
 
     name = "postroad"
+    holders = ("worker",)
 
     def __init__(
         self,
@@ -126,6 +130,8 @@ class Postroad:
             "POSTROAD_NODE_INGRESS__CONNECTIONS": "20000",
             "POSTROAD_NODE_WORKERS": str(workers),
         }
+        if _API_RATE in setting_names():
+            ours["POSTROAD_CONTROLPLANE_API__REQUESTS_PER_MINUTE"] = "1000000"
         return subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -154,8 +160,7 @@ class Postroad:
 
     def connect(self) -> Client:
         """Return a client of its API with the operator's key."""
-        settings = yaml.safe_load((self.folder / "cli.yaml").read_text(encoding="utf-8"))
-        return connect(settings["server"], settings["api_key"], self.ca_file)
+        return connect(self._cli["server"], self.api_key, self.ca_file)
 
     @property
     def ca_file(self) -> Path:
@@ -185,6 +190,16 @@ class Postroad:
                 return
             time.sleep(0.1)
         raise ToolError("the node does not take its configuration")
+
+    @property
+    def api_key(self) -> str:
+        """The operator's key."""
+        return str(self._cli["api_key"])
+
+    @property
+    def _cli(self) -> dict[str, Any]:
+        settings: dict[str, Any] = yaml.safe_load((self.folder / "cli.yaml").read_text(encoding="utf-8"))
+        return settings
 
     def create_login(self) -> Login:
         """Return a new SMTP credential of the first account, in use on the node."""

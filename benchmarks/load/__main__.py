@@ -17,7 +17,8 @@ from typing import TypeVar
 from benchmarks.load.bench import run_bench
 from benchmarks.load.options import Options
 from benchmarks.load.peers import NAMES
-from benchmarks.load.report import as_json, medians, ratios, summary_table
+from benchmarks.load.plot import draw
+from benchmarks.load.report import as_json, summary_table
 from benchmarks.load.scenarios import SCENARIOS
 from benchmarks.smtp_tools import ToolError
 
@@ -50,6 +51,9 @@ def parse(words: Sequence[str]) -> Options:
     add("--peer", action="append", choices=NAMES, help="who is measured, repeatable; postroad")
     add("--pipelining", action="store_true", help="MAIL, RCPT and DATA in one write; one by one without")
     add("--reconnect", action="store_true", help="a connection for every message")
+    add("--flood-sessions", type=int, default=50, help="sessions of the account that floods")
+    add("--flood-rate", type=float, default=0.0, help="its messages a second; 0: a closed loop")
+    add("--api-rate", type=float, default=100.0, help="API requests a second")
     add("--drop-every", type=int, help="the sink loses every N-th message: shows that a loss is found")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     add("--plot", type=Path, metavar="FILE", help="write latency over time there, as SVG")
@@ -71,6 +75,9 @@ def parse(words: Sequence[str]) -> Options:
         peers=tuple(given.peer or ["postroad"]),
         pipelining=given.pipelining,
         reconnect=given.reconnect,
+        flood_sessions=given.flood_sessions,
+        flood_rate=given.flood_rate,
+        api_rate=given.api_rate,
         sink_options=("--drop-every", str(given.drop_every)) if given.drop_every else (),
         json_file=given.json,
         plot_file=given.plot,
@@ -90,15 +97,17 @@ def main() -> int:
     """Run what the command line says."""
     options = parse(sys.argv[1:])
     try:
-        results, notes = run_bench(options)
+        results = run_bench(options)
     except ToolError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    of = medians(results)
-    print(f"\nmedians of {options.rounds} rounds\n{summary_table(of, ratios(of))}")
-    report = as_json(options, results, notes)
+    print(f"\nmedians of {options.rounds} rounds, and ratios\n{summary_table(results)}")
+    report = as_json(options, results)
     if options.json_file:
         options.json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if options.plot_file:
+        title = f"{options.scenario}, {options.sessions:,} sessions, {options.size_bytes:,} bytes"
+        options.plot_file.write_text(draw(title, results), encoding="utf-8")
     for problem in report["problems"]:
         sys.stderr.write(f"PROBLEM: {problem}\n")
     return 1 if report["problems"] else 0

@@ -82,10 +82,10 @@ class Child:
 
 
 class LoadProcess(Child):
-    """A generator, and all it has said."""
+    """A generator or another module that speaks as it does, and all it has said."""
 
-    def __init__(self, name: str, job: Job, lines: queue.Queue[tuple[Any, Line | None]]) -> None:
-        super().__init__("benchmarks.load.generator", [], lines)
+    def __init__(self, name: str, job: Job, lines: queue.Queue[tuple[Any, Line | None]], module: str) -> None:
+        super().__init__(module, [], lines)
         self.name = name
         self.job = job
         self.is_ready = False
@@ -93,6 +93,7 @@ class LoadProcess(Child):
         self.latest: Line = {"begun": 0, "answered": 0, "open": 0, "errors": {}, "last_ns": 0}
         self.open_by_second: dict[int, int] = {}
         self.connect, self.dot, self.message = Timeline(), Timeline(), Timeline()
+        self.kinds: dict[str, Timeline] = {}
         self.say(job.to_json())
 
     def note(self, line: Line) -> None:
@@ -105,6 +106,8 @@ class LoadProcess(Child):
         self.connect.add(line["connect"])
         self.dot.add(line["dot"])
         self.message.add(line["message"])
+        for kind, seconds in line.get("kinds", {}).items():
+            self.kinds.setdefault(kind, Timeline()).add(seconds)
         if "end" in line:
             self.end = line
 
@@ -117,7 +120,7 @@ class SinkProcess:
         self._child = Child("benchmarks.load.sink", options, self._lines)
         self.counts: dict[int, list[int]] = {}
         self.arrival: dict[int, Timeline] = {}
-        self.strangers = 0
+        self.strangers = self.connections = 0
         self.pid = self._child.process.pid
         try:
             self.port = int(self._next(time.monotonic() + _START_S)["port"])
@@ -136,7 +139,7 @@ class SinkProcess:
 
     def _note(self, line: Line) -> None:
         self.counts = {int(stream): counts for stream, counts in line["streams"].items()}
-        self.strangers = line["strangers"]
+        self.strangers, self.connections = line["strangers"], line["connections"]
         for stream, seconds in line.get("arrival", {}).items():
             self.arrival.setdefault(int(stream), Timeline()).add(seconds)
 
@@ -175,6 +178,12 @@ class SinkProcess:
             self._note(line)
             if line.get("ledger") == stream:
                 return file.read_bytes()
+
+    def connections_so_far(self) -> int:
+        """Return how many connections it was asked for."""
+        with tempfile.TemporaryDirectory(prefix="postroad-load-") as folder:
+            self.ledger(0, Path(folder))
+        return self.connections
 
     def close(self) -> None:
         """End it."""

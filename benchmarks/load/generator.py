@@ -91,7 +91,7 @@ class Generator:
         self._errors: Counter[str] = Counter()
         self._connect, self._dot, self._message = Timeline(), Timeline(), Timeline()
         self._step_ns = int(_NS / job.rate) if job.rate else 0
-        self._begin_ns = 0
+        self._begin_ns = self._held_ns = 0
         self._next_ns = 0
         self._stop_ns = 0
         self._leaving = False
@@ -176,7 +176,13 @@ class Generator:
             return False
         if self._step_ns:
             return not self._has_more(max(self._next_ns, now))
-        return not self._has_more(now) and (not self._job.idle or now >= self._stop_ns)
+        return self._is_held_out(now) if self._job.idle else not self._has_more(now)
+
+    def _is_held_out(self, now: int) -> bool:
+        """Whether all idle sessions together have been ready for the time."""
+        if len(self._free) < self._job.sessions:
+            self._held_ns = now
+        return now >= self._held_ns + int(self._job.seconds * _NS)
 
     def _make_work(self, intended_ns: int) -> _Work:
         self._ledger.append(0)

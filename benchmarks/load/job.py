@@ -34,7 +34,7 @@ class Job:
     # 0 keeps a connection for all its messages.
     messages_per_connection: int = 0
     pipelining: bool = False
-    # Connect, and send nothing until the time is over.
+    # Connect, and send nothing for `seconds` from when all are connected.
     idle: bool = False
     # Send content in pieces of so many bytes, one each interval; 0 sends it at once.
     drip_bytes: int = 0

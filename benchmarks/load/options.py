@@ -25,6 +25,10 @@ class Options:
     peers: tuple[str, ...] = ("postroad",)
     pipelining: bool = False
     reconnect: bool = False
+    # Of the account that floods; rate 0 is a closed loop.
+    flood_sessions: int = 50
+    flood_rate: float = 0.0
+    api_rate: float = 100.0
     sink_options: tuple[str, ...] = ()
     json_file: Path | None = None
     plot_file: Path | None = None

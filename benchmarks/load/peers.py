@@ -5,6 +5,7 @@ Contract. `start_peer` returns a running server, or raises ToolError: for a peer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,23 +31,32 @@ class Server(Peer, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """An account for mail from one loopback address; `sink` names where its mail goes: `live` or `dead`."""
+
+    account: str
+    address: str
+    sink: str = "live"
+
+
+@dataclass(frozen=True, slots=True)
 class Needs:
     """What a scenario needs beside a relay that takes everything: only Postroad has it."""
 
-    tenants: tuple[Tenant, ...] = ()
-    tls: bool = False
-    api: bool = False
+    places: tuple[Place, ...] = ()
+    postroad_only: bool = False
 
     @property
-    def is_plain(self) -> bool:
-        """Whether any relay will do."""
-        return not (self.tenants or self.tls or self.api)
+    def has_dead_sink(self) -> bool:
+        """Whether some mail goes to a server that says nothing."""
+        return any(place.sink == "dead" for place in self.places)
 
 
-def start_peer(name: str, sink_port: int, needs: Needs, workers: int) -> Server:
-    """Start a server that relays to the sink; see the module. 0 workers: as many as it takes by itself."""
+def start_peer(name: str, sink_ports: Mapping[str, int], needs: Needs, workers: int) -> Server:
+    """Start a server that relays to the sinks, by name; see the module."""
     if name == "postroad":
-        return Postroad(sink_port, workers=workers, tenants=needs.tenants)
-    if not needs.is_plain:
+        tenants = [Tenant(place.account, f"{place.address}/32", sink_ports[place.sink]) for place in needs.places]
+        return Postroad(sink_ports["live"], workers=workers, tenants=tenants)
+    if needs.places or needs.postroad_only:
         raise ToolError(f"this scenario needs accounts, TLS or the API, which {name} is not set up for here")
-    return Postfix(sink_port)
+    return Postfix(sink_ports["live"])

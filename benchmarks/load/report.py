@@ -15,6 +15,8 @@ from benchmarks.load.run import Progress
 
 FORMAT = 1
 
+_TITLES = {"connect": "connect→220", "dot": "dot→250", "message": "intended→250", "arrival": "intended→sink"}
+
 
 def progress_line(progress: Progress) -> str:
     """One line a second while a run goes on."""
@@ -30,61 +32,78 @@ def run_table(result: RunResult) -> str:
     lines = []
     for name, stream in result.streams.items():
         lines += _stream_lines(name, stream)
-    cpu = result.cpu_us_per_message
-    parts = "  ".join(f"{role} {value:,.0f}" for role, value in cpu.items() if role != "total" and value >= 1)
-    lines.append(f"  CPU µs/message   {cpu['total']:8,.0f}   = {parts}")
-    load = "  ".join(f"{role} {value:,.0f}" for role, value in result.load_cpu_us_per_message.items())
-    lines.append(f"  of the load      {sum(result.load_cpu_us_per_message.values()):8,.0f}   = {load}")
+    lines += _cpu_lines(result)
+    if result.memory:
+        grown = "  ".join(
+            f"{role} {value / 1024:,.1f}" for role, value in result.memory["bytes_per_connection"].items() if value
+        )
+        lines.append(f"  KiB/connection   of {result.memory['connections']:,}: {grown}")
+    if result.recorded is not None:
+        lines.append(f"  recorded         {result.recorded:8,}")
+    if result.dead_target_connections is not None:
+        lines.append(f"  connections to the dead target {result.dead_target_connections:,}")
     lines += [f"  PROBLEM: {problem}" for problem in result.problems]
     return "\n".join(lines)
+
+
+def _cpu_lines(result: RunResult) -> list[str]:
+    if not result.cpu_us_per_message:
+        return [f"  CPU ms           {result.cpu_s['total'] * 1_000:8,.0f}   in {result.seconds:,.1f} s"]
+    cpu, load = result.cpu_us_per_message, result.load_cpu_us_per_message
+    parts = "  ".join(f"{role} {value:,.0f}" for role, value in cpu.items() if role != "total" and value >= 1)
+    load_parts = "  ".join(f"{role} {value:,.0f}" for role, value in load.items())
+    return [
+        f"  CPU µs/message   {cpu['total']:8,.0f}   = {parts}",
+        f"  of the load      {sum(load.values()):8,.0f}   = {load_parts}",
+    ]
 
 
 def _stream_lines(name: str, stream: StreamResult) -> list[str]:
     verdict = stream.verdict
     errors = "  ".join(f"{code}: {count:,}" for code, count in sorted(stream.errors.items())) or "none"
+    if not verdict.answered:
+        return [f"  {name}: errors {errors}"]
     lines = [
         (
             f"  {name}: answered {verdict.answered:,} of {stream.begun:,}, arrived {verdict.arrived:,}, "
             f"lost {verdict.lost:,}, twice {verdict.duplicates:,}, errors {errors}"
         ),
         f"  messages/s       {stream.answered_per_s:8,.0f} answered   {stream.delivered_per_s:8,.0f} delivered",
-        "  milliseconds          p50      p95      p99      max",
+        "  milliseconds            p50      p95      p99      max",
     ]
-    titles = {
-        "connect": "connect→220",
-        "dot": "dot→250",
-        "message": "intended→250",
-        "arrival": "intended→sink",
-    }
-    for key, title in titles.items():
-        figures = stream.latency_ms[key]
+    for key, figures in stream.latency_ms.items():
         if figures["values"]:
             row = "".join(f"{figures[each]:9,.1f}" for each in ("p50", "p95", "p99", "max"))
-            lines.append(f"    {title:14}{row}")
+            lines.append(f"    {_TITLES.get(key, key):16}{row}")
     return lines
 
 
 def figures(result: RunResult) -> dict[str, float]:
-    """Return the figures of a run that medians are made of, by name; the first stream's."""
+    """Return the figures of a run that medians are made of, by name: those of the first stream. Nothing that is 0."""
     stream = next(iter(result.streams.values()))
     found = {
         "answered_per_s": stream.answered_per_s,
         "delivered_per_s": stream.delivered_per_s,
-        "cpu_us_per_message": result.cpu_us_per_message["total"],
+        "cpu_us_per_message": result.cpu_us_per_message.get("total", 0.0),
     }
     for key in ("connect", "dot", "message", "arrival"):
-        for each in ("p50", "p95", "p99"):
+        for each in ("p50", "p95", "p99", "max"):
             found[f"{key}_{each}_ms"] = stream.latency_ms[key][each]
-    return found
+    if result.memory:
+        found["kib_per_connection"] = result.memory["bytes_per_connection"]["holders"] / 1024
+    return {name: value for name, value in found.items() if value}
 
 
-def medians(results: Sequence[tuple[str, RunResult]]) -> dict[str, dict[str, float]]:
+def medians(results: Sequence[RunResult]) -> dict[str, dict[str, float]]:
     """Return the median of each figure by `peer phase`."""
     groups: dict[str, list[dict[str, float]]] = {}
-    for phase, result in results:
-        groups.setdefault(_group(result.peer, phase), []).append(figures(result))
+    for result in results:
+        groups.setdefault(_group(result.peer, result.phase), []).append(figures(result))
     return {
-        group: {name: statistics.median(figure[name] for figure in many) for name in many[0]}
+        group: {
+            name: round(statistics.median([figure[name] for figure in many if name in figure]), 3)
+            for name in dict.fromkeys(name for figure in many for name in figure)
+        }
         for group, many in groups.items()
     }
 
@@ -93,28 +112,31 @@ def _group(peer: str, phase: str) -> str:
     return peer if phase == "load" else f"{peer} {phase}"
 
 
-def ratios(of: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return each other group's share of the first one's figures: how many times as much."""
-    if len(of) < 2:
-        return {}
-    first, *others = of
+def ratios(results: Sequence[RunResult]) -> dict[str, dict[str, float]]:
+    """Return how many times as much: the first peer's figures of the others', and a disturbed phase's of the first."""
+    of = medians(results)
+    peers = list(dict.fromkeys(result.peer for result in results))
+    phases = list(dict.fromkeys(result.phase for result in results))
+    pairs = [(_group(peers[0], phase), _group(peer, phase)) for peer in peers[1:] for phase in phases]
+    if phases[1:] == ["disturbed"]:
+        pairs += [(_group(peer, "disturbed"), _group(peer, phases[0])) for peer in peers]
     return {
-        f"{first} / {other}": {
-            name: round(of[first][name] / value, 3) for name, value in of[other].items() if value and of[first][name]
-        }
-        for other in others
+        f"{one} / {other}": {name: round(of[one][name] / of[other][name], 3) for name in of[one] if name in of[other]}
+        for one, other in pairs
+        if one in of and other in of
     }
 
 
-def summary_table(of: dict[str, dict[str, float]], relations: dict[str, dict[str, float]]) -> str:
-    """Medians side by side, with ratios."""
-    columns = {**of, **relations}
-    names = list(next(iter(of.values())))
-    width = max(len(name) for name in names)
-    lines = [" " * width + "".join(f"{title:>22}" for title in columns)]
+def summary_table(results: Sequence[RunResult]) -> str:
+    """Medians side by side, and ratios."""
+    columns = {**medians(results), **ratios(results)}
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    first = max(len(name) for name in names) if names else 0
+    widths = {title: max(len(title), 10) + 3 for title in columns}
+    lines = [" " * first + "".join(f"{title:>{widths[title]}}" for title in columns)]
     for name in names:
-        cells = "".join(f"{_cell(column.get(name)):>22}" for column in columns.values())
-        lines.append(f"{name:{width}}{cells}")
+        cells = "".join(f"{_cell(column.get(name)):>{widths[title]}}" for title, column in columns.items())
+        lines.append(f"{name:{first}}{cells}")
     return "\n".join(lines)
 
 
@@ -122,9 +144,8 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:,.2f}"
 
 
-def as_json(options: Options, results: Sequence[tuple[str, RunResult]], notes: Sequence[str]) -> dict[str, Any]:
+def as_json(options: Options, results: Sequence[RunResult]) -> dict[str, Any]:
     """Return everything as plain values; `format` grows when the shape changes."""
-    of = medians(results)
     return {
         "format": FORMAT,
         "scenario": options.scenario,
@@ -134,11 +155,11 @@ def as_json(options: Options, results: Sequence[tuple[str, RunResult]], notes: S
             "system": platform.platform(),
             "python": platform.python_version(),
         },
-        "notes": list(notes),
-        "runs": [{"phase": phase, **result.to_json()} for phase, result in results],
-        "medians": of,
-        "ratios": ratios(of),
-        "problems": [problem for _, result in results for problem in result.problems],
+        "durability": "fsync before 250",
+        "runs": [result.to_json() for result in results],
+        "medians": medians(results),
+        "ratios": ratios(results),
+        "problems": [problem for result in results for problem in result.problems],
     }
 
 

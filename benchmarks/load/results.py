@@ -15,18 +15,24 @@ NS = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Load of one kind: a job for all its processes together. `arrives`: whether what is answered must arrive."""
+    """Load of one kind: a job for all its processes together, and the module that runs it.
+
+    `is_mail` is False for requests that are no messages; `arrives` whether what is answered must arrive at the sink.
+    """
 
     name: str
     job: Job
     processes: int = 1
     arrives: bool = True
+    is_mail: bool = True
+    module: str = "benchmarks.load.generator"
 
 
 @dataclass(slots=True)
 class StreamResult:
     """What came of a stream. Latencies in milliseconds; `timeline` has a row a second."""
 
+    is_mail: bool
     verdict: Verdict
     begun: int
     unanswered: int
@@ -39,7 +45,7 @@ class StreamResult:
 
 @dataclass(slots=True)
 class RunResult:
-    """One run of one peer. CPU in microseconds a message that was answered, memory in bytes.
+    """One run of one peer. CPU in seconds, and in microseconds a message that was answered; memory in bytes.
 
     `recorded` counts the messages of the run in the control plane's records, where there are any.
     """
@@ -47,9 +53,12 @@ class RunResult:
     peer: str
     seconds: float
     streams: dict[str, StreamResult]
+    cpu_s: dict[str, float]
     cpu_us_per_message: dict[str, float]
     load_cpu_us_per_message: dict[str, float]
+    phase: str = "load"
     recorded: int | None = None
+    dead_target_connections: int | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 

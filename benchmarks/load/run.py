@@ -31,6 +31,8 @@ _GRACE_S = 15.0
 _PATIENCE_S = 15.0
 _SETTLE_S = 60.0
 _TICK_S = 0.25
+# Progress is said when all processes have said theirs.
+_LATE_S = 0.3
 
 _streams = itertools.count(1)
 
@@ -41,6 +43,11 @@ class Peer(Protocol):
     @property
     def name(self) -> str:
         """What it is called."""
+        ...
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """The parts that hold clients' connections."""
         ...
 
     def cpu(self) -> dict[str, float]:
@@ -81,8 +88,8 @@ class Run:
         self._problems: list[str] = []
         self._begin_ns = 0
 
-    def measure(self, streams: Sequence[Stream], on_tick: Callable[[float], None] | None = None) -> RunResult:
-        """Run all streams at once; `on_tick` gets the seconds since the begin, now and then. LoadError: no result."""
+    def measure(self, streams: Sequence[Stream], on_tick: Callable[[Progress], None] | None = None) -> RunResult:
+        """Run all streams at once; `on_tick` gets each progress, too. LoadError: no result."""
         with tempfile.TemporaryDirectory(prefix="postroad-load-") as folder:
             try:
                 return self._measure(streams, Path(folder), on_tick or (lambda _: None))
@@ -90,9 +97,10 @@ class Run:
                 for process in self._processes:
                     process.close()
 
-    def _measure(self, streams: Sequence[Stream], folder: Path, on_tick: Callable[[float], None]) -> RunResult:
+    def _measure(self, streams: Sequence[Stream], folder: Path, on_tick: Callable[[Progress], None]) -> RunResult:
         for stream in streams:
-            self._processes += [LoadProcess(stream.name, job, self._lines) for job in shares(stream, folder)]
+            for job in shares(stream, folder):
+                self._processes.append(LoadProcess(stream.name, job, self._lines, stream.module))
         self._listen(lambda: all(process.is_ready for process in self._processes), _READY_S, lambda _: None)
         cpu, sink_cpu = self._peer.cpu(), cpu_of(self._sink.pid)
         self._begin_ns = time.monotonic_ns()
@@ -101,26 +109,28 @@ class Run:
         longest_s = max(stream.job.deadline_s for stream in streams) + _GRACE_S
         self._listen(lambda: all(process.end for process in self._processes), longest_s, on_tick)
         self._wait_for_arrival(streams)
-        if not self._peer.settle(_SETTLE_S) and all(stream.arrives for stream in streams):
+        if all(stream.arrives or not stream.is_mail for stream in streams) and not self._peer.settle(_SETTLE_S):
             self._problems.append("the server still holds mail or records that nobody has acknowledged")
         seconds = (time.monotonic_ns() - self._begin_ns) / _NS
         used = {role: seconds - cpu.get(role, 0.0) for role, seconds in self._peer.cpu().items()}
         sink_used = cpu_of(self._sink.pid) - sink_cpu
         results = {stream.name: self._result(stream, folder) for stream in streams}
-        messages = max(sum(result.verdict.answered for result in results.values()), 1)
+        messages = sum(result.verdict.answered for result in results.values() if result.is_mail)
+        used["total"] = sum(used.values())
         return RunResult(
             peer=self._peer.name,
             seconds=round(seconds, 3),
             streams=results,
-            cpu_us_per_message=_per_message({**used, "total": sum(used.values())}, messages),
+            cpu_s={role: round(value, 3) for role, value in used.items()},
+            cpu_us_per_message=_per_message(used, messages),
             load_cpu_us_per_message=_per_message({"clients": self._clients_cpu_s(), "sink": sink_used}, messages),
             problems=self._problems,
         )
 
-    def _listen(self, is_over: Callable[[], object], timeout_s: float, on_tick: Callable[[float], None]) -> None:
+    def _listen(self, is_over: Callable[[], object], timeout_s: float, on_tick: Callable[[Progress], None]) -> None:
         """Take lines until it is over, with progress each second; LoadError when the time is."""
         deadline = time.monotonic() + timeout_s
-        next_s = 1.0
+        next_s = 1.0 + _LATE_S
         while not is_over():
             if time.monotonic() > deadline:
                 raise LoadError(f"load processes did not end within {timeout_s:.0f} s")
@@ -134,9 +144,10 @@ class Run:
                 raise LoadError(f"a load process ended: {process.last_words()}")
             elapsed_s = (time.monotonic_ns() - self._begin_ns) / _NS
             if self._begin_ns and elapsed_s >= next_s:
-                next_s = int(elapsed_s) + 1.0
-                self._say(self._progress(elapsed_s))
-                on_tick(elapsed_s)
+                next_s = int(elapsed_s) + 1.0 + _LATE_S
+                progress = self._progress(elapsed_s)
+                self._say(progress)
+                on_tick(progress)
 
     def _progress(self, elapsed_s: float) -> Progress:
         latest = [process.latest for process in self._processes]
@@ -151,7 +162,7 @@ class Run:
         )
 
     def _wait_for_arrival(self, streams: Sequence[Stream]) -> None:
-        arriving = {stream.name for stream in streams if stream.arrives}
+        arriving = {stream.name for stream in streams if stream.arrives and stream.is_mail}
         processes = [process for process in self._processes if process.name in arriving]
         expected = sum(process.latest["answered"] for process in processes)
         self._sink.wait_for([process.job.stream for process in processes], expected, _PATIENCE_S)
@@ -162,11 +173,7 @@ class Run:
     def _result(self, stream: Stream, folder: Path) -> StreamResult:
         processes = [process for process in self._processes if process.name == stream.name]
         numbers = [process.job.stream for process in processes]
-        verdicts = []
-        for process in processes:
-            answered = Path(process.job.ledger_file).read_bytes()
-            verdicts.append(judge(answered, self._sink.ledger(process.job.stream, folder)))
-        verdict = add_verdicts(verdicts)
+        verdict = add_verdicts([self._verdict(stream, process, folder) for process in processes])
         unanswered = sum(process.end["unanswered"] for process in processes if process.end)
         self._judge(stream, verdict, unanswered, processes)
         timelines = {
@@ -174,8 +181,10 @@ class Run:
             "dot": merge_timelines(process.dot for process in processes),
             "message": merge_timelines(process.message for process in processes),
             "arrival": merge_timelines(self._sink.arrival.get(number, Timeline()) for number in numbers),
+            **{kind: timeline for process in processes for kind, timeline in process.kinds.items()},
         }
         return StreamResult(
+            is_mail=stream.is_mail,
             verdict=verdict,
             begun=sum(process.latest["begun"] for process in processes),
             unanswered=unanswered,
@@ -186,8 +195,15 @@ class Run:
             timeline=rows(self._begin_ns, timelines, [process.open_by_second for process in processes]),
         )
 
+    def _verdict(self, stream: Stream, process: LoadProcess, folder: Path) -> Verdict:
+        if not stream.is_mail:
+            return Verdict(answered=process.latest["answered"], arrived=0, lost=0, duplicates=0)
+        answered = Path(process.job.ledger_file).read_bytes()
+        verdict = judge(answered, self._sink.ledger(process.job.stream, folder))
+        return verdict if stream.arrives else replace(verdict, lost=0, first_lost=())
+
     def _judge(self, stream: Stream, verdict: Verdict, unanswered: int, processes: Sequence[LoadProcess]) -> None:
-        if stream.arrives and verdict.lost:
+        if verdict.lost:
             numbers = ", ".join(map(str, verdict.first_lost))
             self._problems.append(
                 f"{stream.name}: {verdict.lost} of {verdict.answered} answered messages did not arrive ({numbers} …)"
@@ -229,4 +245,4 @@ def _share(whole: int, parts: int, index: int) -> int:
 
 
 def _per_message(seconds: dict[str, float], messages: int) -> dict[str, float]:
-    return {role: round(value / messages * 1_000_000, 1) for role, value in seconds.items()}
+    return {role: round(value / messages * 1_000_000, 1) for role, value in seconds.items()} if messages else {}

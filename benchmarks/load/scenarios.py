@@ -1,7 +1,8 @@
 """The scenarios: what is sent to a server, in which phases, and what is read from the figures.
 
 A scenario is a class with a name, a sentence, defaults, what it needs of a server, and `phases`: each is one measured
-run. Where there are several, the first is the one without the disturbance, and `findings` compares.
+run. Where there are two, the first is without a disturbance and the second with it; what counts is then the first
+stream of both, and how its latencies differ.
 """
 
 from __future__ import annotations
@@ -13,21 +14,27 @@ from typing import ClassVar
 
 from benchmarks.load.job import Job
 from benchmarks.load.options import Defaults, Options
-from benchmarks.load.peers import Needs, Server
+from benchmarks.load.peers import Needs, Place, Server
 from benchmarks.load.results import Stream
+from benchmarks.postroad import Postroad
+from benchmarks.smtp_tools import ToolError
 
 _RECIPIENT = "someone@example.net"
-_SENDER = "app@bench.example.org"
+_FIRST, _SECOND = Place("bench", "127.0.0.1"), Place("second", "127.0.0.2")
 _LARGE_BYTES = 100_000
 _RAMP_S = 60.0
+# Above the node's least rate of 500 bytes a second, so that slow clients are served, not cut off.
+_DRIP_BYTES = 300
+_DRIP_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One measured run."""
+    """One measured run. `holds`: memory is read while connections are held, and set in relation to their number."""
 
     name: str
     streams: tuple[Stream, ...]
+    holds: bool = False
 
 
 class Scenario:
@@ -39,11 +46,11 @@ class Scenario:
     needs: ClassVar[Needs] = Needs()
 
     def job(self, options: Options, server: Server) -> Job:
-        """Return the stream's job."""
+        """Return the job of the stream that counts."""
         return Job(
             stream=0,
             port=server.port,
-            sender=_SENDER,
+            sender="app@bench.example.org",
             recipient=_RECIPIENT,
             ledger_file=os.devnull,
             deadline_s=options.deadline_s,
@@ -72,8 +79,24 @@ class Paced(Scenario):
     """Messages at a steady rate over kept sessions."""
 
     name = "paced"
-    summary = "messages at a steady rate over kept sessions; latency from the moment each was meant to be sent"
+    summary = "a steady rate over kept sessions; latency from the moment a message was meant to be sent"
     defaults = Defaults(messages=0, seconds=20.0, rate=1_000.0)
+
+
+class Ramp(Scenario):
+    """Connections are opened one after the other, and held, all with mail."""
+
+    name = "ramp"
+    summary = "connections opened evenly over 60 s, then held; the rate grows with them"
+    defaults = Defaults(messages=0, seconds=90.0, rate=500.0)
+
+    def job(self, options: Options, server: Server) -> Job:
+        """Two thirds of the time for opening, at most a minute."""
+        return replace(super().job(options, server), connect_over_s=min(_RAMP_S, options.seconds * 2 / 3))
+
+    def phases(self, options: Options, server: Server) -> Sequence[Phase]:
+        """Memory is read as well: what a working connection takes."""
+        return [replace(phase, holds=True) for phase in super().phases(options, server)]
 
 
 class ConnectionPerMessage(Scenario):
@@ -96,18 +119,144 @@ class Large(Scenario):
     defaults = Defaults(sessions=100, messages=3_000, size_bytes=_LARGE_BYTES)
 
 
-class Ramp(Scenario):
-    """Connections are opened one after the other, and held, all with mail."""
+class TlsAuth(Scenario):
+    """STARTTLS and AUTH PLAIN, on kept sessions, or with --reconnect for every message."""
 
-    name = "ramp"
-    summary = "connections opened evenly over 60 s, then held; the rate grows with them"
-    defaults = Defaults(messages=0, seconds=90.0, rate=500.0)
+    name = "tls-auth"
+    summary = "a closed loop with STARTTLS and AUTH; with --reconnect for every message"
+    defaults = Defaults(sessions=200, messages=5_000)
+    needs = Needs(postroad_only=True)
 
     def job(self, options: Options, server: Server) -> Job:
-        """Two thirds of the time for opening, at most a minute."""
-        return replace(super().job(options, server), connect_over_s=min(_RAMP_S, options.seconds * 2 / 3))
+        """On the port with STARTTLS, as a credential made for it."""
+        postroad = _postroad(server)
+        login = postroad.create_login()
+        return replace(
+            super().job(options, server),
+            port=postroad.tls_port,
+            tls=True,
+            ca_file=str(postroad.ca_file),
+            username=login.username,
+            password=login.password,
+        )
+
+
+class Idle(Scenario):
+    """Connections that do nothing, and what memory they take."""
+
+    name = "idle"
+    summary = "connections that are held and do nothing, plain, and inside TLS where there is a port for it: memory"
+    defaults = Defaults(messages=0, seconds=8.0)
+
+    def job(self, options: Options, server: Server) -> Job:
+        """Nothing is sent."""
+        return replace(super().job(options, server), messages=0, rate=0.0, idle=True, messages_per_connection=0)
+
+    def phases(self, options: Options, server: Server) -> Sequence[Phase]:
+        """Plain, then TLS."""
+        job = self.job(options, server)
+        phases = [Phase("plain", (Stream("idle", job, options.processes),), holds=True)]
+        if isinstance(server, Postroad):
+            tls = replace(job, port=server.tls_port, tls=True, ca_file=str(server.ca_file))
+            phases.append(Phase("tls", (Stream("idle", tls, options.processes),), holds=True))
+        return phases
+
+
+class Slow(Scenario):
+    """Good clients alone, then beside slow ones."""
+
+    name = "slow"
+    summary = "a paced stream alone, then beside as many clients that send their content drop by drop"
+    defaults = Defaults(sessions=200, messages=0, seconds=15.0, rate=200.0)
+
+    def phases(self, options: Options, server: Server) -> Sequence[Phase]:
+        """The slow ones begin with the others, and go on until their last message is through."""
+        good = Stream("good", self.job(options, server), 1)
+        drip = replace(good.job, rate=0.0, drip_bytes=_DRIP_BYTES, drip_interval_s=_DRIP_INTERVAL_S)
+        return [Phase("alone", (good,)), Phase("disturbed", (good, Stream("slow", drip, 1)))]
+
+
+class DeadTarget(Scenario):
+    """One account's provider accepts connections and says nothing; another account's lives."""
+
+    name = "dead-target"
+    summary = "a paced stream alone, then beside an account whose provider is dead: accepts and says nothing"
+    defaults = Defaults(sessions=50, messages=0, seconds=15.0, rate=200.0)
+    needs = Needs((_FIRST, replace(_SECOND, sink="dead")))
+
+    def phases(self, options: Options, server: Server) -> Sequence[Phase]:
+        """Both at the same rate."""
+        live = Stream("live", self.job(options, server), 1)
+        dead = Stream("dead", _from(_SECOND, live.job), 1, arrives=False)
+        return [Phase("alone", (live,)), Phase("disturbed", (live, dead))]
+
+
+class Flood(Scenario):
+    """Two accounts; one floods."""
+
+    name = "flood"
+    summary = "a paced stream alone, then beside an account that floods: --messages, at once or at --flood-rate"
+    defaults = Defaults(sessions=50, messages=100_000, seconds=30.0, rate=50.0)
+    needs = Needs((_FIRST, _SECOND))
+
+    def phases(self, options: Options, server: Server) -> Sequence[Phase]:
+        """The quiet account sends for as many seconds as said; the flood has no bound but its messages."""
+        quiet = Stream("quiet", replace(self.job(options, server), messages=0), 1)
+        flood = _from(_SECOND, quiet.job)
+        flood = replace(flood, messages=options.messages, seconds=0.0, rate=options.flood_rate)
+        flood = replace(flood, sessions=options.flood_sessions)
+        return [Phase("alone", (quiet,)), Phase("disturbed", (quiet, Stream("flood", flood, options.processes)))]
+
+
+class Api(Scenario):
+    """The control plane's API under load, alone, then beside SMTP."""
+
+    name = "api"
+    summary = "100 API requests/s alone, then beside 500 SMTP sessions at --rate"
+    defaults = Defaults(sessions=500, messages=0, seconds=15.0, rate=500.0)
+    needs = Needs(postroad_only=True)
+
+    def phases(self, options: Options, server: Server) -> Sequence[Phase]:
+        """The API is the stream that counts."""
+        postroad = _postroad(server)
+        mail = self.job(options, server)
+        job = replace(
+            mail,
+            port=postroad.ports["grpc"],
+            ca_file=str(postroad.ca_file),
+            username=postroad.tenants[0].name,
+            password=postroad.api_key,
+            sessions=1,
+            messages=0,
+            rate=options.api_rate,
+        )
+        api = Stream("api", job, 1, arrives=False, is_mail=False, module="benchmarks.load.api")
+        return [Phase("alone", (api,)), Phase("disturbed", (api, Stream("smtp", mail, options.processes)))]
+
+
+def _from(place: Place, job: Job) -> Job:
+    return replace(job, source_address=place.address, sender=f"app@{place.account}.example.org")
+
+
+def _postroad(server: Server) -> Postroad:
+    if not isinstance(server, Postroad):
+        raise ToolError("only Postroad is set up for this scenario")
+    return server
 
 
 SCENARIOS: dict[str, Scenario] = {
-    scenario.name: scenario for scenario in (Closed(), Paced(), Ramp(), ConnectionPerMessage(), Large())
+    scenario.name: scenario
+    for scenario in (
+        Closed(),
+        Paced(),
+        Ramp(),
+        ConnectionPerMessage(),
+        Large(),
+        TlsAuth(),
+        Idle(),
+        Slow(),
+        DeadTarget(),
+        Flood(),
+        Api(),
+    )
 }

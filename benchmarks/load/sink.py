@@ -1,10 +1,10 @@
 """A sink process: takes mail as fast as it comes, and keeps a ledger of what arrived by the marks of content.py.
 
 Run by `python -m benchmarks.load.sink [options]`, it prints `{"port": …}` when it listens, and then, when something
-changed, at most every 50 ms: `{"streams": {stream: [messages, duplicates, time of the last]}, "strangers": …}`, and
-with the first line of a second `arrival`: for each stream the latencies from the moment a message was meant to be sent
-to its arrival. `ledger STREAM FILE` on its input writes how often each number arrived, a byte each, and answers
-`{"ledger": STREAM}`. It ends when its input does.
+changed, at most every 50 ms: `{"streams": {stream: [messages, duplicates, time of the last]}, "strangers": …,
+"connections": …}`, and with the first line of a second `arrival`: for each stream the latencies from the moment a
+message was meant to be sent to its arrival. `ledger STREAM FILE` on its input writes how often each number arrived, a
+byte each, and answers `{"ledger": STREAM}` with all of the above. It ends when its input does.
 
 Misbehaviour on wish: `--delay-ms` before each final reply, `--fail-every N` answers 451, `--drop-every N` answers 250
 and forgets the message, as a relay that loses mail would; `--silent` accepts connections and says nothing at all.
@@ -174,6 +174,7 @@ class Sink:
         self._epoll.register(sys.stdin.fileno(), select.EPOLLIN)
         self._peers: dict[int, tuple[socket.socket, Dialog]] = {}
         self._delayed: list[tuple[int, int, bytes]] = []
+        self._connection_count = 0
         self._said_ns = 0
         self._arrival_ns = 0
         self._said_last_ns = 0
@@ -212,6 +213,7 @@ class Sink:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         descriptor = connection.fileno()
+        self._connection_count += 1
         self._peers[descriptor] = (connection, Dialog(lambda content: self._wishes.take(content, self.ledger)))
         self._epoll.register(descriptor, select.EPOLLIN)
         if not self._wishes.is_silent:
@@ -253,8 +255,7 @@ class Sink:
     def _obey(self, line: str) -> bool:
         if not line:
             return False
-        word, stream, file = line.rstrip("\n").split(" ", 2)
-        assert word == "ledger"
+        _, stream, file = line.rstrip("\n").split(" ", 2)
         Path(file).write_bytes(self.ledger.seen.get(int(stream), b""))
         self._report(time.monotonic_ns(), with_arrival=True, ledger=int(stream))
         return True
@@ -263,6 +264,7 @@ class Sink:
         line: dict[str, object] = {
             "streams": self.ledger.counts,
             "strangers": self.ledger.strangers,
+            "connections": self._connection_count,
             **more,
         }
         if with_arrival or now - self._arrival_ns >= _NS:
