@@ -116,5 +116,6 @@ def timeouts_of(bounds: IngressSettings) -> Timeouts:
         command_before_auth_s=bounds.command_before_auth_timeout_s,
         handshake_s=bounds.handshake_timeout_s,
         commit_s=bounds.commit_timeout_s,
+        answer_delay_s=bounds.answer_delay_s,
         data_bytes_per_s=bounds.data_bytes_per_s,
     )

@@ -58,7 +58,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("smtp_auth_attempts_total", "AUTH attempts", "result", ("succeeded", "failed", "throttled")),
     _histogram("smtp_enqueue_duration_seconds", "From the final dot to its answer", LATENCY_BOUNDS_S),
     _counter("smtp_commits_late_total", "Commits that outlasted the client's answer"),
-    _counter("smtp_answers_delayed_total", "Answers held back because delivery could not keep pace"),
+    _counter("smtp_answers_delayed_total", "250s held back while memory or disk was strained"),
     _gauge("smtp_content_bytes", "Content in memory that clients are sending or that is being stored"),
     # the queue
     _gauge("queue_depth", "Recipients in the spools by state; failed are messages set aside", "status", QUEUE_STATES),

@@ -129,6 +129,8 @@ class IngressSettings(_Section):
     content_bytes: Annotated[int, Field(ge=1024 * 1024)] = 256 * 1024 * 1024
     # Above what is looked at of a header, or a content would go to its file before its header is known.
     spill_bytes: Annotated[int, Field(ge=264 * 1024)] = 512 * 1024
+    delay_bytes: Annotated[int, Field(ge=1024 * 1024)] = 128 * 1024 * 1024
+    answer_delay_s: Seconds = 5.0
     command_timeout_s: Seconds = 300.0
     command_before_auth_timeout_s: Seconds = 30.0
     handshake_timeout_s: Seconds = 30.0

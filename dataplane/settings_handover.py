@@ -24,6 +24,7 @@ from dataplane.settings import SECRETS_SHOWN, Settings, SettingsError
 RELOADABLE = frozenset(
     {
         "drain_timeout_s",
+        "ingress.answer_delay_s",
         "ingress.command_before_auth_timeout_s",
         "ingress.command_timeout_s",
         "ingress.commit_timeout_s",

@@ -278,6 +278,7 @@ class _Worker:
             random=os.urandom,
             max_content_bytes=bounds.content_bytes,
             spill_bytes=bounds.spill_bytes,
+            delay_bytes=bounds.delay_bytes,
         )
         ingress = Ingress(submission, self._tls(), timeouts_of(bounds))
         live.attach(admission, ingress.service)

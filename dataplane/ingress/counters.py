@@ -36,6 +36,7 @@ class IngressCounters:
     commits_late: int = 0
     content_bytes: int = 0
     answers_lost: int = 0
+    answers_delayed: int = 0
     enqueue_seconds: Histogram = field(default_factory=lambda: Histogram(LATENCY_BOUNDS_S))
 
     def samples(self) -> Iterator[tuple[str, tuple[str, ...], float | tuple[float, ...]]]:
@@ -60,6 +61,7 @@ class IngressCounters:
         yield "smtp_message_enqueued_total", (), self.messages_enqueued
         yield "smtp_messages_refused_total", (), self.messages_refused
         yield "smtp_commits_late_total", (), self.commits_late
+        yield "smtp_answers_delayed_total", (), self.answers_delayed
         yield "smtp_content_bytes", (), self.content_bytes
         yield "smtp_enqueue_duration_seconds", (), self.enqueue_seconds.row
         yield "duplicate_windows_total", ("W1",), self.answers_lost

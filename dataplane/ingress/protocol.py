@@ -9,6 +9,7 @@ pauses while the client does not read our replies, and as soon as octets come th
     START_TLS          handshake with a deadline; failure closes       send only TLS
     PERMIT             limiter; nothing to ask: answered at once       not send (RFC 2920): closes
     COMMIT             spool; over its deadline 451                    send the next batch, half-close or leave
+                       strained: the 250 waits (docs/bounds.md)        the same
 
 A commit is never cancelled: a client that half-closed gets its reply, one that left is stored all the same. Deadlines
 run per command, not per octet; DATA must bring `data_bytes_per_s` in each window of 30 s.
@@ -48,6 +49,7 @@ class Timeouts:
     command_before_auth_s: float = 30.0
     handshake_s: float = 30.0
     commit_s: float = 30.0
+    answer_delay_s: float = 5.0
     data_bytes_per_s: int = 500
 
 
@@ -58,6 +60,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         "_charged_bytes",
         "_closing",
         "_commit",
+        "_delayed",
         "_early",
         "_half_closed",
         "_handshaking",
@@ -101,6 +104,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         self._charged_bytes = 0
         self._spilling_bytes = 0
         self._commit = 0
+        self._delayed: tuple[int, float, Reply] | None = None
         self._stored_last = False
         self.session = Session(
             submitter,
@@ -184,6 +188,8 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         if session.action is Action.CLOSE:
             # Closed, and the client does not take what is left for it.
             self.abort()
+        elif self._delayed is not None:
+            self.answer_delayed()
         elif session.action is Action.COMMIT:
             self._service.counters.commits_late += 1
             self._finish_commit(self._commit, replies.COMMIT_TIMEOUT)
@@ -313,6 +319,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
             self._service.wheel.disarm(self)
             self._charge(0)
             self._submitter.drop()
+            self.answer_delayed()
             if self.opened:
                 self._service.closed(self)
 
@@ -426,6 +433,22 @@ class SmtpProtocol(asyncio.Protocol, Timed):
     def _committed(self, number: int, size_bytes: int, ended_s: float, reply: Reply) -> None:
         counters = self._service.counters
         counters.content_bytes -= size_bytes
+        if reply.code == _STORED and self._service.strained and number == self._commit and not self._lost:
+            self._delayed = number, ended_s, reply
+            self._service.delay(self)
+            self._service.wheel.arm(self, self._service.timeouts.answer_delay_s)
+        else:
+            self._answer(number, ended_s, reply)
+
+    def answer_delayed(self) -> None:
+        """Give the 250 that was held back, if one was: the strain is over, or it has waited long enough."""
+        delayed, self._delayed = self._delayed, None
+        if delayed is not None:
+            self._service.undelay(self)
+            self._answer(*delayed)
+
+    def _answer(self, number: int, ended_s: float, reply: Reply) -> None:
+        counters = self._service.counters
         told = self._finish_commit(number, reply)
         if reply.code == _STORED:
             self._stored_last = told

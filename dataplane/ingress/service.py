@@ -9,6 +9,9 @@ they are, refused new ones.
     after the grace     421 and closed                  go on                   go on
     near the deadline   -                               421 and closed          go on
     at the deadline     -                               -                       aborted: stored, not answered
+
+While content in memory or the disk's backlog is above its mark (`strained`), a 250 is held back until that is over, at
+most for `answer_delay_s`: clients that wait for it bring no more meanwhile. A drain holds none back.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from dataplane.ingress.timers import TimerWheel
 from dataplane.ingress.tls import TlsHolder
 
 _MAX_GRACE_S = 2.0
+_LOOK_AGAIN_S = 0.05
 
 
 class Service:
@@ -41,6 +45,8 @@ class Service:
         self.draining = False
         self._sessions: set[SmtpProtocol] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._delayed: dict[SmtpProtocol, None] = {}
+        self._look: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
         self._empty.set()
         self._limits = Limits()
@@ -52,6 +58,31 @@ class Service:
     def over_budget(self) -> bool:
         """Whether more content is in memory than the worker may hold."""
         return self.counters.content_bytes > self.submission.max_content_bytes
+
+    @property
+    def strained(self) -> bool:
+        """Whether answers to those who have sent should wait, so that memory and disk catch up."""
+        submission = self.submission
+        return (self.counters.content_bytes > submission.delay_bytes or submission.spool.strained) and not self.draining
+
+    def delay(self, session: SmtpProtocol) -> None:
+        """A session holds its 250 back; it is told when the strain is over."""
+        self.counters.answers_delayed += 1
+        self._delayed[session] = None
+        if self._look is None:
+            self._look = asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self._look_at_strain)
+
+    def undelay(self, session: SmtpProtocol) -> None:
+        """A session holds nothing back any more."""
+        self._delayed.pop(session, None)
+
+    def _look_at_strain(self) -> None:
+        self._look = None
+        if not self.strained:
+            for session in list(self._delayed):
+                session.answer_delayed()
+        if self._delayed:
+            self._look = asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self._look_at_strain)
 
     @property
     def limits(self) -> Limits:
@@ -102,6 +133,8 @@ class Service:
     async def drain(self, deadline_s: float) -> None:
         """End all sessions; see the module."""
         self.draining = True
+        for session in list(self._delayed):
+            session.answer_delayed()
         grace_s = min(_MAX_GRACE_S, deadline_s / 4)
         await self._wait_empty(grace_s)
         self._end([session for session in self._sessions if session.idle])

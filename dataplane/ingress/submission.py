@@ -57,6 +57,8 @@ Answer = Callable[[Reply], None]
 _RANDOM_OCTETS = 10
 # Above this a content goes to its file; by then the header is there as far as `headers.scan` looks.
 SPILL_BYTES = 512 * 1024
+# Above this 250 is held back; half of what the settings allow in all.
+DELAY_BYTES = 128 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Submission:
     random: Callable[[int], bytes]
     max_content_bytes: int
     spill_bytes: int = SPILL_BYTES
+    delay_bytes: int = DELAY_BYTES
 
     def submitter(self, address: str) -> Submitter:
         """Return the policy for a connection from this address."""

@@ -20,7 +20,7 @@ from dataplane.ingress.admission import Admission
 from dataplane.ingress.counters import IngressCounters
 from dataplane.ingress.listeners import Ingress, Mode
 from dataplane.ingress.protocol import Timeouts
-from dataplane.ingress.submission import SPILL_BYTES, Submission
+from dataplane.ingress.submission import DELAY_BYTES, SPILL_BYTES, Submission
 from dataplane.ingress.tls import TlsHolder
 from dataplane.ports import Grant, Slot, Spool, Take
 
@@ -264,6 +264,7 @@ def make_node(
     admission: Admission | None = None,
     max_content_bytes: int = 268_435_456,
     spill_bytes: int = SPILL_BYTES,
+    delay_bytes: int = DELAY_BYTES,
     timeouts: Timeouts | None = None,
 ) -> Node:
     """Everything but sockets; clients of `networks` may send for the account without AUTH."""
@@ -286,6 +287,7 @@ def make_node(
         random=os.urandom,
         max_content_bytes=max_content_bytes,
         spill_bytes=spill_bytes,
+        delay_bytes=delay_bytes,
     )
     ingress = Ingress(submission, tls, timeouts or Timeouts())
     return Node(ingress, config, spool, limiter, delivery, clock, log, admission, counters)
