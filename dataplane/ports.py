@@ -306,7 +306,10 @@ class Limiter(Protocol):
         ...
 
     def refund(self, takes: Sequence[Take]) -> None:
-        """Give back what was granted and not used. Leaves with the next call; lost when there is none."""
+        """Give back what was granted and not used, never above the capacity; lost when the server is away.
+
+        A negative cost takes what was used beyond what was granted, down to nothing, and is never refused.
+        """
         ...
 
     async def hold(self, slots: Sequence[Slot]) -> Grant:
@@ -314,7 +317,7 @@ class Limiter(Protocol):
         ...
 
     def release(self, slots: Sequence[Slot]) -> None:
-        """Give slots back. Leaves with the next call; what is lost ends with its `ttl_s`."""
+        """Give slots back; what is lost ends with its `ttl_s`."""
         ...
 
     async def close(self) -> None:

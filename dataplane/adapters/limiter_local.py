@@ -28,10 +28,10 @@ _GRANTED = Grant(allowed=True, wait_s=0.0, refused_key="", local=True)
 
 
 class MicroTake(NamedTuple):
-    """A Take in whole micro-tokens, the unit of both kinds of buckets."""
+    """A Take in micro-tokens, the unit of both kinds of buckets; a rate may be less than one of them a second."""
 
     capacity: int
-    rate_per_s: int
+    rate_per_s: float
     cost: int
 
 
@@ -39,7 +39,7 @@ def micro_take(take: Take, share: int = 1) -> MicroTake:
     """Return the wish in micro-tokens, against one of `share` parts of the bucket."""
     whole = min(max(take.capacity, 0), MAX_TOKENS) * MICRO
     capacity = max(whole // share, min(whole, MICRO))
-    rate = round(min(max(take.rate_per_s, 0.0), MAX_TOKENS) * MICRO / share)
+    rate = min(max(take.rate_per_s, 0.0), MAX_TOKENS) * MICRO / share
     return MicroTake(capacity, rate, min(max(take.cost, 0) * MICRO, capacity))
 
 
@@ -104,17 +104,18 @@ class LocalLimiter:
             return wish.capacity
         level, since_us = bucket
         elapsed_us = max(0, now_us - since_us)
-        return min(wish.capacity, level + elapsed_us * wish.rate_per_s // MICRO)
+        return min(wish.capacity, level + int(elapsed_us * wish.rate_per_s / MICRO))
 
     def refund(self, takes: Sequence[Take]) -> None:
-        """Give back to buckets that are known, never above their capacity."""
+        """Give back, never above the capacity; a negative cost takes more, down to nothing."""
         now_us = int(self._clock() * MICRO)
         share = max(1, self._share())
         for take in takes:
             key = take.tag + take.key
-            if key in self._buckets:
+            if key in self._buckets or take.cost < 0:
                 wish = micro_take(take, share)
-                self._buckets[key] = (min(wish.capacity, self._level(key, wish, now_us) + wish.cost), now_us)
+                level = self._level(key, wish, now_us) + take.cost * MICRO
+                self._buckets[key] = (max(0, min(wish.capacity, level)), now_us)
 
     def hold_now(self, slots: Sequence[Slot]) -> Grant:
         """Hold all or none."""

@@ -45,7 +45,7 @@ class Known(NamedTuple):
     key: bytes
     sizes: bytes
     capacity: int
-    rate_per_s: int
+    rate_per_s: float
     is_long: bool
 
 
@@ -88,9 +88,9 @@ class Packer:
         return b"".join((head, _epoch_key(lot), *keys, asked, _number(count), *sizes, *rest))
 
     def refund(self, takes: Sequence[Take]) -> bytes:
-        """Pack a refund."""
+        """Pack a refund; a negative cost charges."""
         keys = [self.known(take).key for take in takes]
-        words = [part for take in takes for part in (self.known(take).sizes, _number(max(0, take.cost)))]
+        words = [part for take in takes for part in (self.known(take).sizes, _number(take.cost))]
         return b"".join((_head(b"postroad_refund_1", len(keys), 3 * len(keys)), *keys, *words))
 
 
@@ -140,7 +140,7 @@ def _make_known(take: Take) -> Known:
     sizes = micro_take(take)
     name = redis_key(take)
     is_long = sizes.capacity > sizes.rate_per_s * LONG_FILL_S
-    packed = _number(sizes.capacity) + _number(sizes.rate_per_s)
+    packed = _number(sizes.capacity) + _text(repr(float(sizes.rate_per_s)))
     return Known(name, _text(name), packed, sizes.capacity, sizes.rate_per_s, is_long)
 
 

@@ -3,8 +3,8 @@
 -- meaning: nodes of two versions may share a server, so a function that means something else gets another number.
 --
 -- Keys are "postroad:{<tag>}<key>" (dataplane.core.limits names both); in a cluster all keys of a call have one tag.
--- Capacities, rates (per second) and levels are whole micro-tokens; costs and refunds are whole tokens. Time is this
--- server's. A clock that went back counts as no time.
+-- Capacities and levels are whole micro-tokens, rates micro-tokens a second, with a fraction where there is one; costs
+-- and refunds are whole tokens. Time is this server's. A clock that went back counts as no time.
 --
 --   what          value                                missing means                           expires
 --   bucket        "<level> <microseconds of that>"     full; unless a seed says better         when it would be full
@@ -21,7 +21,7 @@
 --   postroad_seed_1    KEYS bucket...   ARGS capacity, rate, level of each            FCALL
 --     Lowers buckets to the level given; what is lower stays. Returns 0.
 --   postroad_refund_1  KEYS bucket...   ARGS capacity, rate, tokens of each           FCALL
---     Gives tokens back, never above the capacity. Returns 0.
+--     Gives tokens back, never above the capacity; less than none takes more, down to nothing. Returns 0.
 --   postroad_hold_1    KEYS slots...    ARGS for each group: how many slots, then capacity, milliseconds, holder of each
 --                                                                                     FCALL
 --     Each group holds all its slots until the milliseconds are over, or none; what the holder has is renewed. A refusal
@@ -150,8 +150,9 @@ local function refund(keys, args)
   for bucket, key in ipairs(keys) do
     local capacity, rate = tonumber(args[3 * bucket - 2]), tonumber(args[3 * bucket - 1])
     local level, missing = level_of(key, capacity, rate, now)
-    if not missing then
-      store(key, math.min(capacity, level + tonumber(args[3 * bucket]) * MICRO), capacity, rate, now)
+    local change = tonumber(args[3 * bucket]) * MICRO
+    if not missing or change < 0 then
+      store(key, math.max(0, math.min(capacity, level + change)), capacity, rate, now)
     end
   end
   return 0

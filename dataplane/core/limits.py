@@ -22,7 +22,7 @@ order of `precedence`, then the default of the node pool. Connections at once an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv6Address, ip_address
@@ -88,6 +88,55 @@ class Bucket(NamedTuple):
 def precedence(limit: Limit) -> tuple[bool, bool]:
     """Return what sorts the limits that speak of one subject: the account's before shared ones, named before all."""
     return not limit.name.startswith("accounts/"), not limit.subject
+
+
+class LimitTable:
+    """Limits of one owner by what they speak of, so that a look-up costs the same whatever their number.
+
+    Of several that speak of the same the first counts.
+    """
+
+    __slots__ = ("_limits", "_scopes")
+
+    def __init__(self, limits: Sequence[Limit]) -> None:
+        self._limits = {(one.scope, one.unit, not one.period_s, one.subject): one for one in reversed(limits)}
+        self._scopes = frozenset(limit.scope for limit in limits)
+
+    def speaks_of(self, scope: LimitScope) -> bool:
+        """Whether there is any limit of this scope."""
+        return scope in self._scopes
+
+    def named(self, scope: LimitScope, unit: LimitUnit, subject: str, *, at_once: bool = False) -> Limit | None:
+        """Return the limit that names this subject."""
+        return self._limits.get((scope, unit, at_once, subject))
+
+    def find(self, scope: LimitScope, unit: LimitUnit, subject: str, *, at_once: bool = False) -> Limit | None:
+        """Return the limit that counts for this subject: one that names it, else one for each."""
+        return self.named(scope, unit, subject, at_once=at_once) or self.named(scope, unit, "", at_once=at_once)
+
+
+NO_LIMITS = LimitTable(())
+
+
+def counting_limit(
+    own: LimitTable, shared: LimitTable, scope: LimitScope, unit: LimitUnit, subject: str, *, at_once: bool = False
+) -> Limit | None:
+    """Return the limit that counts for a subject, in the order of `precedence`.
+
+    `own` are those of the account that the subject belongs to; `shared` ends with the defaults of the node pool.
+    """
+    # What an account says of providers in general it says of its own.
+    if scope is not LimitScope.PROVIDER or subject.startswith("accounts/"):
+        limit = own.find(scope, unit, subject, at_once=at_once)
+        if limit is not None:
+            return limit
+    return shared.find(scope, unit, subject, at_once=at_once)
+
+
+def default_limit(scope: LimitScope, unit: LimitUnit, amount: int, period_s: float) -> Limit:
+    """Return a default of a node pool, which has no name, as a limit."""
+    amount = min(amount, MAX_TOKENS)
+    return Limit("", scope, unit, amount, period_s, default_burst(amount))
 
 
 def default_burst(amount: int) -> int:

@@ -140,13 +140,18 @@ def bad_headers(code: int, enhanced: str, text: str) -> Reply:
 
 def rate_limited(wait_s: float) -> Reply:
     """Return the refusal by a token bucket that will have refilled in `wait_s` seconds."""
-    return make_reply(450, "7.1", f"Limit reached, try again in {max(1, math.ceil(wait_s))} s", "rate_limited")
+    return make_reply(450, "7.1", f"Limit reached, try again in {_whole_seconds(wait_s)} s", "rate_limited")
 
 
 def too_many_connections(wait_s: float) -> Reply:
     """Return the refusal of a connection by its address's bucket."""
-    text = f"Too many connections, try again in {max(1, math.ceil(wait_s))} s"
+    text = f"Too many connections, try again in {_whole_seconds(wait_s)} s"
     return make_reply(421, "7.0", text, "connection_rate")
+
+
+def _whole_seconds(wait_s: float) -> int:
+    # A hundredth is what rounding leaves of a wait that is whole.
+    return max(1, math.ceil(wait_s - 0.01))
 
 
 def internal_error(reference: str) -> Reply:

@@ -22,7 +22,6 @@ from enum import StrEnum
 from dataplane.core import replies
 from dataplane.core.replies import Reply
 from dataplane.ingress.admission import counting_key, normalize_address
-from dataplane.ingress.buckets import connection_takes
 from dataplane.ingress.protocol import SmtpProtocol, Timeouts
 from dataplane.ingress.service import Service
 from dataplane.ingress.submission import Submission
@@ -138,7 +137,7 @@ class _Acceptor:
         """Make a session of a connection; until it exists, giving back its place is our business."""
         session: SmtpProtocol | None = None
         try:
-            refusal = None if listed else await self._rate_refusal(address)
+            refusal = await self._rate_refusal(address, listed=listed)
             if refusal is None and self._mode is not Mode.TLS and _talks_early(connection):
                 self._service.counters.connections_early_talker += 1
                 refusal = replies.EARLY_TALKER
@@ -157,9 +156,9 @@ class _Acceptor:
                 self._service.submission.admission.leave(address)
                 connection.close()
 
-    async def _rate_refusal(self, address: str) -> Reply | None:
+    async def _rate_refusal(self, address: str, *, listed: bool) -> Reply | None:
         submission = self._service.submission
-        takes = connection_takes(submission.config.settings, counting_key(address))
+        takes = submission.limits.of_connection(submission.config.settings, counting_key(address), listed=listed)
         if not takes:
             return None
         grant = await submission.limiter.take(takes)

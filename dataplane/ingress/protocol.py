@@ -29,7 +29,7 @@ from dataplane.core.session import Session
 from dataplane.core.session_contract import Action, Limits, Timer
 from dataplane.ingress.submission import Hello, Submitter
 from dataplane.ingress.timers import Timed
-from dataplane.ports import Take
+from dataplane.ports import Grant, Take
 
 if TYPE_CHECKING:
     from dataplane.ingress.service import Service
@@ -53,6 +53,10 @@ class Timeouts:
     data_bytes_per_s: int = 500
 
 
+# As clients write it; one that writes it otherwise is not set aside.
+_MAIL = frozenset({b"MAIL ", b"mail "})
+
+
 class SmtpProtocol(asyncio.Protocol, Timed):
     """One connection. Counted by its `Service` from `connection_made` to `connection_lost`."""
 
@@ -69,6 +73,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         "_progress",
         "_reading_paused",
         "_service",
+        "_set_aside",
         "_spilling_bytes",
         "_stored_last",
         "_submitter",
@@ -150,9 +155,30 @@ class SmtpProtocol(asyncio.Protocol, Timed):
             return
         if self._service.draining and not session.in_transaction:
             session.refuse(replies.SHUTTING_DOWN)
+        elif data[:5] in _MAIL and self._must_wait(data):
+            return
         else:
             session.receive(data)
         self._react()
+
+    def _must_wait(self, data: bytes) -> bool:
+        """Set a MAIL aside while the worker has enough in hand."""
+        turnstile = self._service.turnstile
+        if turnstile is None or not turnstile.holds() or self.session.in_transaction:
+            return False
+        self._pause_reading()
+        self._set_aside = data
+        turnstile.set_aside(self._submitter.account_name, self)
+        return True
+
+    def go_on(self) -> bool:
+        """Take up the MAIL that was set aside; False when the client has left or the session has ended."""
+        data, self._set_aside = self._set_aside, b""
+        if self._lost or self.session.action is not Action.NONE:
+            return False
+        self.session.receive(data)
+        self._react()
+        return True
 
     def eof_received(self) -> bool:
         """Keep the way back open while a commit owes the client its reply; TLS has no half that stays open."""
@@ -345,19 +371,22 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         except Exception as error:  # noqa: BLE001 - a fault of ours is 451, whatever it is
             refusal, takes = replies.internal_error(submitter.failed(error)), ()
         if takes:
-            self._service.spawn(self._ask(takes))
-            return False
+            grant = submitter.ask(takes)
+            if not grant.done():
+                grant.add_done_callback(partial(self._asked, takes))
+                return False
+            refusal = submitter.permit(takes, grant.result())
         self._permit(refusal)
         return True
 
-    async def _ask(self, takes: tuple[Take, ...]) -> None:
-        try:
-            refusal = await self._submitter.permit(takes)
-        except Exception as error:  # noqa: BLE001 - as in _permit_at_once
-            refusal = replies.internal_error(self._submitter.failed(error))
-        if not self._lost:
-            self._permit(refusal)
-            self._react()
+    def _asked(self, takes: tuple[Take, ...], grant: asyncio.Future[Grant]) -> None:
+        """The limiter has answered. Who left meanwhile is not charged."""
+        refusal = self._submitter.permit(takes, grant.result())
+        if self._lost or self.session.action is not Action.PERMIT:
+            self._submitter.give_back()
+            return
+        self._permit(refusal)
+        self._react()
 
     def _permit(self, refusal: Reply | None) -> None:
         self.session.permit(refusal)

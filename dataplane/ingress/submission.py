@@ -4,7 +4,8 @@ Contract. A `Submitter` is one connection's policy: it fills `session_contract.P
 configuration pinned at MAIL until the transaction ends, and looks at denials anew at every MAIL. Beyond that:
 
     login        same reply, same work for an unknown account, a wrong secret and a denied credential
-    permit       what must be asked before the content comes: room now, token buckets from the limiter
+    ask, permit  what must be asked before the content comes: room now, token buckets from the limiter; what was granted
+                 for a message that is refused, or does not come, is given back
     spill        a content that gets too large for memory: checks its header, which has come by then, and begins a file
     accept       checks the content, builds the envelope, and lets the spool commit it; `answer` is called once, with
                  250 after the commit or with the refusal, whether or not the client is still there
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from dataplane.core import replies
@@ -37,13 +38,15 @@ from dataplane.core.replies import Reply
 from dataplane.core.routing import MessageRouter, may_match
 from dataplane.core.session_contract import MailParameters
 from dataplane.failpoints import failpoint
-from dataplane.ingress.admission import Admission
-from dataplane.ingress.buckets import message_takes
+from dataplane.ingress.admission import Admission, counting_key
+from dataplane.ingress.buckets import IngressLimits, MessageLimits, Permit
 from dataplane.ingress.counters import IngressCounters
+from dataplane.ingress.turnstile import Turnstile
 from dataplane.ports import (
     Clock,
     ConfigView,
     EventLog,
+    Grant,
     Handover,
     Incoming,
     Limiter,
@@ -55,6 +58,7 @@ from dataplane.ports import (
 
 Answer = Callable[[Reply], None]
 _RANDOM_OCTETS = 10
+_STORED = 250
 # Above this a content goes to its file; by then the header is there as far as `headers.scan` looks.
 SPILL_BYTES = 512 * 1024
 # Above this 250 is held back; half of what the settings allow in all.
@@ -77,7 +81,10 @@ class Submission:
     random: Callable[[int], bytes]
     max_content_bytes: int
     spill_bytes: int = SPILL_BYTES
+    limits: IngressLimits = field(default_factory=IngressLimits)
     delay_bytes: int = DELAY_BYTES
+
+    turnstile: Turnstile | None = None
 
     def submitter(self, address: str) -> Submitter:
         """Return the policy for a connection from this address."""
@@ -102,11 +109,16 @@ class _Large:
     scanned: HeaderScan
     header_message_id: str
     body_8bit: bool
+    received_bytes: int
 
     def write(self, content: bytes) -> asyncio.Future[None]:
         """Append what came."""
         self.body_8bit = self.body_8bit or not content.isascii()
+        self.received_bytes += len(content)
         return self.incoming.write(content)
+
+
+_NO_LIMITS = MessageLimits()
 
 
 class Submitter:
@@ -116,14 +128,15 @@ class Submitter:
         "_account_name",
         "_credential_name",
         "_large",
+        "_limits",
+        "_limits_for",
         "_network_account",
         "_parameters",
+        "_permit",
         "_pinned",
         "_recipients",
         "_sender",
         "_shared",
-        "_takes",
-        "_takes_for",
         "address",
         "session_id",
     )
@@ -140,8 +153,14 @@ class Submitter:
         self._parameters = MailParameters()
         self._recipients: list[str] = []
         self._large: _Large | None = None
-        self._takes: tuple[Take, ...] = ()
-        self._takes_for: NodeSettings | None = None
+        self._limits = _NO_LIMITS
+        self._limits_for: tuple[NodeSettings | None, CompiledAccount | None] = (None, None)
+        self._permit: Permit | None = None
+
+    @property
+    def account_name(self) -> str:
+        """Whose mail the next transaction is; empty before AUTH."""
+        return self._account_name
 
     @property
     def bound_by_network(self) -> bool:
@@ -165,7 +184,7 @@ class Submitter:
         denial = denied(shared.config.denials, account_name, credential_name, now_ms)
         if matches and denial is None:
             self._account_name, self._credential_name = account_name, credential_name
-            self._takes_for = None
+            self._limits_for = (None, None)
             shared.counters.auth_succeeded += 1
             return None
         shared.admission.note_auth_failure(self.address, now)
@@ -204,14 +223,14 @@ class Submitter:
         self._sender = ""
         if self._recipients:
             self._recipients = []
-        if self._large is not None:
+        if self._large is not None or self._permit is not None:
             self.drop()
 
     def forget(self) -> None:
         """Forget the login as well; what the client's network says stays."""
         self.reset()
         self._account_name, self._credential_name = self._network_account, ""
-        self._takes_for = None
+        self._limits_for = (None, None)
 
     def failed(self, error: Exception) -> str:
         """Log a fault of ours under a reference that the client is told."""
@@ -236,21 +255,47 @@ class Submitter:
 
     def takes(self) -> tuple[Take, ...]:
         """Return what the limiter must be asked for this message."""
-        settings = self._shared.config.settings
-        if self._takes_for is not settings:
-            self._takes = message_takes(settings, self._account_name, self._credential_name)
-            self._takes_for = settings
-        return self._takes
+        settings, pinned = self._shared.config.settings, self._account()
+        limits_for = self._limits_for
+        if limits_for[0] is not settings or limits_for[1] is not pinned:
+            self._limits = self._shared.limits.of_message(
+                settings,
+                pinned,
+                self._credential_name,
+                counting_key(self.address),
+                listed=bool(self._network_account),
+            )
+            self._limits_for = (settings, pinned)
+        return self._limits.takes(len(self._recipients), self._parameters.size_bytes)
 
-    async def permit(self, takes: tuple[Take, ...]) -> Reply | None:
-        """Ask the limiter; tokens that were taken stay taken whatever becomes of the message."""
-        grant = await self._shared.limiter.take(takes)
+    def ask(self, takes: tuple[Take, ...]) -> asyncio.Future[Grant]:
+        """Ask the limiter; `permit` takes its answer."""
+        return self._shared.limiter.ask(takes)
+
+    def permit(self, takes: tuple[Take, ...], grant: Grant) -> Reply | None:
+        """Return the refusal, or keep what was granted until the message is stored or given up."""
         if grant.allowed:
+            per_byte = len(self._limits.per_byte)
+            self._permit = Permit(takes, takes[-per_byte:] if per_byte else ())
             return None
         self._shared.log.info(
             "message.limited", session=self.session_id, account=self._account_name, bucket=grant.refused_key
         )
         return replies.rate_limited(grant.wait_s)
+
+    def give_back(self) -> None:
+        """The message that was permitted does not come."""
+        permit, self._permit = self._permit, None
+        if permit is not None:
+            self._shared.limiter.refund(permit.takes)
+
+    def _settle(self, permit: Permit, size_bytes: int, answer: Answer, reply: Reply) -> None:
+        """A permitted message was stored or refused."""
+        if reply.code != _STORED:
+            self._shared.limiter.refund(permit.takes)
+        elif permit.byte_takes:
+            self._shared.limiter.refund(permit.difference(size_bytes))
+        answer(reply)
 
     # --- the content ---------------------------------------------------------------------------------------------
 
@@ -272,20 +317,26 @@ class Submitter:
         message_id = new_message_id(now_ms, self._shared.random(_RANDOM_OCTETS))
         stored, header_message_id = self._complete(content, scanned, hello, now_ms, format_message_id(message_id))
         incoming = self._shared.spool.receive(message_id)
-        self._large = _Large(incoming, message_id, scanned, header_message_id, not content.isascii())
+        self._large = _Large(incoming, message_id, scanned, header_message_id, not content.isascii(), len(content))
         return incoming.write(stored)
 
     def drop(self) -> None:
-        """Forget what `spill` has put into a file."""
+        """Forget what `spill` has put into a file, and give back what was granted."""
         large, self._large = self._large, None
         if large is not None:
             large.incoming.discard()
+        if self._permit is not None:
+            self.give_back()
 
     def accept(self, content: bytes, hello: Hello, answer: Answer) -> None:
         """Check the message and store it; `answer` is called once, at once or after the commit.
 
         After `spill`, `content` is what came since.
         """
+        permit, self._permit = self._permit, None
+        if permit is not None:
+            spilled_bytes = self._large.received_bytes if self._large is not None else 0
+            answer = partial(self._settle, permit, spilled_bytes + len(content), answer)
         if self._large is not None:
             self._accept_large(self._large, content, hello, answer)
             return

@@ -213,6 +213,24 @@ async def test_a_refund_makes_room_and_never_more_than_the_capacity(harness: Har
     assert not (await harness.limiter.take([bucket("other")])).allowed
 
 
+async def test_a_charge_takes_what_is_there_and_is_never_refused(harness: Harness) -> None:
+    await harness.limiter.take([bucket(cost=2)])
+    harness.limiter.refund([bucket(cost=-3), bucket("fresh", cost=-4), bucket("small", cost=-1_000)])
+    for key, is_left in (("messages", 5), ("fresh", 6), ("small", 0)):
+        assert (await harness.limiter.take([bucket(key, cost=is_left)])).allowed
+        assert not (await harness.limiter.take([bucket(key)])).allowed
+
+
+async def test_a_rate_of_one_a_month_refills_by_one_a_month(harness: Harness) -> None:
+    monthly = bucket(capacity=2, rate_per_s=1 / (31 * 86_400))
+    await harness.limiter.take([monthly, monthly])
+    harness.age(30 * 86_400)
+    assert not (await harness.limiter.take([monthly])).allowed
+    harness.age(1.01 * 86_400)
+    assert (await harness.limiter.take([monthly])).allowed
+    assert not (await harness.limiter.take([monthly])).allowed
+
+
 async def test_a_refund_of_a_bucket_that_nobody_drew_from_is_nothing(harness: Harness) -> None:
     harness.limiter.refund([bucket(cost=5)])
     assert (await harness.limiter.take([bucket(cost=10)])).allowed

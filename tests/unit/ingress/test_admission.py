@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dataplane.core import replies
-from dataplane.core.config import NodeSettings
 from dataplane.ingress.admission import Admission, counting_key, normalize_address
-from dataplane.ingress.buckets import connection_takes, message_takes
 from dataplane.ingress.counters import IngressCounters
 from dataplane.telemetry import METRICS
 
@@ -57,28 +55,6 @@ def test_failed_logins_are_forgotten_after_a_minute_and_bounded_in_number() -> N
     assert admission.auth_throttled("192.0.2.200", 2.0)
     assert not admission.auth_throttled("192.0.2.201", 2.0)
     assert not admission.auth_throttled("192.0.2.200", 61.0)
-
-
-def test_a_limit_of_0_asks_nobody() -> None:
-    settings = NodeSettings(
-        account_messages_per_hour=0, credential_messages_per_hour=0, address_connections_per_minute=0
-    )
-    assert message_takes(settings, "accounts/a", "accounts/a/smtpCredentials/c") == ()
-    assert connection_takes(settings, "192.0.2.1") == ()
-
-
-def test_default_buckets_hold_a_tenth_and_share_the_accounts_tag() -> None:
-    account, credential = message_takes(NodeSettings(), "accounts/a", "accounts/a/smtpCredentials/c")
-    assert (account.capacity, round(account.rate_per_s * 3600), account.cost) == (10_000, 100_000, 1)
-    assert (credential.capacity, round(credential.rate_per_s * 3600)) == (5_000, 50_000)
-    assert account.tag == credential.tag
-    assert account.key != credential.key
-    (connections,) = connection_takes(NodeSettings(), "192.0.2.1")
-    assert (connections.capacity, round(connections.rate_per_s * 60)) == (10, 10)
-
-
-def test_a_client_known_by_its_network_has_no_bucket_of_a_credential() -> None:
-    assert len(message_takes(NodeSettings(), "accounts/a", "")) == 1
 
 
 def test_every_sample_is_a_metric_that_the_node_exports() -> None:
