@@ -38,6 +38,7 @@ from dataplane.agent.identity import IdentityError, load_identity
 from dataplane.agent.ports import StoreError
 from dataplane.agent.workers import hold_worker_lock
 from dataplane.agent_link import AgentLink
+from dataplane.busy_time import busy_time
 from dataplane.clock import SystemClock
 from dataplane.commands import CommandRunner
 from dataplane.delivery.engine import DeliveryEngine, Surroundings
@@ -49,6 +50,7 @@ from dataplane.ingress.counters import IngressCounters
 from dataplane.ingress.listeners import Ingress, Mode
 from dataplane.ingress.submission import Submission
 from dataplane.ingress.tls import TlsHolder, server_context
+from dataplane.ingress.turnstile import Turnstile
 from dataplane.lifecycle import DrainPlan, ProcessSignals, report_held
 from dataplane.link import SOCKET_PATH
 from dataplane.live_settings import LiveSettings, timeouts_of
@@ -278,6 +280,7 @@ class _Worker:
             random=os.urandom,
             max_content_bytes=bounds.content_bytes,
             spill_bytes=bounds.spill_bytes,
+            turnstile=self._turnstile(self._engines[primary]),
             delay_bytes=bounds.delay_bytes,
         )
         ingress = Ingress(submission, self._tls(), timeouts_of(bounds))
@@ -289,6 +292,12 @@ class _Worker:
 
     def _shared_counts(self) -> AddressCounts | None:
         return AddressCounts(self._child.counts_fd, self._index) if self._child.counts_fd >= 0 else None
+
+    def _turnstile(self, engine: DeliveryEngine) -> Turnstile:
+        counters, loop = engine.counters, asyncio.get_running_loop()
+        turnstile = Turnstile(lambda: counters.window_messages, self._clock.monotonic, busy_time(), loop)
+        engine.on_message_left = turnstile.one_left
+        return turnstile
 
     def _tls(self) -> TlsHolder | None:
         if self._settings.tls is None:

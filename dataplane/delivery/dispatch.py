@@ -113,6 +113,7 @@ class Dispatcher:
             account = message.envelope.account
             size_bytes = len(message.content)
             self._counters.window_bytes += size_bytes
+            self._counters.window_messages += 1
             self._held_bytes[account] = self._held_bytes.get(account, 0) + size_bytes
         message.open_count += attempt_count
 
@@ -383,6 +384,7 @@ class Dispatcher:
             account = message.envelope.account
             size_bytes = len(message.content)
             self._counters.window_bytes -= size_bytes
+            self._counters.window_messages -= 1
             left = self._held_bytes.get(account, 0) - size_bytes
             if left:
                 self._held_bytes[account] = left

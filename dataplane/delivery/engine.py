@@ -134,9 +134,10 @@ class DeliveryEngine:
             spool, self._settler, concluder, self.counters, log, self.moment, random, self._dispatcher.retry_policy
         )
         self._quiet = asyncio.Event()
+        self.on_message_left: Callable[[], None] = _nobody  # set by who yields to delivery
         self.pools.follow(PoolsFollower(self._scheduler.release, self._found_dead, self._quiet.set, self._fail))
         self._dispatcher.follower = Follower(
-            self._scheduler.wake, self._scheduler.expect, self._place_free, self._scheduler.nudge
+            self._scheduler.wake, self._scheduler.expect, self._place_free, self._window_free
         )
 
     # --- life
@@ -384,6 +385,10 @@ class DeliveryEngine:
         wait_ms = int((retry_at_s - self._clock.monotonic()) * 1000) + 1
         self._scheduler.probe_at(next_hop, self._steady_ms() + max(0, wait_ms))
 
+    def _window_free(self) -> None:
+        self._scheduler.nudge()
+        self.on_message_left()
+
     def _scheduler_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error)
@@ -414,3 +419,7 @@ def _move_due(message_id: MessageId, rows: Sequence[RecipientRow], due_ms: int) 
     """Change when rows are due, and nothing else."""
     changes = [RecipientChange(row.index, row.attempt, row.state, row.attempt, due_ms, row.queue_key) for row in rows]
     return Settlement(message_id, changes, None, reported=False)
+
+
+def _nobody() -> None:
+    """Who hears of what nobody waits for."""

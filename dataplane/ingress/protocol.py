@@ -111,6 +111,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         self._commit = 0
         self._delayed: tuple[int, float, Reply] | None = None
         self._stored_last = False
+        self._set_aside = b""
         self.session = Session(
             submitter,
             limits,

@@ -41,6 +41,7 @@ class Service:
         self.hostname = submission.hostname
         self.tls = tls
         self.timeouts = timeouts
+        self.turnstile = submission.turnstile
         self.wheel = TimerWheel(submission.clock.monotonic)
         self.draining = False
         self._sessions: set[SmtpProtocol] = set()
@@ -133,6 +134,8 @@ class Service:
     async def drain(self, deadline_s: float) -> None:
         """End all sessions; see the module."""
         self.draining = True
+        if self.turnstile is not None:
+            self.turnstile.open()
         for session in list(self._delayed):
             session.answer_delayed()
         grace_s = min(_MAX_GRACE_S, deadline_s / 4)

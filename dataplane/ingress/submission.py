@@ -83,7 +83,6 @@ class Submission:
     spill_bytes: int = SPILL_BYTES
     limits: IngressLimits = field(default_factory=IngressLimits)
     delay_bytes: int = DELAY_BYTES
-
     turnstile: Turnstile | None = None
 
     def submitter(self, address: str) -> Submitter:

@@ -22,6 +22,7 @@ from dataplane.ingress.listeners import Ingress, Mode
 from dataplane.ingress.protocol import Timeouts
 from dataplane.ingress.submission import DELAY_BYTES, SPILL_BYTES, Submission
 from dataplane.ingress.tls import TlsHolder
+from dataplane.ingress.turnstile import Turnstile
 from dataplane.ports import Grant, Slot, Spool, Take
 
 HOSTNAME = "relay.example"
@@ -266,6 +267,7 @@ def make_node(
     spill_bytes: int = SPILL_BYTES,
     delay_bytes: int = DELAY_BYTES,
     timeouts: Timeouts | None = None,
+    turnstile: Turnstile | None = None,
 ) -> Node:
     """Everything but sockets; clients of `networks` may send for the account without AUTH."""
     clock, config, counters = Clock(), Config(), IngressCounters()
@@ -287,6 +289,7 @@ def make_node(
         random=os.urandom,
         max_content_bytes=max_content_bytes,
         spill_bytes=spill_bytes,
+        turnstile=turnstile,
         delay_bytes=delay_bytes,
     )
     ingress = Ingress(submission, tls, timeouts or Timeouts())

@@ -1,0 +1,69 @@
+"""A MAIL that is set aside is answered later, with all that came behind it, and keeps nobody from leaving."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from dataplane.ingress.turnstile import MARK, Turnstile
+from support.ingress import Peer, make_node, running, until
+
+EHLO = b"EHLO client.example\r\n"
+BATCH = b"MAIL FROM:<app@example.com>\r\nRCPT TO:<someone@example.net>\r\nDATA\r\n"
+BODY = b"From: App <app@example.com>\r\n\r\nbody\r\n.\r\n"
+
+
+class Busy:
+    """A worker that has `in_hand` messages in hand, and a loop that is never idle."""
+
+    def __init__(self) -> None:
+        self.in_hand = MARK
+        self.turnstile = Turnstile(lambda: self.in_hand, lambda: 0.0, lambda: 0.0, self)
+
+    def call_soon(self, callback: Callable[[], None], /) -> None:
+        asyncio.get_running_loop().call_soon(callback)
+
+    def call_later(self, delay: float, callback: Callable[[], None], /) -> None:
+        """Never: what sets the sessions free is what the tests say."""
+
+
+async def set_aside(peer: Peer, busy: Busy) -> None:
+    waiting = busy.turnstile.waiting_count
+    await peer.ask(EHLO)
+    peer.writer.write(BATCH)
+    await until(lambda: busy.turnstile.waiting_count == waiting + 1)
+
+
+async def test_a_message_that_leaves_lets_the_next_mail_in() -> None:
+    busy = Busy()
+    async with running(make_node(turnstile=busy.turnstile)) as node:
+        peer = await node.greeted()
+        await set_aside(peer, busy)
+        busy.in_hand -= 1
+        busy.turnstile.one_left()
+        assert [(await peer.line())[:3] for _ in range(3)] == [b"250", b"250", b"354"]
+        assert (await peer.ask(BODY)).startswith(b"250 2.0.0 queued as ")
+
+
+async def test_a_client_that_left_gives_its_turn_away() -> None:
+    busy = Busy()
+    async with running(make_node(turnstile=busy.turnstile)) as node:
+        first, second = await node.greeted(), await node.greeted()
+        await set_aside(first, busy)
+        await set_aside(second, busy)
+        await first.close()
+        # Its reading is paused: that it left shows when it is let go.
+        busy.turnstile.open()
+        assert (await second.line()).startswith(b"250 ")
+        assert busy.turnstile.waiting_count == 0
+
+
+async def test_a_drain_keeps_nobody_waiting() -> None:
+    busy = Busy()
+    async with running(make_node(turnstile=busy.turnstile)) as node:
+        peer = await node.greeted()
+        await set_aside(peer, busy)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(node.ingress.drain(0.5))
+            assert (await peer.end()).startswith((b"250 ", b"421 "))
+        assert busy.turnstile.waiting_count == 0
