@@ -73,7 +73,7 @@ from postroad.node.v1 import enrollment_service_pb2_grpc, ledger_service_pb2_grp
 AdministrationError = administration.AdministrationError
 commands = administration
 
-_SAMPLE_S = 5.0
+_SAMPLE_S = 1.0
 _DATABASE_RETRY_S = 1.0
 _POOL_CLOSE_S = 2.0
 _DRAIN_S = 2.0
@@ -203,7 +203,10 @@ class _ControlPlane:
             tls = tls_context(settings.certificate_file, settings.key_file)
         http = HttpServer(
             self._metrics.render,
-            [lambda app: add_probes(app, self._readiness), lambda app: add_json_api(app, self._api.registry)],
+            [
+                lambda app: add_probes(app, self._readiness),
+                lambda app: add_json_api(app, self._api.registry, self._metrics.request_ended),
+            ],
         )
         try:
             port = await http.start(settings.host, settings.port, tls)
@@ -226,7 +229,7 @@ class _ControlPlane:
                 self._keyring,
                 self._signal,
                 HostPolicy(settings.allowed_private_networks),
-                observe=lambda method, status, seconds: metrics.request_ended("POST", method, status, seconds),
+                observe=metrics.call_ended,
                 live=self._live_limits(),
                 requests=self._request_budget(),
             )
@@ -357,15 +360,17 @@ class _ControlPlane:
     # --- what is reported -----------------------------------------------------------------------------------------
 
     async def _sample(self) -> None:
+        pools = (self._api_pool, self._fleet_pool)
         while True:
-            for role, pool in (("api", self._api_pool), ("fleet", self._fleet_pool)):
-                idle = pool.get_idle_size()
-                self._metrics.pool_sampled(role, pool.get_size() - idle, idle)
+            idle = sum(pool.get_idle_size() for pool in pools)
+            self._metrics.pools_sampled(sum(pool.get_size() for pool in pools) - idle, idle)
             self._metrics.streams_sampled(len(self._hub))
             with contextlib.suppress(PkiError):
-                self._metrics.certificate_sampled("server", self._certificate_days())
-                self._metrics.certificate_sampled("ca", (self._authority.not_after - _now()) / timedelta(days=1))
+                ca_days = (self._authority.not_after - _now()) / timedelta(days=1)
+                self._metrics.certificates_sampled({"server": self._certificate_days(), "ca": ca_days})
+            due_s = time.monotonic() + _SAMPLE_S
             await asyncio.sleep(_SAMPLE_S)
+            self._metrics.loop_sampled(max(0.0, time.monotonic() - due_s))
 
     def _note(self, event: str, **facts: Any) -> None:
         self._log.info(event, **facts)

@@ -2,8 +2,8 @@
 
 Contract. `configure_logging` sends one JSON line per event to standard error; one that cannot be written is lost, and
 raises nothing. `get_logger` gives a logger whose events have stable names (`config.acked`, `ledger.refused`).
-`Metrics` holds every metric of the process in a registry of its own, so that two of them in one process do not clash;
-its methods take plain values and never raise on them. `render` is the text of `/metrics`. Nothing here sees a
+`Metrics` holds every metric of `metric_table` in a registry of its own, so that two of them in one process do not
+clash; its methods take plain values and never raise on them. `render` is the text of `/metrics`. Nothing here sees a
 credential or a message body.
 """
 
@@ -12,18 +12,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO, cast
 
 import orjson
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from controlplane.metric_table import HTTP_VERBS, METRICS, MetricSpec
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-_LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_UNAUTHORIZED = 401
 
 
 def configure_logging(level: str, stream: TextIO | None = None) -> None:
@@ -90,83 +92,81 @@ class Metrics:
     def __init__(self) -> None:
         registry = CollectorRegistry()
         self._registry = registry
-        self._requests = Counter(
-            "api_requests_total", "API calls that ended", ["method", "path", "status"], registry=registry
-        )
-        self._request_seconds = Histogram(
-            "api_request_duration_seconds",
-            "Duration of API calls",
-            ["path"],
-            buckets=_LATENCY_BUCKETS_S,
-            registry=registry,
-        )
-        self._auth_failures = Counter(
-            "api_auth_failures_total", "API calls refused for want of a good key", registry=registry
-        )
-        self._active = Gauge("db_connections_active", "Connections in use", ["role"], registry=registry)
-        self._idle = Gauge("db_connections_idle", "Connections at rest", ["role"], registry=registry)
-        self._query_seconds = Histogram(
-            "db_query_duration_seconds",
-            "Duration of database work by name",
-            ["query"],
-            buckets=_LATENCY_BUCKETS_S,
-            registry=registry,
-        )
-        self._query_errors = Counter("db_errors_total", "Database work that failed", ["query"], registry=registry)
-        self._streams = Gauge("config_streams", "Open configuration streams of nodes", registry=registry)
-        self._answers = Counter(
-            "config_answers_total", "Answers of nodes to configuration", ["answer"], registry=registry
-        )
-        self._records = Counter("ledger_records_total", "Ledger records", ["result"], registry=registry)
-        self._leading = Gauge("leader", "1 while this process runs the jobs", registry=registry)
-        self._job_errors = Counter("job_errors_total", "Runs of jobs that failed", ["job"], registry=registry)
-        self._certificate_days = Gauge(
-            "tls_cert_expiry_days", "Days until a certificate ends", ["certificate"], registry=registry
-        )
+        self._counters = {spec.name: _counter(spec, registry) for spec in METRICS if spec.kind == "counter"}
+        self._gauges = {spec.name: _gauge(spec, registry) for spec in METRICS if spec.kind == "gauge"}
+        self._histograms = {spec.name: _histogram(spec, registry) for spec in METRICS if spec.kind == "histogram"}
+        ProcessCollector(registry=registry)
 
-    def request_ended(self, method: str, path: str, status: str, seconds: float) -> None:
-        """An API call ended: `method` is POST for gRPC or the HTTP verb, `path` the RPC's full name."""
-        self._requests.labels(method, path, status).inc()
-        self._request_seconds.labels(path).observe(seconds)
-        if status == "UNAUTHENTICATED":
-            self._auth_failures.inc()
+    def call_ended(self, method: str, status: str, seconds: float) -> None:
+        """A gRPC call ended: the method's full name, the name of its status."""
+        self._request_ended("POST", method, status, seconds, refused=status == "UNAUTHENTICATED")
+
+    def request_ended(self, verb: str, path: str, status: int, seconds: float) -> None:
+        """A request of the JSON API ended; `path` is the pattern of its route, UNKNOWN_PATH for none."""
+        method = verb if verb in HTTP_VERBS else "other"
+        self._request_ended(method, path, str(status), seconds, refused=status == _UNAUTHORIZED)
+
+    def _request_ended(self, method: str, path: str, status: str, seconds: float, *, refused: bool) -> None:
+        self._counters["api_requests_total"].labels(method, path, status).inc()
+        self._histograms["api_request_duration_seconds"].observe(seconds)
+        if refused:
+            self._counters["api_auth_failures_total"].inc()
 
     def query_ended(self, query: str, seconds: float, failed: bool) -> None:  # noqa: FBT001 - an observer's shape
         """Database work of a fixed name ended."""
-        self._query_seconds.labels(query).observe(seconds)
+        self._histograms["db_query_duration_seconds"].labels(query).observe(seconds)
         if failed:
-            self._query_errors.labels(query).inc()
+            self._counters["db_errors_total"].labels(query).inc()
 
-    def pool_sampled(self, role: str, active: int, idle: int) -> None:
-        """What a connection pool holds now."""
-        self._active.labels(role).set(active)
-        self._idle.labels(role).set(idle)
+    def pools_sampled(self, active: int, idle: int) -> None:
+        """What the connection pools hold now."""
+        self._gauges["db_connections_active"].set(active)
+        self._gauges["db_connections_idle"].set(idle)
 
     def streams_sampled(self, count: int) -> None:
         """How many nodes are connected to this process."""
-        self._streams.set(count)
+        self._gauges["config_streams"].set(count)
+
+    def loop_sampled(self, late_s: float) -> None:
+        """How late the loop ran what was due."""
+        self._histograms["event_loop_lag_seconds"].observe(late_s)
 
     def config_answered(self, answer: str) -> None:
         """A node answered `ack` or `nack`."""
-        self._answers.labels(answer).inc()
+        self._counters["config_answers_total"].labels(answer).inc()
 
     def records_ingested(self, stored: int, rejected: int) -> None:
         """A transaction of ledger records was committed."""
-        self._records.labels("stored").inc(stored)
-        self._records.labels("rejected").inc(rejected)
+        records = self._counters["ledger_records_total"]
+        records.labels("stored").inc(stored)
+        records.labels("rejected").inc(rejected)
 
     def leading(self, *, now: bool) -> None:
         """Whether this process is the leader."""
-        self._leading.set(1 if now else 0)
+        self._gauges["leader"].set(1 if now else 0)
 
     def job_failed(self, job: str) -> None:
         """A job's run raised."""
-        self._job_errors.labels(job).inc()
+        self._counters["job_errors_total"].labels(job).inc()
 
-    def certificate_sampled(self, certificate: str, days_left: float) -> None:
-        """How long a certificate is good for."""
-        self._certificate_days.labels(certificate).set(days_left)
+    def certificates_sampled(self, days_left: Mapping[str, float]) -> None:
+        """How long each certificate is good for."""
+        for certificate, days in days_left.items():
+            self._gauges["tls_certificate_days_left"].labels(certificate).set(days)
+        self._gauges["tls_cert_expiry_days"].set(min(days_left.values()))
 
     def render(self) -> bytes:
         """The text of /metrics."""
         return generate_latest(self._registry)
+
+
+def _counter(spec: MetricSpec, registry: CollectorRegistry) -> Counter:
+    return Counter(spec.name, spec.help, spec.labels, registry=registry)
+
+
+def _gauge(spec: MetricSpec, registry: CollectorRegistry) -> Gauge:
+    return Gauge(spec.name, spec.help, spec.labels, registry=registry)
+
+
+def _histogram(spec: MetricSpec, registry: CollectorRegistry) -> Histogram:
+    return Histogram(spec.name, spec.help, spec.labels, buckets=spec.bounds, registry=registry)

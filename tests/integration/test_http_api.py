@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from postroad.control.v1 import account_service_pb2, account_service_pb2_grpc
 from postroad.localstack import UNSAFE_BUT_FAST, PostgresServer
 from support.controlplane_app import Serving, command, serving, write_settings
 from support.databases import Database, _migrate
@@ -145,17 +147,40 @@ async def test_metrics_have_the_names_that_were_asked_for(plane: Serving, http: 
     async with http.get(plane.url("/metrics")) as answer:
         text = await answer.text()
 
-    for name in (
-        "api_requests_total",
-        "api_request_duration_seconds_count",
-        "api_auth_failures_total 1.0",
-        "db_connections_active",
-        "db_connections_idle",
-        "db_query_duration_seconds_count",
-        "tls_cert_expiry_days",
+    for line in (
+        r'api_requests_total\{method="GET",path="/api/v1/accounts",status="200"\} 1\.0',
+        r'api_requests_total\{method="GET",path="/api/v1/accounts",status="401"\} 1\.0',
+        r"api_request_duration_seconds_count 2\.0",
+        r"api_auth_failures_total 1\.0",
+        r"db_connections_active \d",
+        r"db_connections_idle \d",
+        r'db_query_duration_seconds_count\{query="account_list"\} 1\.0',
+        r"tls_cert_expiry_days \d+",
     ):
-        assert name in text
+        assert re.search(f"^{line}", text, re.MULTILINE), line
     assert plane.key not in text
+
+
+async def test_each_call_is_counted_once_and_only_by_what_it_called(
+    plane: Serving, http: aiohttp.ClientSession
+) -> None:
+    await _call(http, plane, "PATCH", "/api/v1/accounts/a@example.com", {"displayName": 1})
+    await _call(http, plane, "GET", "/api/v1/nothing/of/the/kind/prk_secret")
+    async with http.request("PROPFIND", plane.url("/api/v1/accounts")) as refused:
+        assert refused.status == 405
+    async with plane.channel() as channel:
+        stub: Any = account_service_pb2_grpc.AccountServiceStub(channel)
+        await stub.ListAccounts(account_service_pb2.ListAccountsRequest(), metadata=plane.metadata)
+
+    async with http.get(plane.url("/metrics")) as answer:
+        lines = [line for line in (await answer.text()).splitlines() if line.startswith("api_requests_total")]
+
+    assert sorted(lines) == [
+        'api_requests_total{method="GET",path="unknown",status="404"} 1.0',
+        'api_requests_total{method="PATCH",path="/api/v1/{account.name=accounts/*}",status="400"} 1.0',
+        'api_requests_total{method="POST",path="/postroad.control.v1.AccountService/ListAccounts",status="OK"} 1.0',
+        'api_requests_total{method="other",path="unknown",status="405"} 1.0',
+    ]
 
 
 async def test_health_is_open_and_reflection_is_the_operators(plane: Serving) -> None:

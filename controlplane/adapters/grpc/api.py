@@ -134,8 +134,9 @@ def build_api(parts: ApiParts) -> Api:
     )
     authenticator = Authenticator(database, parts.now)
     guard = Guard(authenticator, Throttle(parts.requests, parts.monotonic))
-    calls = Calls(guard, parts.observe)
-    return Api(ApiRegistry(calls, services), ApiInterceptor(calls), authenticator, pools, messages)
+    # What comes by the registry is measured by who carries it.
+    registry = ApiRegistry(Calls(guard), services)
+    return Api(registry, ApiInterceptor(Calls(guard, parts.observe)), authenticator, pools, messages)
 
 
 def _services(

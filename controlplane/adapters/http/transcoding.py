@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -28,6 +29,7 @@ from controlplane.adapters.grpc.registry import ApiRegistry
 from controlplane.adapters.http.openapi import describe
 from controlplane.adapters.http.routes import Found, Router, compile_routes
 from controlplane.domain.errors import InvalidArgumentError, Reason, UnimplementedError, Violation
+from controlplane.metric_table import UNKNOWN_PATH
 
 # The table of google/rpc/code.proto.
 HTTP_STATUSES: dict[int, int] = {
@@ -49,7 +51,12 @@ HTTP_STATUSES: dict[int, int] = {
     code_pb2.DATA_LOSS: 500,
 }
 
+RequestObserver = Callable[[str, str, int, float], None]
+"""Told of each request that ended: verb, pattern of the route, HTTP status, seconds."""
+
 BODY_S = 30.0
+_HUNG_UP = 499
+_OUR_FAULT = 500
 _FIRST_ANSWER_S = 0.5
 _TRUTH = {"true": True, "false": False}
 _SCALAR_MESSAGES = frozenset(
@@ -57,7 +64,11 @@ _SCALAR_MESSAGES = frozenset(
 )
 
 
-def add_json_api(app: web.Application, registry: ApiRegistry) -> None:
+def add_json_api(
+    app: web.Application,
+    registry: ApiRegistry,
+    observe: RequestObserver = lambda _verb, _path, _status, _seconds: None,
+) -> None:
     """Serve `/api/v1/…` and its OpenAPI document."""
     router = Router(compile_routes(service.descriptor for service in registry.services))
     document = json.dumps(describe(router.routes)).encode()
@@ -67,22 +78,36 @@ def add_json_api(app: web.Application, registry: ApiRegistry) -> None:
 
     async def call(request: web.Request) -> web.StreamResponse:
         found = router.find(request.method, request.rel_url.raw_path)
-        if not isinstance(found, Found):
-            return _no_route(request, found)
+        begun, status = time.monotonic(), _HUNG_UP
         try:
-            if request.can_read_body:
+            if isinstance(found, Found):
+                response = await answer(request, found)
+            else:
+                response = _no_route(request, found)
+            status = response.status
+        except Exception:
+            status = _OUR_FAULT
+            raise
+        finally:
+            path = found.route.template if isinstance(found, Found) else UNKNOWN_PATH
+            observe(request.method, path, status, time.monotonic() - begun)
+        return response
+
+    async def answer(request: web.Request, found: Found) -> web.StreamResponse:
+        # Once it is read there is none to read.
+        has_body = request.can_read_body
+        try:
+            if has_body:
                 # Nobody makes us read and take apart 4 MiB whose key opens nothing.
                 await registry.enter(found.route.full_name, _metadata(request))
             message = await _request_message(request, found)
-            answer = await registry.call(
-                found.route.full_name, message, _metadata(request), entered=request.can_read_body
-            )
-            if isinstance(answer, Message):
-                return web.Response(body=_to_json(answer), content_type="application/json")
+            said = await registry.call(found.route.full_name, message, _metadata(request), entered=has_body)
+            if isinstance(said, Message):
+                return web.Response(body=_to_json(said), content_type="application/json")
         except ApiStatusError as error:
             return _error(error.status)
-        async with aclosing(answer):
-            return await _stream(request, registry, answer)
+        async with aclosing(said):
+            return await _stream(request, registry, said)
 
     app.router.add_get("/api/v1/openapi.json", openapi)
     app.router.add_route("*", "/api/v1/{path:(?s:.*)}", call)
