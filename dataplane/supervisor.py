@@ -292,6 +292,7 @@ class Supervisor:
                 for listener, port in zip(self._settings.listeners, self._ports, strict=True)
             ],
             "processes": {child.name: child.process.pid for child in serving if child.process is not None},
+            "restarts": {child.name: child.restarts.count for child in self._children},
             "quarantined": [spool for child in self._workers if child.given_up for spool in child.spools],
             **(self._agent.ready or {}),
         }

@@ -32,6 +32,7 @@ def test_three_quick_ends_are_failing_and_a_long_run_clears_them() -> None:
     restarts = Restarts()
     seen = [(restarts.ended(ran_for_s), restarts.is_failing) for ran_for_s in (1.0, 29.0, 1.0, 31.0)]
     assert seen == [(0.1, False), (0.2, False), (0.4, True), (0.1, False)]
+    assert restarts.count == 4
 
 
 def test_the_first_start_makes_a_spool_for_each_worker(tmp_path: Path) -> None:
