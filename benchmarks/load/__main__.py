@@ -45,6 +45,7 @@ def parse(words: Sequence[str]) -> Options:
     add("--rate", type=float, help="messages a second on a schedule; 0: a closed loop")
     add("--size", type=int, help="bytes of a message with its header")
     add("--deadline", type=float, default=_DEADLINE_S, help="seconds after which load processes end in any case")
+    add("--patience", type=float, default=15.0, help="seconds without an arrival after which the rest is lost")
     add("--rounds", type=int, default=1, help="rounds of each peer, in turn")
     add("--workers", type=int, default=os.cpu_count() or 1, help="workers of Postroad; one a core")
     add("--processes", type=int, default=2, help="load processes")
@@ -69,6 +70,7 @@ def parse(words: Sequence[str]) -> Options:
         rate=_or(given.rate, defaults.rate),
         size_bytes=_or(given.size, defaults.size_bytes),
         deadline_s=given.deadline,
+        patience_s=given.patience,
         rounds=given.rounds,
         workers=given.workers,
         processes=given.processes,

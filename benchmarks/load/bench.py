@@ -45,7 +45,7 @@ def run_bench(options: Options) -> list[RunResult]:
             for server in servers:
                 for phase in scenario.phases(options, server):
                     print(f"\nround {number + 1}, {server.name}, {phase.name}", flush=True)
-                    results.append(_measure(server, sinks, phase))
+                    results.append(_measure(options, server, sinks, phase))
                     print(run_table(results[-1]), flush=True)
     return results
 
@@ -64,17 +64,19 @@ def _warm_up(scenario: Scenario, options: Options, server: Server, sink: SinkPro
         connect_over_s=0.0,
     )
     _say(f"warming up {server.name}")
-    result = Run(server, sink, lambda _: None).measure([Stream("warm-up", short)])
+    result = Run(server, sink, lambda _: None, patience_s=options.patience_s).measure([Stream("warm-up", short)])
     for problem in result.problems:
         _say(f"PROBLEM while warming up: {problem}")
 
 
-def _measure(server: Server, sinks: dict[str, SinkProcess], phase: Phase) -> RunResult:
+def _measure(options: Options, server: Server, sinks: dict[str, SinkProcess], phase: Phase) -> RunResult:
     before = server.recorded() if isinstance(server, Postroad) else 0
     held = Held(server, sum(stream.job.sessions for stream in phase.streams)) if phase.holds else None
     dead = sinks.get("dead")
     connections = dead.connections_so_far() if dead else 0
-    result = Run(server, sinks["live"], _on_progress).measure(phase.streams, held.look if held else None)
+    result = Run(server, sinks["live"], _on_progress, patience_s=options.patience_s).measure(
+        phase.streams, held.look if held else None
+    )
     result.phase = phase.name
     result.memory = held.figures() if held else {}
     if dead:

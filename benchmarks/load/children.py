@@ -48,7 +48,8 @@ class Child:
             cwd=_ROOT,
         )
         self._lines = lines
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -71,6 +72,7 @@ class Child:
     def close(self) -> None:
         """End its input, then the process."""
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
@@ -78,6 +80,8 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._reader.join()
+        self.process.stdout.close()
         self._errors.close()
 
 

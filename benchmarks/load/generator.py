@@ -100,7 +100,8 @@ class Generator:
         """Send everything; returns when all is answered or a bound is reached."""
         begin, cpu_s = time.monotonic_ns(), time.process_time()
         deadline_ns = begin + int(self._job.deadline_s * _NS)
-        self._stop_ns = begin + int(self._job.seconds * _NS) if self._job.seconds else deadline_ns
+        # Without a time only the number of messages ends it in order.
+        self._stop_ns = begin + int(self._job.seconds * _NS) if self._job.seconds else deadline_ns + _NS
         self._begin_ns = begin
         self._next_ns = begin + self._step_at(begin)
         spread_ns = int(self._job.connect_over_s * _NS / self._job.sessions)

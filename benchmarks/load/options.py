@@ -19,6 +19,8 @@ class Options:
     rate: float
     size_bytes: int
     deadline_s: float
+    # How long nothing may arrive before what is missing counts as lost.
+    patience_s: float
     rounds: int = 1
     workers: int = 0
     processes: int = 2

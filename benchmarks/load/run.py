@@ -28,7 +28,6 @@ from benchmarks.processes import cpu_of
 _NS = 1_000_000_000
 _READY_S = 30.0
 _GRACE_S = 15.0
-_PATIENCE_S = 15.0
 _SETTLE_S = 60.0
 _TICK_S = 0.25
 # Progress is said when all processes have said theirs.
@@ -77,12 +76,13 @@ class Progress:
 
 
 class Run:
-    """See the module."""
+    """See the module. `patience_s`: how long nothing may arrive before the rest is given up."""
 
-    def __init__(self, peer: Peer, sink: SinkProcess, say: Callable[[Progress], None]) -> None:
+    def __init__(self, peer: Peer, sink: SinkProcess, say: Callable[[Progress], None], *, patience_s: float) -> None:
         self._peer = peer
         self._sink = sink
         self._say = say
+        self._patience_s = patience_s
         self._lines: queue.Queue[tuple[Any, Line | None]] = queue.Queue()
         self._processes: list[LoadProcess] = []
         self._problems: list[str] = []
@@ -165,7 +165,7 @@ class Run:
         arriving = {stream.name for stream in streams if stream.arrives and stream.is_mail}
         processes = [process for process in self._processes if process.name in arriving]
         expected = sum(process.latest["answered"] for process in processes)
-        self._sink.wait_for([process.job.stream for process in processes], expected, _PATIENCE_S)
+        self._sink.wait_for([process.job.stream for process in processes], expected, self._patience_s)
 
     def _clients_cpu_s(self) -> float:
         return sum(float(process.end["cpu_s"]) for process in self._processes if process.end)
@@ -223,7 +223,8 @@ class Run:
 
 def shares(stream: Stream, folder: Path) -> list[Job]:
     """Return a job for each process: sessions and messages are split evenly, the first ones take what is over."""
-    count = min(stream.processes, stream.job.sessions)
+    # A share of no messages would be one without a bound.
+    count = min(stream.processes, stream.job.sessions, stream.job.messages or stream.processes)
     jobs = []
     for index in range(count):
         number = next(_streams)
