@@ -4,6 +4,10 @@ A call is retried on UNAVAILABLE (up to 4 attempts, back-off 0.2 to 3 s with jit
 cannot do harm: reads, and changes that carry a `request_id`, which the server answers once and remembers. The SDK fills
 in a `request_id` where the caller left it empty. Not retried are calls whose answer holds a secret: the server shows
 one only once, so that a repeated call would come back without it.
+
+A unary call that was refused because the key made too many requests, which is before anything was done, is repeated
+after the time that the server says, whatever it does: up to `MAX_WAITS` times, and never beyond its own timeout. So is
+one of the above that is refused for another quota with a time to wait.
 """
 
 from __future__ import annotations
@@ -27,8 +31,11 @@ from postroad.control.v1 import (
     provider_service_pb2,
     routing_rule_service_pb2,
 )
+from postroad.sdk.errors import PostroadError, ResourceExhaustedError
 
 DEFAULT_TIMEOUT_S = 30.0
+MAX_WAITS = 5
+REQUESTS_EXHAUSTED = "REQUESTS_EXHAUSTED"
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _SECRET_FIELDS = frozenset({"secret", "enrollment_token"})
 _READS = ("Get", "List", "Wait")
@@ -80,6 +87,17 @@ def is_repeatable(method: MethodDescriptor) -> bool:
     return "request_id" in method.input_type.fields_by_name and not shows_secret
 
 
+def wait_before_repeating_s(method: str, error: PostroadError, waits: int, remaining_s: float) -> float | None:
+    """Return how long to wait before `/package.Service/Method` is called again; None when it is not to be.
+
+    `waits` is how often this call waited already, `remaining_s` what is left of its timeout.
+    """
+    wait_s = error.details.retry_after_s
+    if not isinstance(error, ResourceExhaustedError) or wait_s is None or waits >= MAX_WAITS or wait_s >= remaining_s:
+        return None
+    return wait_s if error.reason == REQUESTS_EXHAUSTED or method in _REPEATABLE else None
+
+
 def fill_request_id(request: Any) -> None:
     """Give the request an id where it has the field and the caller did not."""
     if "request_id" in request.DESCRIPTOR.fields_by_name and not request.request_id:
@@ -91,6 +109,11 @@ def methods() -> Iterator[MethodDescriptor]:
     for file in _FILES:
         for service in file.services_by_name.values():
             yield from service.methods
+
+
+_REPEATABLE = frozenset(
+    f"/{method.containing_service.full_name}/{method.name}" for method in methods() if is_repeatable(method)
+)
 
 
 def _service_config() -> str:

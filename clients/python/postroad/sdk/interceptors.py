@@ -1,18 +1,21 @@
 """What happens around each call, for sync and async channels: request ids, deadlines, and errors as exceptions.
 
-Both kinds do the same. A unary call without a timeout gets `DEFAULT_TIMEOUT_S`; a stream may last. `grpc.RpcError`
-never reaches a caller: it becomes a `PostroadError`, also in the middle of a stream.
+Both kinds do the same. A unary call without a timeout gets `DEFAULT_TIMEOUT_S`; a stream may last. A call that is to
+wait for its quota (channel.py says which) waits here. `grpc.RpcError` never reaches a caller: it becomes a
+`PostroadError`, also in the middle of a stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 
-from postroad.sdk.channel import DEFAULT_TIMEOUT_S, fill_request_id
+from postroad.sdk.channel import DEFAULT_TIMEOUT_S, fill_request_id, wait_before_repeating_s
 from postroad.sdk.errors import PostroadError, to_error
 
 
@@ -27,17 +30,31 @@ class _Details(NamedTuple):
     compression: grpc.Compression | None = None
 
 
-def _with_timeout(details: Any) -> Any:
-    if details.timeout is not None:
-        return details
-    return _Details(
-        details.method,
-        DEFAULT_TIMEOUT_S,
-        details.metadata,
-        details.credentials,
-        details.wait_for_ready,
-        getattr(details, "compression", None),
-    )
+class _Patience:
+    """What one unary call may take, its waits for a quota included."""
+
+    def __init__(self, details: Any, clock: Callable[[], float]) -> None:
+        self._details = details
+        self._clock = clock
+        self._end_s = clock() + (DEFAULT_TIMEOUT_S if details.timeout is None else details.timeout)
+        self._waits = 0
+
+    def details(self) -> _Details:
+        """The details of the next try, with the time that is left as its timeout."""
+        given = self._details
+        compression = getattr(given, "compression", None)
+        left_s = max(0.0, self._end_s - self._clock())
+        return _Details(given.method, left_s, given.metadata, given.credentials, given.wait_for_ready, compression)
+
+    def wait_s(self, error: PostroadError) -> float:
+        """How long to wait before the next try; raises `error` when there is to be none."""
+        method = self._details.method
+        name = method.decode() if isinstance(method, bytes) else method
+        wait_s = wait_before_repeating_s(name, error, self._waits, self._end_s - self._clock())
+        if wait_s is None:
+            raise error from None
+        self._waits += 1
+        return wait_s
 
 
 def _translated(error: Any) -> PostroadError:
@@ -47,15 +64,24 @@ def _translated(error: Any) -> PostroadError:
 class SyncInterceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
     """For `grpc.secure_channel`."""
 
+    def __init__(
+        self, sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._sleep = sleep
+        self._clock = clock
+
     def intercept_unary_unary(self, continuation: Callable[..., Any], client_call_details: Any, request: Any) -> Any:
         """One request, one answer; blocks until it is there."""
         fill_request_id(request)
-        call = continuation(_with_timeout(client_call_details), request)
-        try:
-            call.result()
-        except grpc.RpcError as error:
-            raise _translated(error) from None
-        return call
+        patience = _Patience(client_call_details, self._clock)
+        while True:
+            call = continuation(patience.details(), request)
+            try:
+                call.result()
+            except grpc.RpcError as error:
+                self._sleep(patience.wait_s(_translated(error)))
+            else:
+                return call
 
     def intercept_unary_stream(self, continuation: Callable[..., Any], client_call_details: Any, request: Any) -> Any:
         """One request, many answers."""
@@ -85,16 +111,27 @@ class SyncStream:
 class AsyncUnaryInterceptor(grpc.aio.UnaryUnaryClientInterceptor):
     """For unary calls on `grpc.aio.secure_channel`."""
 
+    def __init__(
+        self,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sleep = sleep
+        self._clock = clock
+
     async def intercept_unary_unary(
         self, continuation: Callable[..., Any], client_call_details: Any, request: Any
     ) -> Any:
         """One request, one answer; cancelling the caller cancels the call."""
         fill_request_id(request)
-        call = await continuation(_with_timeout(client_call_details), request)
-        try:
-            return await call
-        except grpc.aio.AioRpcError as error:
-            raise _translated(error) from None
+        patience = _Patience(client_call_details, self._clock)
+        while True:
+            call = await continuation(patience.details(), request)
+            try:
+                return await call
+            except grpc.aio.AioRpcError as error:
+                wait_s = patience.wait_s(_translated(error))
+            await self._sleep(wait_s)
 
 
 class AsyncStreamInterceptor(grpc.aio.UnaryStreamClientInterceptor):
