@@ -72,12 +72,16 @@ class KeyHead(NamedTuple):
 
 
 class StoredMessage(NamedTuple):
-    """A message read back: `recipients` are those not terminal yet; `reported`: its envelope is in a record."""
+    """A message read back: `recipients` are those not terminal yet; `reported`: its envelope is in a record.
+
+    `canonical` says that its line ends were looked at while it was read; False where nobody has looked.
+    """
 
     envelope: Envelope
     content: bytes
     recipients: tuple[RecipientRow, ...]
     reported: bool
+    canonical: bool = False
 
 
 class RecipientChange(NamedTuple):

@@ -33,7 +33,16 @@ from enum import IntEnum
 from dataplane.core.config import TlsPolicy
 from dataplane.core.normalize import enhanced_code, safe_text
 from dataplane.core.reply_reader import MalformedReplyError, Reply, ReplyReader
-from dataplane.core.transaction import Login, Transaction, Verdict, VerdictKind, frame_content, mail_parameters
+from dataplane.core.transaction import (
+    PIECE_BYTES,
+    Framing,
+    Login,
+    Transaction,
+    Verdict,
+    VerdictKind,
+    frame_content,
+    mail_parameters,
+)
 
 
 class Phase(IntEnum):
@@ -99,6 +108,7 @@ class Client:
     __slots__ = (
         "_accepted_count",
         "_capabilities",
+        "_framing",
         "_handlers",
         "_hostname",
         "_login",
@@ -115,6 +125,7 @@ class Client:
         "_transaction_count",
         "_verdicts",
         "answered",
+        "content_left",
         "failure",
         "outcome",
         "phase",
@@ -135,6 +146,7 @@ class Client:
         self.failure: Verdict | None = None
         self.outcome: tuple[Verdict, ...] | None = None
         self.answered = False  # whether the present transaction got any reply
+        self.content_left = False  # whether `next_piece` has more: then the final dot has not been given out
         self.reusable = False
         self.reply_count = 0  # whole replies so far: what moves a timer
         self._hostname = hostname
@@ -148,6 +160,7 @@ class Client:
         self._capabilities: dict[str, str] = {}
         self._pipelining = False
         self._transaction = _NO_TRANSACTION
+        self._framing: Framing | None = None
         self._transaction_count = 0
         self._verdicts: list[Verdict | None] = []  # None: accepted, or not answered yet
         self._accepted_count = 0
@@ -181,6 +194,16 @@ class Client:
         if output:
             self._output = []
         return output
+
+    def next_piece(self) -> bytes:
+        """Return what follows of a large content, once what was returned before has left; only if `content_left`."""
+        if self._framing is None:
+            return b""
+        piece, is_last = self._framing.next()
+        if is_last:
+            self._framing = None
+            self.content_left = False
+        return piece
 
     def receive(self, data: bytes) -> Signal:
         """Take bytes of the remote. After DONE `outcome` has the transaction's end, after CLOSE the session is over."""
@@ -249,7 +272,8 @@ class Client:
             return self._fail(reason)
         self._output = []
         if self.phase is Phase.CONTENT:
-            kind = VerdictKind.UNCERTAIN if dot_may_have_left else VerdictKind.INTERRUPTED
+            uncertain = dot_may_have_left and not self.content_left
+            kind = VerdictKind.UNCERTAIN if uncertain else VerdictKind.INTERRUPTED
             return self._finish(Verdict(kind, 0, "4.4.2", reason), reusable=False)
         verdict = Verdict(VerdictKind.INTERRUPTED, 0, "4.4.2", reason)
         if self.phase is Phase.ENVELOPE:
@@ -397,12 +421,22 @@ class Client:
             self._output.append(b".\r\n")
             return Signal.NOTHING
         self.phase = Phase.CONTENT
-        self._output.extend(frame_content(self._transaction.content))
+        content = self._transaction.content
+        if len(content) > PIECE_BYTES:
+            self._framing = Framing(content)
+            self.content_left = True
+        else:
+            self._output.extend(frame_content(content))
         return Signal.NOTHING
 
     def _on_content(self, reply: Reply) -> Signal:
         if 300 <= reply.code < 400:
             return self._out_of_step("malformed reply: 3yz to the final dot")
+        if self.content_left:
+            # A refusal in the midst is believed, an acceptance cannot be one; either way the rest cannot follow.
+            if reply.code < 300:
+                return self._out_of_step("reply before the final dot")
+            return self._finish(_verdict(reply), reusable=False)
         return self._finish(_verdict(reply), reusable=reply.code != _SERVICE_CLOSING)
 
     def _on_lone_dot(self, reply: Reply) -> Signal:
@@ -433,6 +467,8 @@ class Client:
         """End the transaction; recipients without a verdict get this one."""
         self.outcome = tuple([known or verdict for known in self._verdicts])
         self._transaction = _NO_TRANSACTION
+        self._framing = None
+        self.content_left = False
         self.reusable = reusable and not self._reader.pending
         self.phase = Phase.READY if self.reusable else Phase.CLOSED
         return Signal.DONE
@@ -451,9 +487,9 @@ class Client:
         """What came cannot have been an answer to what was asked: nothing is believed that 354 did not confirm."""
         if self._transaction is _NO_TRANSACTION:
             return self._fail(reason)
-        if self.phase is Phase.CONTENT:
+        if self.phase is Phase.CONTENT and not self.content_left:
             return self._finish(Verdict(VerdictKind.UNCERTAIN, 0, "4.5.0", reason), reusable=False)
-        if self.phase is not Phase.LONE_DOT:
+        if self.phase not in (Phase.LONE_DOT, Phase.CONTENT):
             self._forget_refusals()
         return self._finish(Verdict(VerdictKind.TEMPORARY, 0, "4.5.0", reason), reusable=False)
 

@@ -65,7 +65,7 @@ def mail_parameters(transaction: Transaction, capabilities: Mapping[str, str]) -
     addresses = sender + "".join(recipients)
     if not addresses.isprintable() and any(character < " " or character == "\x7f" for character in addresses):
         return _refusal("5.1.3", "control characters in an address"), ""
-    if not verified and not _is_canonical(content):
+    if not verified and not is_canonical(content):
         return _refusal("5.6.0", "content with bare CR or LF"), ""
     parameters = f" SIZE={len(content)}" if "SIZE" in capabilities else ""
     if body_8bit:
@@ -80,6 +80,46 @@ def mail_parameters(transaction: Transaction, capabilities: Mapping[str, str]) -
     return None, parameters
 
 
+PIECE_BYTES = 128 * 1024
+"""What is framed in one go: stuffing, and encrypting it afterwards, may not hold a loop up."""
+
+
+class Framing:
+    """The same as `frame_content`, piece by piece: what follows 354 for a content too large to be framed in one go."""
+
+    __slots__ = ("_content", "_piece_bytes", "_position")
+
+    def __init__(self, content: bytes, piece_bytes: int = PIECE_BYTES) -> None:
+        self._content = content
+        self._piece_bytes = piece_bytes
+        self._position = 0
+
+    def next(self) -> tuple[bytes, bool]:
+        """Return the next piece and whether it was the last one, with the final dot. Not to be called after that."""
+        content, start = self._content, self._position
+        end = self._cut(start)
+        piece = content[start:end]
+        self._position = end
+        if b"\r\n." in piece:
+            piece = piece.replace(b"\r\n.", b"\r\n..")
+        if piece[:1] == b"." and (start == 0 or content.endswith(b"\r\n", 0, start)):
+            piece = b"." + piece
+        if end < len(content):
+            return piece, False
+        return piece + (b".\r\n" if content[-2:] == b"\r\n" or not content else b"\r\n.\r\n"), True
+
+    def _cut(self, start: int) -> int:
+        """Where the piece ends: behind a line where one ends in it, never between the octets before a dot."""
+        content = self._content
+        end = start + self._piece_bytes
+        if end >= len(content):
+            return len(content)
+        line_end = content.rfind(b"\r\n", start, end)
+        if line_end > start:
+            return line_end + 2
+        return end - content.endswith(b"\r", start, end)
+
+
 def frame_content(content: bytes) -> list[bytes]:
     """Return what follows 354: the content with dots stuffed where a line begins with one, and the final dot."""
     if b"\r\n." in content:
@@ -91,9 +131,15 @@ def frame_content(content: bytes) -> list[bytes]:
     return [content, b".\r\n" if content[-2:] == b"\r\n" else b"\r\n.\r\n"]
 
 
-def _is_canonical(content: bytes) -> bool:
-    lines = content.count(b"\r\n")
-    return content.count(b"\n") == lines and content.count(b"\r") == lines
+def is_canonical(content: bytes, piece_bytes: int = PIECE_BYTES) -> bool:
+    """Whether CR and LF stand in it as CR LF only. Looks piece by piece: in a thread, others get their turns."""
+    for start in range(0, len(content), piece_bytes):
+        end = start + piece_bytes
+        lines = content.count(b"\r\n", start, end + 1)
+        line_feeds = content.count(b"\n", start + 1 if start else 0, end + 1)
+        if line_feeds != lines or content.count(b"\r", start, end) != lines:
+            return False
+    return True
 
 
 def _refusal(enhanced: str, text: str) -> Verdict:

@@ -17,13 +17,17 @@ from dataplane.delivery.connection import Connection
 
 @dataclass(slots=True)
 class Message:
-    """A message that delivery holds. `addresses` are all its recipients in order while it is not `reported`."""
+    """A message that delivery holds. `addresses` are all its recipients in order while it is not `reported`.
+
+    `canonical` says that this process has seen that the content's line ends are right.
+    """
 
     envelope: Envelope
     content: bytes
     addresses: tuple[str, ...]
     reported: bool
     open_count: int = 0
+    canonical: bool = False
 
 
 class Owner(Protocol):
@@ -73,6 +77,16 @@ class Attempt:
     failure: Verdict | None = None
     sending_s: float = 0.0
     connecting_ms: int = 0
+
+    @property
+    def recipient_count(self) -> int:
+        """See `connections.Job`."""
+        return len(self.rows)
+
+    @property
+    def size_bytes(self) -> int:
+        """See `connections.Job`."""
+        return len(self.message.content)
 
     def prepare(self, connection: Connection) -> Transaction | None:
         """See `connections.Job`."""

@@ -4,6 +4,7 @@ The dial (`transports`) opens it and waits on `opening` for READY or START_TLS; 
 transactions by `send` and hears of each end by `on_done`, and of the connection's own end by `on_closed`, exactly once,
 after the last `on_done`. Timers are the machine's, renewed by each reply and not by each byte, so that a reply that
 drips does not hold the connection; a transaction as a whole has TRANSACTION_LIMIT_S, whatever its parts were allowed.
+A large content leaves in pieces, one a turn of the loop, as the transport has room for them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import cast
 from dataplane.core.client import BLOCK_TIMEOUT_S, Client, Phase, Signal
 from dataplane.core.transaction import Transaction, Verdict, VerdictKind
 from dataplane.delivery.deadlines import NEVER, Deadlines
+from dataplane.delivery.limits import Lease
 from dataplane.ports import Clock
 
 IDLE_S = 30.0
@@ -36,6 +38,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, client: Client, remote_host: str, clock: Clock, deadlines: Deadlines) -> None:
         self.deadline_s = NEVER
         self.remote_host = remote_host
+        self.host = ""  # as the provider's settings name it
+        self.lease: Lease | None = None  # of connections at once, where they are limited
         self.tls = ""
         self.connecting_ms = 0  # what opening it took
         self.transaction_count = 0
@@ -48,6 +52,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._limit_s = NEVER  # of the transaction under way
         self._writing_paused = False
+        self._piece_due = False
         self._unsent_bytes = 0  # seen at the last look while writing is paused
         self._replies_seen = 0
         self._closed = False
@@ -67,7 +72,10 @@ class Connection(asyncio.Protocol):
     @property
     def dot_is_here(self) -> bool:
         """Whether a transaction is under way whose final dot has certainly not left."""
-        return self._client.phase is Phase.ENVELOPE or (self._client.phase is Phase.CONTENT and self._writing_paused)
+        client = self._client
+        return client.phase is Phase.ENVELOPE or (
+            client.phase is Phase.CONTENT and (self._writing_paused or client.content_left)
+        )
 
     def wait_for_tls(self) -> asyncio.Transport:
         """Return the transport to be upgraded; what comes in clear from now on ends the session."""
@@ -138,6 +146,8 @@ class Connection(asyncio.Protocol):
         """All but little has left: the reply is what is waited for."""
         self._writing_paused = False
         self._move_deadline()
+        if self._client.content_left:
+            self._send_soon()
 
     def deadline_passed(self, now_s: float) -> None:
         """A timer ran out."""
@@ -158,6 +168,8 @@ class Connection(asyncio.Protocol):
                 self._transport.write(output[0])
             else:
                 self._transport.writelines(output)
+        if self._client.content_left:
+            self._send_soon()
         if signal is Signal.NOTHING:
             if moved and not self._writing_paused:
                 self._move_deadline()
@@ -168,6 +180,21 @@ class Connection(asyncio.Protocol):
         elif not self.opening.done():
             self._move_deadline()
             self.opening.set_result(signal)
+
+    def _send_soon(self) -> None:
+        if not self._piece_due and not self._writing_paused:
+            self._piece_due = True
+            asyncio.get_running_loop().call_soon(self._send_piece)
+
+    def _send_piece(self) -> None:
+        """The next piece of a large content."""
+        self._piece_due = False
+        if self._closed or self._writing_paused or not self._client.content_left or self._transport is None:
+            return
+        self._move_deadline()
+        self._transport.write(self._client.next_piece())
+        if self._client.content_left:
+            self._send_soon()
 
     def _move_deadline(self) -> None:
         timeout_s = self._client.timeout_s

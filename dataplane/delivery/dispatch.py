@@ -227,8 +227,8 @@ class Dispatcher:
             apply_transforms(self._transforms, envelope, attempt.message.content),
             envelope.smtputf8,
             envelope.body_8bit,
-            # Ingress counted the line ends of what it handed over, and nothing has touched it since.
-            verified=not attempt.read_back_for and not self._transforms,
+            # Nothing has touched the content since its line ends were looked at.
+            verified=attempt.message.canonical and not self._transforms,
         )
 
     def done(self, attempt: Attempt, connection: Connection, verdicts: tuple[Verdict, ...]) -> None:

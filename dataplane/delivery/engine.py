@@ -225,7 +225,9 @@ class DeliveryEngine:
 
     def deliver(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> None:
         """Deliver a message whose rows are committed as `sending`, attempt 1."""
-        message = Message(envelope, content, tuple([row.address for row in recipients]), reported=False)
+        addresses = tuple([row.address for row in recipients])
+        # Ingress counted the line ends of what it hands over.
+        message = Message(envelope, content, addresses, reported=False, canonical=True)
         plan = make_plan(self._config, envelope, recipients, self._clock.wall_ms())
         if plan.held is not None or self._stopping:
             self._reporter.watch(message)
@@ -309,7 +311,7 @@ class DeliveryEngine:
         reported = stored.reported or self._reporter.is_reported(message_id)
         self._reporter.take(message_id)
         addresses = () if reported else tuple([row.address for row in stored.recipients])
-        return Message(stored.envelope, stored.content, addresses, reported)
+        return Message(stored.envelope, stored.content, addresses, reported, canonical=stored.canonical)
 
     def _expire(
         self, stored: StoredMessage, rows: Sequence[RecipientRow], plan: Plan, moment: Moment, reason: Verdict

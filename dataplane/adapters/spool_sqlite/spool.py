@@ -51,6 +51,7 @@ from dataplane.adapters.spool_sqlite.transaction import (
 from dataplane.core.envelope import Envelope, RecipientRow
 from dataplane.core.ids import MessageId, format_message_id, message_id_time_ms
 from dataplane.core.queue import TERMINAL
+from dataplane.core.transaction import is_canonical
 from dataplane.failpoints import failpoint
 from dataplane.ports import (
     Clock,
@@ -362,9 +363,10 @@ class SqliteSpool:
             loaded = self._read(self._reader.load, message_id)
             if loaded is None:
                 return None
-            content = loaded.content
-            if content is None:
-                content = await self.in_file_thread(_read_content, self._contents, message_id, loaded)
+            if loaded.content is None:
+                content, canonical = await self.in_file_thread(_read_content, self._contents, message_id, loaded)
+            else:
+                content, canonical = loaded.content, False
         except DamagedRowError as error:
             raise await self._set_aside(message_id, str(error)) from error
         except FileNotFoundError:
@@ -374,7 +376,7 @@ class SqliteSpool:
             raise await self._set_aside(message_id, "the file of the content is gone") from None
         except OSError as error:
             raise SpoolError("a content cannot be read") from error
-        return StoredMessage(loaded.envelope, content, loaded.recipients, loaded.reported)
+        return StoredMessage(loaded.envelope, content, loaded.recipients, loaded.reported, canonical)
 
     async def _set_aside(self, message_id: MessageId, reason: str) -> SpoolError:
         future: asyncio.Future[None] = self._loop.create_future()
@@ -500,8 +502,9 @@ def _next_incarnation(writer: apsw.Connection, identity: SpoolIdentity) -> Spool
     return SpoolIdentity(identity.spool, identity.node, max(stored, identity.incarnation) + 1)
 
 
-def _read_content(contents: Contents, message_id: MessageId, loaded: Loaded) -> bytes:
+def _read_content(contents: Contents, message_id: MessageId, loaded: Loaded) -> tuple[bytes, bool]:
+    """Return a content and whether its line ends are right, which takes too long for the loop to find out."""
     content = contents.read(message_id)
     if message_checksum(message_id, loaded.envelope_bytes, content) != loaded.checksum:
         raise DamagedRowError("the file of the content does not match its checksum")
-    return content
+    return content, is_canonical(content)
