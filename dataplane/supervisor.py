@@ -256,6 +256,8 @@ class Supervisor:
         if child.spools and child.restarts.is_failing and others and self._quarantine(child):
             self._close_to_new_connections(child)
             child.given_up, child.start_due = True, None
+            # The node serves again, with fewer: that is news.
+            self._announced = False
             return
         if child.restarts.is_failing:
             self._log.info("process.failing", name=child.name, retry_in_s=wait_s)

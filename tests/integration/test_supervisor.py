@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import hashlib
 import json
 import os
 import signal
@@ -13,91 +11,36 @@ import smtplib
 import socket
 import subprocess
 from collections.abc import AsyncIterator
-from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiosmtpd.smtp import SMTP
 
 from dataplane.data_dir import LONGEST_DATA_DIR_BYTES, DataDirError, lock_data_dir, prepare_data_dir
 from dataplane.listening_sockets import bind_listeners
 from dataplane.settings import ListenerSettings, Settings
 from dataplane.spool_folders import assign_spools
 from dataplane.supervisor import READY_FILE, Child, Supervisor
-from postroad.config.v1 import bundle_pb2 as pb
 from postroad.config.v1.denials_pb2 import Denial, DenialSet
 from postroad.node.v1.config_stream_service_pb2 import (
     Command,
     Denials,
     Directive,
-    Snapshot,
     StreamConfigResponse,
 )
 from postroad.node.v1.ledger_pb2 import RECIPIENT_STATE_SENT, LedgerRecord
 from support.ingress import Log
-from support.node_plane import WAIT_S, ControlPlane, Pki, Stream, control_plane
-from support.node_process import NodeProcess, running, starting, wait_gone, write_settings
+from support.node_mail import Sink, configure, connected, listening_sink, send
+from support.node_plane import WAIT_S, ControlPlane, Pki, control_plane
+from support.node_process import running, starting, wait_gone, write_settings
 
 pytestmark = pytest.mark.timeout(120)
 
 
-def bundle(name: str, kind: pb.BundleKind.ValueType, content: bytes) -> pb.Bundle:
-    return pb.Bundle(name=name, kind=kind, revision=1, hash=hashlib.sha256(content).digest(), content=content)
-
-
-def demo_snapshot(sink_port: int) -> StreamConfigResponse:
-    account = pb.AccountBundle(
-        account="accounts/demo", uid="3b1c1bb0-29f5-4d6c-8f0c-0d6d1f2a7c11", sender_domains=["example.com"]
-    )
-    account.retry_policy.base.seconds = 1
-    account.retry_policy.factor = 1
-    account.retry_policy.cap.seconds = 1
-    account.retry_policy.lifetime.seconds = 432_000
-    provider = account.providers.add(name="accounts/demo/providers/out")
-    provider.smtp.endpoints.add(host="127.0.0.1", port=sink_port)
-    provider.smtp.tls_policy = pb.SmtpProvider.TLS_POLICY_NONE
-    provider.smtp.max_connections = 20
-    provider.smtp.max_messages_per_connection = 100
-    rule = account.rules.add(name="accounts/demo/routingRules/default", priority=1)
-    rule.targets.add(provider="accounts/demo/providers/out")
-    networks = pb.NetworksBundle(bindings=[pb.NetworksBundle.Binding(network="127.0.0.0/8", account="accounts/demo")])
-    settings = pb.NodeSettingsBundle(max_message_bytes=26_214_400, max_recipients=1_000, node_count=1)
-    bundles = [
-        bundle("accounts/demo", pb.BUNDLE_KIND_ACCOUNT, account.SerializeToString()),
-        bundle("pools/default/networks", pb.BUNDLE_KIND_NETWORKS, networks.SerializeToString()),
-        bundle("pools/default/settings", pb.BUNDLE_KIND_NODE_SETTINGS, settings.SerializeToString()),
-    ]
-    return StreamConfigResponse(
-        snapshot=Snapshot(nonce="n1", complete=True, bundle_count=3, bundles=bundles, node_pool="nodePools/default")
-    )
-
-
-class Sink:
-    """An SMTP server that takes everything."""
-
-    def __init__(self) -> None:
-        self.received: asyncio.Queue[bytes] = asyncio.Queue()
-        self.port = 0
-        self.reply = "250 taken"
-
-    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
-        self.received.put_nowait(envelope.content)
-        return self.reply
-
-    async def next(self) -> bytes:
-        async with asyncio.timeout(WAIT_S):
-            return await self.received.get()
-
-
 @pytest.fixture
 async def sink() -> AsyncIterator[Sink]:
-    made = Sink()
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: SMTP(made, loop=loop), "127.0.0.1", 0)
-    made.port = server.sockets[0].getsockname()[1]
-    yield made
-    server.close()
+    async with listening_sink() as made:
+        yield made
 
 
 @pytest.fixture
@@ -110,27 +53,6 @@ async def plane() -> AsyncIterator[ControlPlane]:
 def settings_file(tmp_path: Path, plane: ControlPlane) -> Path:
     plane.pki.write_identity(tmp_path / "data")
     return write_settings(tmp_path, plane.address)
-
-
-async def configure(plane: ControlPlane, sink: Sink) -> Stream:
-    stream = await plane.next_stream()
-    stream.send(demo_snapshot(sink.port))
-    await stream.ack("n1")
-    return stream
-
-
-def send_now(port: int, subject: str) -> None:
-    message = EmailMessage()
-    message["From"] = "app@example.com"
-    message["To"] = "someone@example.net"
-    message["Subject"] = subject
-    message.set_content("Hello")
-    with smtplib.SMTP("127.0.0.1", port, local_hostname="client.example", timeout=WAIT_S) as client:
-        client.send_message(message)
-
-
-async def send(node: NodeProcess, subject: str) -> None:
-    await asyncio.to_thread(send_now, node.smtp_port, subject)
 
 
 async def test_mail_goes_through_a_node_and_is_reported(settings_file: Path, plane: ControlPlane, sink: Sink) -> None:
@@ -243,8 +165,7 @@ def test_who_waits_for_a_worker_that_is_left_out_is_told_so_and_not_before_its_s
     supervisor._workers = [worker, Child("worker-1", ["worker"], spools=["other"])]
     for _ in range(3):
         supervisor._plan_restart(worker, 1.0)
-    assert not worker.given_up
-    assert worker.start_due is not None
+    assert (worker.given_up, worker.start_due is not None) == (False, True)
     (tmp_path / "spool" / "gone").mkdir(parents=True)
     address = bound.getsockname()
     with socket.create_connection(address, WAIT_S) as waiting:
@@ -369,16 +290,6 @@ async def test_a_worker_that_cannot_keep_going_is_left_out_and_the_others_serve(
         await plane.wait_for_records(good, 5)
         assert list(plane.records) == [good]
         assert await node.stop() == 0
-
-
-@contextlib.asynccontextmanager
-async def connected(node: NodeProcess) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", node.smtp_port)
-    try:
-        async with asyncio.timeout(WAIT_S):
-            yield reader, writer
-    finally:
-        writer.close()
 
 
 async def test_an_idle_session_is_told_at_a_drain(settings_file: Path, plane: ControlPlane, sink: Sink) -> None:

@@ -77,6 +77,13 @@ class NodeProcess:
             return await self.process.wait()
 
 
+def log_events(settings_file: Path, event: str) -> list[dict[str, Any]]:
+    """The lines of this event that the node's processes wrote so far."""
+    lines = (settings_file.parent / "node.log").read_text(encoding="utf-8").splitlines()
+    found: list[dict[str, Any]] = [json.loads(line) for line in lines if line.startswith("{")]
+    return [line for line in found if line["event"] == event]
+
+
 async def wait_gone(pid: int) -> None:
     """Return when the process has ended; it need not be our child."""
     try:
@@ -95,18 +102,27 @@ async def wait_gone(pid: int) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(settings_file: Path, **environment: str) -> AsyncIterator[NodeProcess]:
-    """Start a node and wait until it serves; ends it whatever happens. Its log goes to node.log beside the settings."""
-    async with starting(settings_file, **environment) as node:
+async def running(
+    settings_file: Path, descriptors: int | None = None, **environment: str
+) -> AsyncIterator[NodeProcess]:
+    """Start a node and wait until it serves; ends it whatever happens. Its log goes to node.log beside the settings.
+
+    With `descriptors` no process of it may have more than so many.
+    """
+    async with starting(settings_file, descriptors, **environment) as node:
         await node.wait_ready()
         yield node
 
 
 @contextlib.asynccontextmanager
-async def starting(settings_file: Path, **environment: str) -> AsyncIterator[NodeProcess]:
+async def starting(
+    settings_file: Path, descriptors: int | None = None, **environment: str
+) -> AsyncIterator[NodeProcess]:
     """As `running`, without waiting."""
+    limited = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh"] if descriptors else []
     log = os.open(settings_file.parent / "node.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     process = await asyncio.create_subprocess_exec(
+        *limited,
         sys.executable,
         "-m",
         "dataplane",
