@@ -23,11 +23,14 @@ class ToolError(Exception):
     """A load tool is missing, failed, or did not finish in time."""
 
 
+_PACKAGES = {"node": "nodejs", "npm": "npm"}
+
+
 def find_tool(name: str) -> str:
-    """Return the path of a Postfix tool; ToolError says what to install."""
+    """Return the path of a program of Postfix or node; ToolError says what to install."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
     if found is None:
-        msg = f"{name} is missing: install Postfix (Debian: apt-get install postfix)"
+        msg = f"{name} is missing (Debian: apt-get install {_PACKAGES.get(name, 'postfix')})"
         raise ToolError(msg)
     return found
 
@@ -37,6 +40,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def is_listening(port: int) -> bool:
+    """Whether somebody takes connections on 127.0.0.1."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class Sink:
@@ -58,9 +67,8 @@ class Sink:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise ToolError(self._output.read_text(encoding="utf-8", errors="replace"))
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
+            if is_listening(self.port):
+                return
             time.sleep(_POLL_S)
         msg = "smtp-sink does not answer"
         raise ToolError(msg)

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from benchmarks.haraka import Haraka
 from benchmarks.load.run import Peer
 from benchmarks.postfix import Postfix
 from benchmarks.postroad import Postroad, Tenant
 from benchmarks.smtp_tools import ToolError
 
-NAMES = ("postroad", "postfix")
+NAMES = ("postroad", "postfix", "haraka")
 
 
 class Server(Peer, Protocol):
@@ -59,4 +60,4 @@ def start_peer(name: str, sink_ports: Mapping[str, int], needs: Needs, workers: 
         return Postroad(sink_ports["live"], workers=workers, tenants=tenants)
     if needs.places or needs.postroad_only:
         raise ToolError(f"this scenario needs accounts, TLS or the API, which {name} is not set up for here")
-    return Postfix(sink_ports["live"])
+    return Haraka(sink_ports["live"], workers) if name == "haraka" else Postfix(sink_ports["live"])
