@@ -42,6 +42,7 @@ from dataplane.busy_time import busy_time
 from dataplane.clock import SystemClock
 from dataplane.commands import CommandRunner
 from dataplane.delivery.engine import DeliveryEngine, Surroundings
+from dataplane.delivery.limits import DeliveryLimits
 from dataplane.descriptors import connection_room, descriptor_limit, open_descriptors
 from dataplane.forwarding import RecordForwarder
 from dataplane.ingress.address_counts import AddressCounts
@@ -105,6 +106,7 @@ class _Worker:
         self._engines: dict[str, DeliveryEngine] = {}
         self._counters = IngressCounters()
         self._limits: RedisLimiter | None = None
+        self._limiter = self._make_limiter()
         self._lag = LoopLag(self._clock.monotonic)
         self._node, self._view = self._open_config()
 
@@ -130,6 +132,8 @@ class _Worker:
     async def open(self, names: Sequence[str]) -> None:
         """Open the spools and make an engine for each; WorkerError."""
         resolver = CheckingResolver(self._clock, [str(one) for one in self._settings.delivery.allowed_private_networks])
+        limits = DeliveryLimits(self._limiter, self._view, os.urandom(8).hex(), self._log)
+        self._stack.callback(limits.close)
         for name in names:
             try:
                 spool = await SqliteSpool.open(
@@ -154,6 +158,7 @@ class _Worker:
                 window_bytes=self._settings.delivery.handover_bytes,
                 # A provider's number of connections is this worker's, whatever number of spools it has.
                 pools=first.pools if first is not None else None,
+                limits=limits,
             )
             self._log.info("spool.opened", spool=name, incarnation=spool.identity.incarnation)
 
@@ -169,12 +174,13 @@ class _Worker:
 
     async def serve(self, listener_fds: Sequence[int], signals: ProcessSignals) -> None:
         """Serve until told to end, then drain."""
-        limiter = await self._limiter()
-        self._stack.push_async_callback(limiter.close)
+        self._stack.push_async_callback(self._limiter.close)
+        if self._limits is not None:
+            await self._limits.start()
         room = connection_room(descriptor_limit(), open_descriptors())
         live = LiveSettings(self._settings, self._view, room, self._log)
         side = self._worker_side(live)
-        ingress = await self._start(limiter, listener_fds, live)
+        ingress = await self._start(listener_fds, live)
         async with asyncio.TaskGroup() as group:
             services = [
                 group.create_task(work)
@@ -197,13 +203,12 @@ class _Worker:
             for service in (*services, draining):
                 service.cancel()
 
-    async def _limiter(self) -> Limiter:
+    def _make_limiter(self) -> Limiter:
         local = LocalLimiter(self._clock.monotonic, self._share)
         if self._settings.redis is None:
             return local
         limiter = RedisLimiter(self._settings.redis.url.get_secret_value(), local, on_change=self._limiter_changed)
         self._limits = limiter
-        await limiter.start()
         return limiter
 
     def _share(self) -> int:
@@ -255,7 +260,7 @@ class _Worker:
         for engine in self._engines.values():
             yield from engine.counters.samples()
 
-    async def _start(self, limiter: Limiter, listener_fds: Sequence[int], live: LiveSettings) -> Ingress:
+    async def _start(self, listener_fds: Sequence[int], live: LiveSettings) -> Ingress:
         refused = {name for name in self._spools if is_refused(Path("spool") / name)}
         # Mail goes to the first spool that is not refused; the others deliver what they hold.
         primary = next((name for name in self._spools if name not in refused), next(iter(self._spools)))
@@ -270,7 +275,7 @@ class _Worker:
         submission = Submission(
             config=self._view,
             spool=self._spools[primary],
-            limiter=limiter,
+            limiter=self._limiter,
             handover=self._engines[primary],
             clock=self._clock,
             log=self._log,

@@ -126,6 +126,13 @@ class Destination:
         self.flow = Flow.THROTTLED
         return True
 
+    def given_up(self) -> None:
+        """A connection that was being opened was not tried: nothing is known that was not known before."""
+        if self._ready >= self.connections:
+            raise ForbiddenShapingError("no connection is being opened")
+        self.connections -= 1
+        self._cohort = max(0, self._cohort - 1)
+
     def disconnected(self) -> None:
         """A connection that was ready ended."""
         if self._ready == 0:

@@ -8,6 +8,10 @@ opened as jobs wait, at most what the destination's window allows and the worker
 of messages, when idle, when the provider's settings changed, and at anything the machine finds odd. A used connection
 that ended before it answered at all had been closed by the remote while idle: its job starts once more on another one.
 
+Limits (`limits`) are asked before a connection is opened and before each attempt; where nobody is to be asked nothing
+waits. A refusal lets the provider's jobs wait, the others go on. Above LONG_WAIT_S they do not wait here: they are
+turned away as from a dead provider, to their next target or back to the spool, and one comes back when it is time.
+
 Only failures to open a connection touch the destination's state (core/shaping). When it is found dead, every waiting
 job is told; the first one learns that the attempt was its own (`probed`).
 """
@@ -25,11 +29,14 @@ from dataplane.core.shaping import Destination, Flow
 from dataplane.core.transaction import Transaction, Verdict, VerdictKind
 from dataplane.delivery.connection import Connection, ConnectionFailedError
 from dataplane.delivery.counters import DeliveryCounters
-from dataplane.ports import Clock, EventLog
+from dataplane.delivery.limits import DeliveryLimits, LimitedError
+from dataplane.ports import Clock, EventLog, Grant, Take
 
 Dialer = Callable[[SmtpProvider], Coroutine[Any, Any, Connection]]
 
 WORKER_CONNECTION_LIMIT = 1_000
+LONG_WAIT_S = 5.0
+_LEAST_WAIT_S = 0.01
 
 # Lanes of an account in a provider's line.
 ACCEPTED_NOW = 0
@@ -41,6 +48,16 @@ _LOST = Verdict(VerdictKind.TEMPORARY, 0, "4.4.2", "connection lost")
 
 class Job(Protocol):
     """A message for recipients of one provider, of an account of that weight; `cost` as core/fair counts it."""
+
+    @property
+    def recipient_count(self) -> int:
+        """How many recipients."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Octets of content."""
+        ...
 
     account: str
     weight: int
@@ -89,12 +106,14 @@ class Pools:
         log: EventLog,
         *,
         connection_limit: int = WORKER_CONNECTION_LIMIT,
+        limits: DeliveryLimits | None = None,
     ) -> None:
         self.dialer = dialer
         self.clock = clock
         self.random = random
         self.counters = counters
         self.log = log
+        self.limits = limits
         self._followers: list[PoolsFollower] = []
         self._pools: dict[str, Pool] = {}
         self._connection_limit = connection_limit
@@ -210,6 +229,13 @@ class Pool:
         self._idle: list[Connection] = []
         self._feeding: set[Connection] = set()
         self._opening_count = 0
+        self._asking: dict[Connection, Job] = {}  # the limiter is asked for these
+        self._sending_waits = False  # for a limit; `_timer` ends it
+        self._dialling_waits = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._refused_since_s = 0.0  # connections; 0 when the last one was not refused
+        self._away_until_s = 0.0  # jobs were turned away for a limit
+        self._is_away = False
 
     @property
     def waiting_count(self) -> int:
@@ -233,8 +259,8 @@ class Pool:
     @property
     def is_blank(self) -> bool:
         """Whether forgetting this pool loses nothing."""
-        nothing = not self._jobs and not self._opening_count and not self.waiting_count
-        return nothing and self.destination.is_new
+        nothing = not self._jobs and not self._opening_count and not self.waiting_count and not self._asking
+        return nothing and self.destination.is_new and self._timer is None and not self._is_away
 
     @property
     def is_open(self) -> bool:
@@ -248,7 +274,8 @@ class Pool:
 
     def usable(self) -> bool:
         """Whether a job given now will be looked at before something changes."""
-        return self.destination.usable(self._pools.clock.monotonic())
+        now_s = self._pools.clock.monotonic()
+        return self.destination.usable(now_s) and now_s >= self._away_until_s
 
     def submit(self, job: Job, *, accepted_now: bool) -> None:
         """Take a job. It may have ended when this returns."""
@@ -260,11 +287,13 @@ class Pool:
         changed = provider != self.provider
         self.provider = provider
         self.destination.limit = provider.max_connections
+        self._away_until_s = 0.0
         if changed:
             self.close_idle()
 
     def retire(self) -> None:
         """The provider is gone or stopped: nothing new begins, what is under way ends as it does."""
+        self._is_away = False
         self.close_idle()
         self._turn_away()
 
@@ -276,7 +305,8 @@ class Pool:
 
     def take_waiting(self) -> list[Job]:
         """Give up all jobs that wait."""
-        jobs = [*self._again, *self._line.drain()]
+        jobs = [*self._asking.values(), *self._again, *self._line.drain()]
+        self._asking.clear()
         self._again.clear()
         return jobs
 
@@ -295,12 +325,15 @@ class Pool:
 
     def abort(self) -> None:
         """Cut every connection; their jobs are told."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         for connection in list(self._jobs):
             connection.abort("stopped")
 
     def pump(self) -> None:
         """Give jobs to idle connections and open more for those that wait."""
-        while self._idle and self.waiting_count:
+        while self._idle and self.waiting_count and not self._sending_waits:
             self._feed(self._idle.pop())
         self._dial_more()
 
@@ -308,6 +341,8 @@ class Pool:
 
     def _dial_more(self) -> None:
         pools = self._pools
+        if self._sending_waits or self._dialling_waits:
+            return
         while self.waiting_count > self._opening_count and not pools.stopping:
             now_s = pools.clock.monotonic()
             if not self.destination.may_connect(now_s):
@@ -333,6 +368,8 @@ class Pool:
             connection = await pools.dialer(provider)
         except ConnectionFailedError as error:
             self._dial_failed(error.verdict, error.remote_host)
+        except LimitedError as error:
+            self._dial_refused(error.wait_s)
         except asyncio.CancelledError:
             self._dial_failed(_BROKEN, "")
             raise
@@ -370,6 +407,7 @@ class Pool:
             self._dial_failed(_LOST, connection.remote_host)
             return
         self._opening_count -= 1
+        self._refused_since_s = 0.0
         self._pools.counters.connections_opened += 1
         was_dead = self.destination.flow is Flow.THROTTLED
         self.destination.succeeded()
@@ -395,21 +433,33 @@ class Pool:
                 self._idle.append(connection)
                 connection.rest()
                 break
+            if self._pools.limits is not None and self._ask(self._pools.limits, connection, job):
+                # It stays among those that are fed until the answer comes.
+                return
             transaction = job.prepare(connection)
             if transaction is not None:
-                self._jobs[connection] = job
-                self._pools.counters.attempts += 1
-                connection.send(transaction)
+                self._start(connection, job, transaction)
         self._feeding.discard(connection)
         if connection.reusable and self._jobs.get(connection) is None and connection not in self._idle:
             connection.leave()
 
+    def _start(self, connection: Connection, job: Job, transaction: Transaction) -> None:
+        if self._is_away:
+            self._is_away = False
+            self._pools.usable_again(self.provider.name)
+        self._jobs[connection] = job
+        self._pools.counters.attempts += 1
+        connection.send(transaction)
+
     def _is_used_up(self, connection: Connection) -> bool:
         provider = self._made_for[connection]
         stale = provider is not self.provider and provider != self.provider
+        stale = stale or (connection.lease is not None and connection.lease.lost)
         return stale or self._pools.stopping or connection.transaction_count >= provider.max_messages_per_connection
 
     def _next_job(self) -> Job | None:
+        if self._sending_waits:
+            return None
         return self._again.popleft() if self._again else self._line.take()
 
     def _done(self, connection: Connection, verdicts: tuple[Verdict, ...]) -> None:
@@ -437,11 +487,93 @@ class Pool:
         return all(verdict.kind is VerdictKind.INTERRUPTED for verdict in verdicts)
 
     def _closed(self, connection: Connection) -> None:
+        if connection.lease is not None:
+            connection.lease.release()
         self._jobs.pop(connection, None)
         self._made_for.pop(connection, None)
         if connection in self._idle:
             self._idle.remove(connection)
         self.destination.disconnected()
         self._pools.counters.connections_now -= 1
+        self.pump()
+        self._pools.connection_closed(self)
+
+    # --- limits
+
+    def _ask(self, limits: DeliveryLimits, connection: Connection, job: Job) -> bool:
+        """Ask whether a job may go; False when there is nobody to ask."""
+        takes = limits.takes(self.provider, connection.host, job.recipient_count, job.size_bytes)
+        if not takes:
+            return False
+        self._asking[connection] = job
+
+        def answer(grant: asyncio.Future[Grant]) -> None:
+            self._answered(limits, connection, job, takes, grant.result())
+
+        limits.ask(takes, answer)
+        return True
+
+    def _answered(
+        self, limits: DeliveryLimits, connection: Connection, job: Job, takes: tuple[Take, ...], grant: Grant
+    ) -> None:
+        """The limiter has answered. Meanwhile the job may have been taken back, and the connection have closed."""
+        self._feeding.discard(connection)
+        is_ours = self._asking.get(connection) is job
+        self._asking.pop(connection, None)
+        if grant.allowed:
+            if is_ours and connection.reusable and connection in self._jobs:
+                transaction = job.prepare(connection)
+                if transaction is not None:
+                    self._start(connection, job, transaction)
+                    return
+                is_ours = False
+            limits.refund(takes)
+        if is_ours:
+            self._again.appendleft(job)
+        if not grant.allowed:
+            self._sending_refused(grant.wait_s)
+        if connection in self._jobs:
+            self._feed(connection)
+        self.pump()
+
+    def _sending_refused(self, wait_s: float) -> None:
+        self._pools.counters.limited += 1
+        if wait_s > LONG_WAIT_S:
+            self._turn_away_for(wait_s)
+        else:
+            self._sending_waits = True
+            self._wake_in(wait_s)
+
+    def _dial_refused(self, wait_s: float) -> None:
+        """Limits allow no connection now; that says nothing of the destination."""
+        pools = self._pools
+        self._opening_count -= 1
+        pools.counters.connections_now -= 1
+        pools.counters.limited += 1
+        self.destination.given_up()
+        now_s = pools.clock.monotonic()
+        self._refused_since_s = self._refused_since_s or now_s
+        is_long = wait_s > LONG_WAIT_S or now_s - self._refused_since_s > LONG_WAIT_S
+        if is_long and not self.destination.connections:
+            self._turn_away_for(max(wait_s, LONG_WAIT_S))
+        else:
+            self._dialling_waits = True
+            self._wake_in(min(wait_s, LONG_WAIT_S))
+        pools.connection_closed(self)
+
+    def _turn_away_for(self, wait_s: float) -> None:
+        """Nothing can go for long: who waits here would only hold memory."""
+        self._is_away = True
+        self._away_until_s = self._pools.clock.monotonic() + wait_s
+        self._pools.found_dead(self.provider.name, self._away_until_s)
+        self._turn_away()
+
+    def _wake_in(self, wait_s: float) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(max(wait_s, _LEAST_WAIT_S), self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._sending_waits = self._dialling_waits = False
         self.pump()
         self._pools.connection_closed(self)

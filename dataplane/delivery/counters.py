@@ -30,6 +30,7 @@ class DeliveryCounters:
     connections_failed: int = 0
     connections_now: int = 0
     throttled: int = 0  # times a destination was found dead
+    limited: int = 0  # times a limit let a message or a connection wait
     settle_failures: int = 0  # settlements that the spool refused and that are tried again
     quarantined: int = 0  # messages that could not be read back
     records_alone: int = 0  # acceptances that were not settled in time to share a record

@@ -32,6 +32,7 @@ from dataplane.delivery.connections import Pools, PoolsFollower
 from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.deadlines import Deadlines
 from dataplane.delivery.dispatch import Dispatcher, Follower, Tools
+from dataplane.delivery.limits import DeliveryLimits
 from dataplane.delivery.outcome import Concluder, Moment, claim, claimed
 from dataplane.delivery.planning import Group, Held, Plan, make_plan
 from dataplane.delivery.recovery import Recovery
@@ -95,6 +96,7 @@ class DeliveryEngine:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         transforms: tuple[Transform, ...] = NO_TRANSFORMS,
         pools: Pools | None = None,
+        limits: DeliveryLimits | None = None,
     ) -> None:
         spool, config, resolver, encode, clock, random, log, hostname = surroundings
         self.counters = DeliveryCounters()
@@ -107,9 +109,9 @@ class DeliveryEngine:
         self._retry_clock = RetryClock(clock.wall_ms(), clock.monotonic())
         self._denied: deque[tuple[MessageId, tuple[RecipientRow, ...]]] = deque(maxlen=DENIED_LIMIT)
         self._deadlines = Deadlines(clock)
-        transport = SmtpTransport(resolver, config, hostname, clock, self._deadlines, connect_timeout_s)
+        transport = SmtpTransport(resolver, config, hostname, clock, self._deadlines, connect_timeout_s, limits)
         self._owns_pools = pools is None
-        self.pools = pools or Pools(transport.open, clock, random, self.counters, log)
+        self.pools = pools or Pools(transport.open, clock, random, self.counters, log, limits=limits)
         self._under_way: dict[str, int] = {}  # messages claimed and not ended, by the next hop they waited for
         self._claiming: dict[str, int] = {}  # of these, the ones whose claim is not committed
         self._settler = Settler(spool, self.counters, log)

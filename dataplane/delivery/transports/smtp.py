@@ -10,7 +10,8 @@ is left; refused credentials end it at once: another address would refuse them t
     REQUIRED            any                    no delivery
     REQUIRED_VERIFIED   verified for the host  no delivery
 
-Only addresses that the resolver let pass are dialled. TLS is 1.2 or newer. Cancellation closes what was open.
+Only addresses that the resolver let pass are dialled, and only as often as limits allow: LimitedError when those alone
+are in the way. TLS is 1.2 or newer. Cancellation closes what was open.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataplane.core.normalize import safe_text
 from dataplane.core.transaction import Login, Verdict, VerdictKind
 from dataplane.delivery.connection import Connection, ConnectionFailedError
 from dataplane.delivery.deadlines import Deadlines
+from dataplane.delivery.limits import DeliveryLimits, LimitedError
 from dataplane.ports import Clock, ConfigView, Resolver
 
 HANDSHAKE_TIMEOUT_S = 30.0
@@ -75,6 +77,7 @@ class SmtpTransport:
         clock: Clock,
         deadlines: Deadlines,
         connect_timeout_s: float,
+        limits: DeliveryLimits | None = None,
     ) -> None:
         self.connect_timeout_s = connect_timeout_s
         self._resolver = resolver
@@ -82,11 +85,12 @@ class SmtpTransport:
         self._hostname = hostname
         self._clock = clock
         self._deadlines = deadlines
+        self._limits = limits
         self._contexts = TlsContexts()
         self._failed_until_s: dict[str, float] = {}
 
     async def open(self, provider: SmtpProvider) -> Connection:
-        """Return a connection that is READY, or raise ConnectionFailedError."""
+        """Return a connection that is READY, or raise ConnectionFailedError or LimitedError."""
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 return await self._open(provider)
@@ -96,9 +100,12 @@ class SmtpTransport:
     async def _open(self, provider: SmtpProvider) -> Connection:
         login = self._login(provider)
         places, failure = await self._places(provider)
+        limited: LimitedError | None = None
         for endpoint, address in self._order(places):
             try:
-                connection = await self._open_at(provider, endpoint, address, login)
+                connection = await self._open_within_limits(provider, endpoint, address, login)
+            except LimitedError as error:
+                limited = limited or error
             except ConnectionFailedError as error:
                 failure = error
                 if error.verdict.code in _AUTH_CODES:
@@ -107,7 +114,7 @@ class SmtpTransport:
             else:
                 self._failed_until_s.pop(_remote_host(endpoint, address), None)
                 return connection
-        raise failure or ConnectionFailedError(_failure("no address"))
+        raise failure or limited or ConnectionFailedError(_failure("no address"))
 
     def _login(self, provider: SmtpProvider) -> Login | None:
         if not provider.username or provider.password is None:
@@ -140,6 +147,20 @@ class SmtpTransport:
         if len(self._failed_until_s) >= _FAILURE_LIMIT:
             self._failed_until_s.clear()
         self._failed_until_s[remote_host] = self._clock.monotonic() + RECENT_FAILURE_S
+
+    async def _open_within_limits(
+        self, provider: SmtpProvider, endpoint: Endpoint, address: str, login: Login | None
+    ) -> Connection:
+        lease = await self._limits.connect(provider, endpoint.host) if self._limits is not None else None
+        try:
+            connection = await self._open_at(provider, endpoint, address, login)
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        connection.host = endpoint.host
+        connection.lease = lease
+        return connection
 
     async def _open_at(
         self, provider: SmtpProvider, endpoint: Endpoint, address: str, login: Login | None
