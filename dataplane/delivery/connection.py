@@ -16,6 +16,7 @@ from typing import cast
 from dataplane.core.client import BLOCK_TIMEOUT_S, Client, Phase, Signal
 from dataplane.core.transaction import Transaction, Verdict, VerdictKind
 from dataplane.delivery.deadlines import NEVER, Deadlines
+from dataplane.delivery.limits import Lease
 from dataplane.ports import Clock
 
 IDLE_S = 30.0
@@ -37,6 +38,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, client: Client, remote_host: str, clock: Clock, deadlines: Deadlines) -> None:
         self.deadline_s = NEVER
         self.remote_host = remote_host
+        self.host = ""  # as the provider's settings name it
+        self.lease: Lease | None = None  # of connections at once, where they are limited
         self.tls = ""
         self.connecting_ms = 0  # what opening it took
         self.transaction_count = 0
