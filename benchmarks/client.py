@@ -87,19 +87,22 @@ async def _send(port: int, size_bytes: int, messages: int) -> float:
     return cost
 
 
-class _Peer(asyncio.Protocol):
-    """Answers without looking further than it must."""
+class Peer(asyncio.Protocol):
+    """Answers without looking further than it must. `taken` is called for each message."""
 
     def __init__(self) -> None:
         self._tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet."""
         self._transport = cast("asyncio.Transport", transport)
         self._transport.write(b"220 peer\r\n")
 
     def data_received(self, data: bytes) -> None:
+        """Answer what the last octets ask for."""
         tail = self._tail + data[-16:]
         if tail.endswith(b"\r\n.\r\n"):
+            self.taken()
             self._transport.write(_FINAL)
         elif tail.endswith(b"DATA\r\n"):
             self._transport.write(_ENVELOPE)
@@ -109,10 +112,13 @@ class _Peer(asyncio.Protocol):
             self._transport.write(_EHLO)
         self._tail = tail[-16:]
 
+    def taken(self) -> None:
+        """Take note of a message; here of none."""
+
 
 def _serve(pipe: Pipe) -> None:
     async def serve() -> None:
-        server = await asyncio.get_running_loop().create_server(_Peer, "127.0.0.1", 0)
+        server = await asyncio.get_running_loop().create_server(Peer, "127.0.0.1", 0)
         pipe.send(server.sockets[0].getsockname()[1])
         await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
         server.close()

@@ -44,6 +44,11 @@ PROVIDER = "providers/inbox"
 _ROUNDS = 5
 
 
+def account_names(count: int) -> list[str]:
+    """Names of so many accounts."""
+    return [f"accounts/a{number}" for number in range(count)]
+
+
 class PlainConfig:
     """`ports.ConfigView` of one provider that all of some accounts' mail goes to."""
 
@@ -54,7 +59,7 @@ class PlainConfig:
 
     def __init__(self, port: int, accounts: int, uid: str) -> None:
         self._provider = SmtpProvider(PROVIDER, "", (Endpoint("127.0.0.1", port),), TlsPolicy.NONE)
-        self.names = [f"accounts/a{number}" for number in range(accounts)]
+        self.names = account_names(accounts)
         self._accounts = {name: _compiled(name, uid) for name in self.names}
 
     def account(self, name: str) -> CompiledAccount | None:
