@@ -1,5 +1,6 @@
-"""Postroad and Postfix side by side: the same load, the same sink, in turn, in one run.
+"""Postroad and Postfix by a stranger's tools, smtp-source and smtp-sink: the same load, the same sink, in one run.
 
+It confirms what `postroad-bench` measures with tools of our own, which know more: latencies, and what was lost.
 `python -m benchmarks.comparison` prints a table and, with --json FILE, writes the figures. Rounds are interleaved, so
 that a machine that slows down slows both. What is compared is end to end: from the first connection of the load tool
 to the last message at the sink, durable on both sides (fsync before 250), with PostgreSQL and Valkey on Postroad's
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -65,14 +67,14 @@ def measure(name: str, peer: Peer, sink: Sink, load: Load) -> Round:
     )
 
 
-def compare(load: Load, rounds: int, messages: dict[str, int]) -> list[Round]:
+def compare(load: Load, rounds: int, messages: dict[str, int], workers: int) -> list[Round]:
     """Run both peers `rounds` times in turn, after a warm-up each."""
     results = []
     sink = Sink()
     peers: dict[str, Peer] = {}
     try:
         peers["postfix"] = Postfix(sink.port)
-        peers["postroad"] = Postroad(sink.port)
+        peers["postroad"] = Postroad(sink.port, workers=workers)
         for name, peer in peers.items():
             measure(name, peer, sink, _sized(load, min(load.sessions * 2, messages[name])))
         for number in range(rounds):
@@ -120,6 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--messages", type=int, default=20_000, help="messages a round for Postroad (20000)")
     parser.add_argument("--postfix-messages", type=int, default=5_000, help="messages a round for Postfix (5000)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each (3)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="workers of Postroad; one a core")
     parser.add_argument("--reconnect", action="store_true", help="a connection per message")
     parser.add_argument("--json", type=Path, help="write all figures there")
     return parser.parse_args()
@@ -138,7 +141,10 @@ def main() -> int:
     )
     try:
         results = compare(
-            load, arguments.rounds, {"postroad": arguments.messages, "postfix": arguments.postfix_messages}
+            load,
+            arguments.rounds,
+            {"postroad": arguments.messages, "postfix": arguments.postfix_messages},
+            arguments.workers,
         )
     except ToolError as error:
         sys.stderr.write(f"{error}\n")

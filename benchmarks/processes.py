@@ -50,6 +50,13 @@ def cpu_of(pid: int) -> float:
     return found[1] if found else 0.0
 
 
+def machine_busy_s() -> float:
+    """Return CPU seconds that all cores together were busy since the machine's start, with what was stolen from it."""
+    fields = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0].split()[1:]
+    user, nice, system, _idle, _wait, interrupts, soft_interrupts, stolen = map(int, fields[:8])
+    return (user + nice + system + interrupts + soft_interrupts + stolen) / _TICKS_PER_S
+
+
 def cpu_by_role(root: int, role_of: Callable[[str], str]) -> dict[str, float]:
     """Return CPU seconds of the tree by what `role_of` makes of each command line."""
     roles: dict[str, float] = {}

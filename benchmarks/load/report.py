@@ -33,6 +33,7 @@ def run_table(result: RunResult) -> str:
     for name, stream in result.streams.items():
         lines += _stream_lines(name, stream)
     lines += _cpu_lines(result)
+    lines.append(f"  other processes  {result.others_cores:8.2f} cores")
     if result.memory:
         grown = "  ".join(
             f"{role} {value / 1024:,.1f}" for role, value in result.memory["bytes_per_connection"].items() if value
@@ -85,6 +86,7 @@ def figures(result: RunResult) -> dict[str, float]:
         "answered_per_s": stream.answered_per_s,
         "delivered_per_s": stream.delivered_per_s,
         "cpu_us_per_message": result.cpu_us_per_message.get("total", 0.0),
+        "others_cores": result.others_cores,
     }
     for key in ("connect", "dot", "message", "arrival"):
         for each in ("p50", "p95", "p99", "max"):

@@ -53,6 +53,8 @@ class RunResult:
     peer: str
     seconds: float
     streams: dict[str, StreamResult]
+    # Cores that processes which have nothing to do with the run kept busy meanwhile.
+    others_cores: float
     cpu_s: dict[str, float]
     cpu_us_per_message: dict[str, float]
     load_cpu_us_per_message: dict[str, float]

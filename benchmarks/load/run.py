@@ -9,6 +9,7 @@ problems is no measurement. A stream that is not expected to arrive (its next ho
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import tempfile
 import time
@@ -23,7 +24,7 @@ from benchmarks.load.job import Job
 from benchmarks.load.latency import Percentiles, Timeline, merge, percentiles
 from benchmarks.load.ledgers import Verdict, add_verdicts, judge
 from benchmarks.load.results import RunResult, Stream, StreamResult, merge_timelines, rows
-from benchmarks.processes import cpu_of
+from benchmarks.processes import cpu_of, machine_busy_s
 
 _NS = 1_000_000_000
 _READY_S = 30.0
@@ -102,7 +103,8 @@ class Run:
             for job in shares(stream, folder):
                 self._processes.append(LoadProcess(stream.name, job, self._lines, stream.module))
         self._listen(lambda: all(process.is_ready for process in self._processes), _READY_S, lambda _: None)
-        cpu, sink_cpu = self._peer.cpu(), cpu_of(self._sink.pid)
+        cpu, sink_cpu, own_cpu = self._peer.cpu(), cpu_of(self._sink.pid), cpu_of(os.getpid())
+        busy = machine_busy_s()
         self._begin_ns = time.monotonic_ns()
         for process in self._processes:
             process.say("go")
@@ -113,7 +115,9 @@ class Run:
             self._problems.append("the server still holds mail or records that nobody has acknowledged")
         seconds = (time.monotonic_ns() - self._begin_ns) / _NS
         used = {role: seconds - cpu.get(role, 0.0) for role, seconds in self._peer.cpu().items()}
-        sink_used = cpu_of(self._sink.pid) - sink_cpu
+        sink_used, own_used = cpu_of(self._sink.pid) - sink_cpu, cpu_of(os.getpid()) - own_cpu
+        known = sum(used.values()) + sink_used + own_used + self._clients_cpu_s()
+        others_cores = max(machine_busy_s() - busy - known, 0.0) / seconds
         results = {stream.name: self._result(stream, folder) for stream in streams}
         messages = sum(result.verdict.answered for result in results.values() if result.is_mail)
         used["total"] = sum(used.values())
@@ -121,6 +125,7 @@ class Run:
             peer=self._peer.name,
             seconds=round(seconds, 3),
             streams=results,
+            others_cores=round(others_cores, 2),
             cpu_s={role: round(value, 3) for role, value in used.items()},
             cpu_us_per_message=_per_message(used, messages),
             load_cpu_us_per_message=_per_message({"clients": self._clients_cpu_s(), "sink": sink_used}, messages),

@@ -43,6 +43,7 @@ def run_result(peer: str = "postroad", phase: str = "load", **more: float) -> Ru
         peer=peer,
         seconds=3.0,
         streams={"load": stream_result(per_second=more.get("per_second", 100.0))},
+        others_cores=0.1,
         cpu_s={"worker": 0.001, "total": 0.001},
         cpu_us_per_message={"worker": 500.0, "total": 500.0},
         load_cpu_us_per_message={"clients": 60.0, "sink": 20.0},
