@@ -97,18 +97,19 @@ class Metrics:
         self._histograms = {spec.name: _histogram(spec, registry) for spec in METRICS if spec.kind == "histogram"}
         ProcessCollector(registry=registry)
 
-    def call_ended(self, method: str, status: str, seconds: float) -> None:
-        """A gRPC call ended: the method's full name, the name of its status."""
+    def call_ended(self, method: str, status: str, seconds: float | None) -> None:
+        """A gRPC call ended: the method's full name, the name of its status, seconds unless it streamed."""
         self._request_ended("POST", method, status, seconds, refused=status == "UNAUTHENTICATED")
 
-    def request_ended(self, verb: str, path: str, status: int, seconds: float) -> None:
-        """A request of the JSON API ended; `path` is the pattern of its route, UNKNOWN_PATH for none."""
+    def request_ended(self, verb: str, path: str, status: int, seconds: float | None) -> None:
+        """The same of the JSON API; `path` is the pattern of the route, UNKNOWN_PATH for none."""
         method = verb if verb in HTTP_VERBS else "other"
         self._request_ended(method, path, str(status), seconds, refused=status == _UNAUTHORIZED)
 
-    def _request_ended(self, method: str, path: str, status: str, seconds: float, *, refused: bool) -> None:
+    def _request_ended(self, method: str, path: str, status: str, seconds: float | None, *, refused: bool) -> None:
         self._counters["api_requests_total"].labels(method, path, status).inc()
-        self._histograms["api_request_duration_seconds"].observe(seconds)
+        if seconds is not None:
+            self._histograms["api_request_duration_seconds"].observe(seconds)
         if refused:
             self._counters["api_auth_failures_total"].inc()
 

@@ -120,13 +120,14 @@ async def test_a_reader_of_lines_that_reads_nothing_is_cut_off(
     monkeypatch.setattr(calls, "READER_S", 0.2)
     client = await stack.make_account("acme")
     message = await add_events(stack.database, "acme", MUCH)
-    http = HttpServer(bytes, [lambda app: add_json_api(app, stack.api.registry)])
+    ended: list[tuple[str, str, int, float | None]] = []
+    http = HttpServer(bytes, [lambda app: add_json_api(app, stack.api.registry, lambda *call: ended.append(call))])
     port = await http.start("127.0.0.1", 0)
     try:
         with socket.create_connection(("127.0.0.1", port)) as peer:
             path = f"/api/v1/accounts/acme/messages:watch?message={message}"
             peer.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.key}\r\n\r\n".encode())
-            await until(lambda: any(method.endswith("WatchEvents") for method, _, _ in stack.calls))
+            await until(lambda: bool(ended))
 
             peer.settimeout(10)
             got = await asyncio.to_thread(_rest, peer)
@@ -134,6 +135,8 @@ async def test_a_reader_of_lines_that_reads_nothing_is_cut_off(
         await http.stop()
     assert 0 < len(got) < MUCH * 500
     assert not got.endswith(b"0\r\n\r\n"), "cut off, not brought to an end"
+    ((verb, path, _, seconds),) = ended
+    assert (verb, path, seconds) == ("GET", "/api/v1/{parent=accounts/*}/messages:watch", None)
 
 
 def _rest(peer: socket.socket) -> bytes:

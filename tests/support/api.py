@@ -156,7 +156,7 @@ class ApiStack:
     channel: grpc.aio.Channel
     operator: Client
     signal: Signal
-    calls: list[tuple[str, str, float]]
+    calls: list[tuple[str, str, float | None]]
     numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     async def make_account(self, account: str, *scopes: str) -> Client:

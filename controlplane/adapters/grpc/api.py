@@ -65,7 +65,7 @@ def _utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def _ignore(_method: str, _status: str, _seconds: float) -> None:
+def _ignore(_method: str, _status: str, _seconds: float | None) -> None:
     """For those who do not measure."""
 
 

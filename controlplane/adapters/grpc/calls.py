@@ -2,9 +2,9 @@
 
 Contract. `Calls.unary` runs a handler and returns its answer, `Calls.stream` runs one that yields; both raise
 ApiStatusError for everything that went wrong, but for cancellation, which passes. The observer hears of each call
-that ended: full method name, name of the status, seconds. A unary call has a deadline of its own even if the caller
-set none. A stream is ended when its key no longer opens it, before the next answer, and by `take`, which carries each
-answer, when its reader does not take that within a minute.
+that ended: full method name, name of the status, seconds unless it streamed. A unary call has a deadline of its own
+even if the caller set none. A stream is ended when its key no longer opens it, before the next answer, and by `take`,
+which carries each answer, when its reader does not take that within a minute.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from controlplane.domain.access import Caller
 from controlplane.domain.errors import ControlPlaneError, DeadlineError, Reason, ResourceExhaustedError
 from controlplane.telemetry import get_logger
 
-CallObserver = Callable[[str, str, float], None]
-"""Told of each call that ended: method, status, seconds."""
+CallObserver = Callable[[str, str, float | None], None]
+"""Told of each call that ended: method, status, seconds (None for one that streamed)."""
 
 MAX_RECEIVE_BYTES = 4 * 1024 * 1024
 READER_S = 60.0
@@ -89,7 +89,7 @@ class Calls:
         self, method: str, metadata: Metadata, handle: Callable[[], AsyncIterator[Answer]], *, entered: bool = False
     ) -> AsyncGenerator[Answer, None]:
         """Run a handler that answers many times; closing the iterator closes the handler's."""
-        begun, ended = time.monotonic(), "CANCELLED"
+        ended = "CANCELLED"
         try:
             caller = await self._look(entered=entered)(method, metadata)
             with _as(caller):
@@ -106,7 +106,7 @@ class Calls:
             ended = code_of(status).name
             raise ApiStatusError(status) from error
         finally:
-            self._observe(method, ended, time.monotonic() - begun)
+            self._observe(method, ended, None)
 
     async def enter(self, method: str, metadata: Metadata) -> None:
         """Raise ApiStatusError when the key does not open the method; for who wants to know before it reads on.

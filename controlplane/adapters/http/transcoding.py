@@ -51,8 +51,8 @@ HTTP_STATUSES: dict[int, int] = {
     code_pb2.DATA_LOSS: 500,
 }
 
-RequestObserver = Callable[[str, str, int, float], None]
-"""Told of each request that ended: verb, pattern of the route, HTTP status, seconds."""
+RequestObserver = Callable[[str, str, int, float | None], None]
+"""Told of each request that ended: verb, pattern of the route, HTTP status, seconds (None for one that streamed)."""
 
 BODY_S = 30.0
 _HUNG_UP = 499
@@ -90,7 +90,8 @@ def add_json_api(
             raise
         finally:
             path = found.route.template if isinstance(found, Found) else UNKNOWN_PATH
-            observe(request.method, path, status, time.monotonic() - begun)
+            streamed = isinstance(found, Found) and found.route.method.server_streaming
+            observe(request.method, path, status, None if streamed else time.monotonic() - begun)
         return response
 
     async def answer(request: web.Request, found: Found) -> web.StreamResponse:
