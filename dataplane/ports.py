@@ -153,8 +153,8 @@ class Incoming(Protocol):
         """Octets given to `write` so far."""
         ...
 
-    def write(self, chunk: bytes) -> asyncio.Future[None]:
-        """Append; done means that the chunk's memory is free, not that it is durable.
+    def write(self, *pieces: bytes) -> asyncio.Future[None]:
+        """Append; done means that the pieces' memory is free, not that they are durable.
 
         After a failure (SpoolFullError, SpoolFailedError, SpoolError) the content is discarded, and what is written
         then fails as well.

@@ -140,9 +140,9 @@ class NullIncoming:
         self._ended = False
         self.size_bytes = 0
 
-    def write(self, chunk: bytes) -> asyncio.Future[None]:
-        """Count a piece."""
-        self.size_bytes += len(chunk)
+    def write(self, *pieces: bytes) -> asyncio.Future[None]:
+        """Count pieces."""
+        self.size_bytes += sum(map(len, pieces))
         return self._answer()
 
     def accept(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:

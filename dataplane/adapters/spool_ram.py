@@ -304,27 +304,28 @@ class RamIncoming:
     def __init__(self, spool: RamSpool, message_id: MessageId) -> None:
         self._spool = spool
         self._message_id = message_id
-        self._chunks: list[bytes] = []
+        self._pieces: list[bytes] = []
         self._error: SpoolError | None = None
         self.size_bytes = 0
 
-    def write(self, chunk: bytes) -> asyncio.Future[None]:
-        """Keep a piece. SpoolFullError above the capacity."""
-        if self._error is None and not self._spool.has_room(self.size_bytes + len(chunk)):
+    def write(self, *pieces: bytes) -> asyncio.Future[None]:
+        """Keep pieces. SpoolFullError above the capacity."""
+        size_bytes = sum(map(len, pieces))
+        if self._error is None and not self._spool.has_room(self.size_bytes + size_bytes):
             self.discard()
             self._error = SpoolFullError("the spool's capacity is used up")
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._error is not None:
             future.set_exception(self._error)
             return future
-        self._chunks.append(chunk)
-        self.size_bytes += len(chunk)
+        self._pieces += pieces
+        self.size_bytes += size_bytes
         future.set_result(None)
         return future
 
     def accept(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
         """Store the message with the content that was written."""
-        error, content = self._error, b"".join(self._chunks)
+        error, content = self._error, b"".join(self._pieces)
         self.discard()
         if error is None and envelope.message_id == self._message_id:
             return self._spool.accept(envelope, content, recipients)
@@ -334,7 +335,7 @@ class RamIncoming:
 
     def discard(self) -> None:
         """Forget the pieces."""
-        self._chunks.clear()
+        self._pieces.clear()
         self._error = self._error or SpoolError("the content was ended")
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import binascii
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -114,6 +115,21 @@ def scan(content: bytes) -> HeaderScan:
     if values is None:
         return _malformed(lines[0], end)
     return _read_values(values, end, len(fields))
+
+
+def head_of(pieces: Sequence[bytes]) -> bytes:
+    """Return as much of the beginning of a content in pieces as `scan` must see."""
+    first = pieces[0] if pieces else b""
+    if len(pieces) == 1 or len(first) > MAX_HEADER_BYTES + 4 or b"\r\n\r\n" in first:
+        return first
+    head: list[bytes] = []
+    size_bytes = 0
+    for piece in pieces:
+        head.append(piece)
+        size_bytes += len(piece)
+        if size_bytes > MAX_HEADER_BYTES + 4:
+            break
+    return b"".join(head)
 
 
 def _without_fields(header_bytes: int, problem: HeaderProblem | None = None) -> HeaderScan:

@@ -30,7 +30,7 @@ from dataplane.core import replies
 from dataplane.core.address import Mailbox
 from dataplane.core.config import NodeSettings, Target
 from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
-from dataplane.core.headers import HeaderScan, Receipt, format_date, prepare, received_line, scan
+from dataplane.core.headers import HeaderScan, Receipt, format_date, head_of, prepare, received_line, scan
 from dataplane.core.ids import MessageId, format_message_id, new_message_id
 from dataplane.core.policy import CompiledAccount, denied, secret_matches, split_username
 from dataplane.core.queue import State
@@ -107,14 +107,14 @@ class _Large:
     message_id: MessageId
     scanned: HeaderScan
     header_message_id: str
-    body_8bit: bool
-    received_bytes: int
+    body_8bit: bool = False
+    received_bytes: int = 0
 
-    def write(self, content: bytes) -> asyncio.Future[None]:
-        """Append what came."""
-        self.body_8bit = self.body_8bit or not content.isascii()
-        self.received_bytes += len(content)
-        return self.incoming.write(content)
+    def write(self, pieces: Sequence[bytes], added: bytes = b"") -> asyncio.Future[None]:
+        """Append what came, behind header fields that are `added`."""
+        self.body_8bit = self.body_8bit or not all(piece.isascii() for piece in pieces)
+        self.received_bytes += sum(map(len, pieces))
+        return self.incoming.write(added, *pieces)
 
 
 _NO_LIMITS = MessageLimits()
@@ -303,21 +303,19 @@ class Submitter:
 
         The first time there must be more than `headers.MAX_HEADER_BYTES` of it.
         """
-        content = b"".join(pieces)
         large = self._large
         if large is not None:
-            return large.write(content)
-        scanned = scan(content)
+            return large.write(pieces)
+        scanned = scan(head_of(pieces))
         refusal = self._content_refusal(scanned)
         if refusal is not None:
             self._shared.counters.messages_refused += 1
             return refusal
         now_ms = self._shared.clock.wall_ms()
         message_id = new_message_id(now_ms, self._shared.random(_RANDOM_OCTETS))
-        stored, header_message_id = self._complete(content, scanned, hello, now_ms, format_message_id(message_id))
-        incoming = self._shared.spool.receive(message_id)
-        self._large = _Large(incoming, message_id, scanned, header_message_id, not content.isascii(), len(content))
-        return incoming.write(stored)
+        added, header_message_id = self._complete(b"", scanned, hello, now_ms, format_message_id(message_id))
+        self._large = _Large(self._shared.spool.receive(message_id), message_id, scanned, header_message_id)
+        return self._large.write(pieces, added)
 
     def drop(self) -> None:
         """Forget what `spill` has put into a file, and give back what was granted."""
@@ -380,7 +378,7 @@ class Submitter:
         shared = self._shared
         if content:
             # Should this write fail, accepting fails with it.
-            large.write(content).add_done_callback(asyncio.Future.exception)
+            large.write([content]).add_done_callback(asyncio.Future.exception)
         envelope = self._envelope(
             large.message_id,
             large.incoming.size_bytes,

@@ -212,11 +212,11 @@ async def test_a_disk_that_fills_up_meanwhile_is_452_and_the_session_goes_on(fol
 class SlowIncoming(RamIncoming):
     """Pieces that stay in memory until the test lets them go."""
 
-    def write(self, chunk: bytes) -> asyncio.Future[None]:
-        super().write(chunk)
+    def write(self, *pieces: bytes) -> asyncio.Future[None]:
+        super().write(*pieces)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         assert isinstance(self._spool, SlowSpool)
-        self._spool.writes.append((len(chunk), future))
+        self._spool.writes.append((sum(map(len, pieces)), future))
         return future
 
 
@@ -271,7 +271,7 @@ async def test_octets_on_their_way_to_the_disk_count_after_their_client_has_left
         peer.writer.write(stuffed(make_body(SPILL_BYTES + 100_000)))
         await until(lambda: len(spool.writes) == 1)
         # Nobody reads, so nobody would hear of a client's reset: the deadline of DATA ends such a session.
-        (session,) = node.ingress.service._sessions  # noqa: SLF001 - as the deadline does it
+        (session,) = node.ingress.service._sessions
         session.abort()
         await until(lambda: not node.counters.sessions_active)
         assert node.counters.content_bytes > SPILL_BYTES

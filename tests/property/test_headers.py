@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataplane.core.headers import prepare, scan
+from dataplane.core.headers import MAX_HEADER_BYTES, head_of, prepare, scan
 
 _PIECES = st.sampled_from(
     [
@@ -61,3 +61,20 @@ def test_the_content_follows_unchanged_and_its_header_ends_where_it_ended(conten
         assert after.has_date
         assert after.has_message_id
         assert after.received_count == before.received_count + 1
+
+
+@given(
+    st.lists(
+        st.sampled_from([b"From: a@b.example\r\n", b"\r\n", b"x: y\r\n", b" folded\r\n", b"no field\r\n"]), max_size=12
+    ),
+    st.lists(st.integers(1, 30), max_size=6),
+    st.booleans(),
+)
+def test_what_is_seen_of_pieces_is_what_is_seen_of_the_whole(lines: list[bytes], cuts: list[int], long: bool) -> None:  # noqa: FBT001 - drawn, not called
+    content = b"".join(lines) + (b"filling: x\r\n" * (MAX_HEADER_BYTES // 12 + 2) if long else b"")
+    pieces, position = [], 0
+    for cut in [*cuts, len(content)]:
+        pieces.append(content[position : position + cut])
+        position += cut
+    pieces.append(content[position:])
+    assert scan(head_of(pieces)) == scan(content)

@@ -136,16 +136,17 @@ class SqliteIncoming:
         self._writing: list[asyncio.Future[None]] = []
         self._working = False
 
-    def write(self, chunk: bytes) -> asyncio.Future[None]:
-        """Append; done when it is in the file."""
+    def write(self, *pieces: bytes) -> asyncio.Future[None]:
+        """Append; done when they are in the file."""
         future: asyncio.Future[None] = self._loop.create_future()
-        if self._state is _State.OPEN and not self._host.promise(len(chunk)):
+        size_bytes = sum(map(len, pieces))
+        if self._state is _State.OPEN and not self._host.promise(size_bytes):
             self._end(SpoolFullError("the spool's disk is full"))
         if self._state is not _State.OPEN:
             future.set_exception(_copy(self._error))
             return future
-        self.size_bytes += len(chunk)
-        self._gathered.append(chunk)
+        self.size_bytes += size_bytes
+        self._gathered += pieces
         self._waiting.append(future)
         self._work()
         return future
