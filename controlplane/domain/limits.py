@@ -199,9 +199,22 @@ def slots_state(subject: str, look: Look, held: int) -> SubjectState:
 
 
 def replaced_subjects(limit: Limit, subjects: Iterable[str], others: Sequence[Limit]) -> set[str]:
-    """Return those of `subjects` for which another limit counts instead of `limit`, which names none."""
-    rivals = [other for other in others if _same_kind(other, limit) and _rank(other) < _rank(limit)]
-    return {subject for subject in subjects if any(_speaks_of(rival, subject) for rival in rivals)}
+    """Return those of `subjects` for which one of `others` counts instead of `limit`, which names none."""
+    if limit.scope is None or limit.unit is None:
+        return set()
+    value, at_once = config_of(limit), not limit.period_s
+    by_owner: dict[str | None, list[core.Limit]] = {}
+    for other in others:
+        by_owner.setdefault(other.account, []).append(config_of(other))
+    tables = {owner: core.LimitTable(limits) for owner, limits in by_owner.items()}
+    shared = tables.get(None, core.NO_LIMITS)
+    replaced = set()
+    for subject in subjects:
+        own = tables.get(subject.split("/")[1] if subject.startswith("accounts/") else None, core.NO_LIMITS)
+        counting = core.counting_limit(own, shared, value.scope, value.unit, subject, at_once=at_once)
+        if counting not in (None, value):
+            replaced.add(subject)
+    return replaced
 
 
 def _speaks_of(limit: Limit, subject: str) -> bool:

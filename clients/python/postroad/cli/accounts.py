@@ -43,6 +43,10 @@ Networks = Annotated[
     list[str] | None, typer.Option("--network", help="May submit without AUTH from here, in CIDR form; repeatable")
 ]
 DisplayName = Annotated[str | None, typer.Option("--display-name", help="For people")]
+Weight = Annotated[
+    int | None,
+    typer.Option("--delivery-weight", min=1, max=100, help="Turns of delivery beside other accounts; operators only"),
+]
 Pool = Annotated[str | None, typer.Option("--pool", help="Node pool that serves the account")]
 
 
@@ -54,10 +58,12 @@ def create_account(
     network: Networks = None,
     display_name: DisplayName = None,
     pool: Pool = None,
+    delivery_weight: Weight = None,
 ) -> None:
     """Create an account."""
     session = session_of(context)
     account = Account(display_name=display_name or "", sender_domains=sender_domain or [], networks=network or [])
+    account.delivery_weight = delivery_weight or 0
     if pool:
         account.node_pool = session.name("nodePools", pool, "")
     show(session, ACCOUNT, create(session, ACCOUNT, account_id, account))
@@ -66,11 +72,13 @@ def create_account(
 @app.command("update")
 def update_account(
     context: typer.Context,
+    *,
     name: Name,
     sender_domain: SenderDomains = None,
     network: Networks = None,
     display_name: DisplayName = None,
     pool: Pool = None,
+    delivery_weight: Weight = None,
     no_sender_domains: Annotated[bool, typer.Option("--no-sender-domains", help="Remove all")] = False,
     no_networks: Annotated[bool, typer.Option("--no-networks", help="Remove all")] = False,
 ) -> None:
@@ -84,6 +92,7 @@ def update_account(
             sender_domains=[] if no_sender_domains else sender_domain or None,
             networks=[] if no_networks else network or None,
             node_pool=session.name("nodePools", pool, "") if pool else None,
+            delivery_weight=delivery_weight,
         )
 
     show(session, ACCOUNT, update(session, ACCOUNT, ACCOUNT.name(session, name), change))

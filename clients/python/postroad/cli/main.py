@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from postroad.cli import accounts, contexts, credentials, inbox, messages, nodes, providers, rules
+from postroad.cli import accounts, contexts, credentials, inbox, limits, messages, nodes, providers, rules
 from postroad.cli.connection import ConnectionSettingsError, Flags
 from postroad.cli.output import Output, make_printer
 from postroad.cli.problems import CommandError, report
@@ -50,6 +50,7 @@ app.add_typer(credentials.credentials_app, name="credentials")
 app.add_typer(credentials.api_keys_app, name="api-keys")
 app.add_typer(providers.app, name="providers")
 app.add_typer(rules.app, name="rules")
+app.add_typer(limits.app, name="limits")
 app.add_typer(nodes.nodes_app, name="nodes")
 app.add_typer(nodes.pools_app, name="pools")
 app.command()(status)

@@ -149,6 +149,14 @@ def add_standard(app: typer.Typer, kind: Kind, *, shared: bool = False) -> None:
         session = session_of(context)
         show(session, kind, fresh(session, kind, kind.name(session, name)))
 
+    app.command("list", help=f"List the {words}s by name.")(list_own_or_shared if shared else list_own)
+    app.command("get", help=f"Show one {words}.")(get)
+    add_deletion(app, kind)
+
+
+def add_deletion(app: typer.Typer, kind: Kind) -> None:
+    """Give `app` the command delete."""
+
     def delete(context: typer.Context, name: Name, yes: Yes = False) -> None:
         session = session_of(context)
         full_name = kind.name(session, name)
@@ -160,8 +168,7 @@ def add_standard(app: typer.Typer, kind: Kind, *, shared: bool = False) -> None:
         if session.printer.is_json:
             session.printer.json({"name": full_name, "deleted": True})
 
-    app.command("list", help=f"List the {words}s by name.")(list_own_or_shared if shared else list_own)
-    app.command("get", help=f"Show one {words}.")(get)
+    words = kind.field.replace("_", " ")
     app.command("delete", help=f"Delete one {words}; asks first unless --yes or JSON is wanted.")(delete)
 
 
