@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import smtplib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from email.message import EmailMessage
 from pathlib import Path
@@ -171,28 +171,33 @@ class _Row(NamedTuple):
 
 def server_of(node: NodeProcess, connection: Connection) -> str:
     """The name of the worker that accepted the connection; empty while none has. Linux only."""
-    inodes = {row.inode for row in _rows() if row.local_port == node.smtp_port and row.remote_port == connection.port}
-    return next((name for name, held in _held_by_workers(node).items() if held & inodes - {0}), "")
+    return accepted_by(workers_of(node.ready), node.smtp_port, connection.port)
+
+
+def workers_of(ready: Mapping[str, Any]) -> dict[str, int]:
+    """Names and processes of the workers that a `node.ready` tells of."""
+    return {name: pid for name, pid in ready["processes"].items() if name != "agent"}
+
+
+def accepted_by(workers: Mapping[str, int], listening_port: int, client_port: int) -> str:
+    """The name of the worker that accepted the connection from this port; empty while none has. Linux only."""
+    inodes = {row.inode for row in _rows() if row.local_port == listening_port and row.remote_port == client_port}
+    return next((name for name, pid in workers.items() if _sockets(pid) & inodes - {0}), "")
 
 
 def waiting_for(node: NodeProcess, worker: str) -> int:
     """Connections that wait in the queue of the worker's listening socket. Linux only."""
-    held = _held_by_workers(node)[worker]
+    held = _sockets(node.ready["processes"][worker])
     return sum(row.waiting for row in _rows() if row.state == _LISTEN and row.inode in held)
 
 
-def _held_by_workers(node: NodeProcess) -> dict[str, set[int]]:
-    workers = {name: pid for name, pid in node.ready["processes"].items() if name != "agent"}
-    return {name: set(_sockets(pid)) for name, pid in workers.items()}
-
-
-def _sockets(pid: int) -> list[int]:
-    found = []
+def _sockets(pid: int) -> set[int]:
+    found = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):
             target = str(entry.readlink())
             if target.startswith("socket:["):
-                found.append(int(target[8:-1]))
+                found.add(int(target[8:-1]))
     return found
 
 
