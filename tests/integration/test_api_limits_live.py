@@ -8,8 +8,11 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import aiohttp
 import pytest
 
 from controlplane.adapters.redis.functions import RedisFunctions
@@ -24,6 +27,7 @@ from postroad.control.v1 import limit_pb2 as pb
 from postroad.control.v1 import limit_service_pb2 as service
 from postroad.localstack import ValkeyServer
 from support.api import ApiStack, Client, running_api
+from support.controlplane_app import serving
 from support.databases import Database
 from support.valkey_cluster import ValkeyCluster
 
@@ -198,9 +202,7 @@ async def test_counters_that_hang_cost_a_tenth_of_a_second_and_no_more(
     clock = Clock()
     heard: list[str] = []
     try:
-        async with api_on(
-            migrated_database, server.url(), timeout_s=0.1, clock=clock, on_change=heard.append
-        ) as stack:
+        async with api_on(migrated_database, server.url(), timeout_s=0.1, clock=clock, on_change=heard.append) as stack:
             name = await make(stack, "hourly", limit_of(LimitScope.ACCOUNT, LimitUnit.MESSAGE, 600))
             await until_known(stack, name, clock)
             heard.clear()
@@ -269,3 +271,37 @@ async def test_a_cluster_is_asked_where_its_keys_are(
             levels = [one.available for one in state.subjects]
             assert all(60 - 10 * n <= level <= 70 - 10 * n for n, level in enumerate(levels)), levels
         assert (await state_of(stack.operator, slots)).subjects[0].available == 5
+
+
+async def test_limits_live_their_life_over_json_and_are_described(
+    migrated_database: Database, tmp_path: Path, valkey_url: str
+) -> None:
+    settings = {"redis": {"url": valkey_url}}
+    async with serving(migrated_database, tmp_path, **settings) as plane, aiohttp.ClientSession() as http:
+
+        async def call(verb: str, path: str, body: Any = None) -> Any:
+            headers = {"Authorization": f"Bearer {plane.key}"}
+            async with http.request(verb, plane.url(f"/api/v1/{path}"), json=body, headers=headers) as answer:
+                assert answer.status == 200, await answer.text()
+                return await answer.json()
+
+        await call("POST", "accounts?accountId=acme", {"deliveryWeight": 3})
+        hourly = {"scope": "SCOPE_ACCOUNT", "unit": "UNIT_MESSAGE", "amount": "600", "period": "3600s"}
+        own = await call("POST", "accounts/acme/limits?limitId=hourly", hourly)
+        slots = {"scope": "SCOPE_DESTINATION", "unit": "UNIT_CONNECTION", "amount": "5"}
+        shared = await call("POST", "limits?limitId=hosts", slots)
+        assert (own["name"], shared["name"]) == ("accounts/acme/limits/hourly", "limits/hosts")
+        assert [one["name"] for one in (await call("GET", "accounts/acme/limits"))["limits"]] == [own["name"]]
+        assert [one["name"] for one in (await call("GET", "limits"))["limits"]] == [shared["name"]]
+        (state,) = (await call("GET", own["name"]))["state"]["subjects"]
+        assert state == {"subject": "accounts/acme", "available": "60", "capacity": "60"}
+        found = await call("GET", "accounts/acme/effectiveLimits")
+        assert {one.get("name") for one in found["limits"]} >= {own["name"], shared["name"], None}
+        for made, amount in ((own, "7"), (shared, "8")):
+            change = {"amount": amount, "etag": made["etag"]}
+            changed = await call("PATCH", f"{made['name']}?updateMask=amount", change)
+            assert changed["amount"] == amount
+            await call("DELETE", f"{made['name']}?etag={quote(changed['etag'])}")
+        paths = (await call("GET", "openapi.json"))["paths"]
+    assert set(paths["/api/v1/limits"]) == set(paths["/api/v1/accounts/{parent_1}/limits"]) == {"get", "post"}
+    assert "get" in paths["/api/v1/accounts/{parent_1}/effectiveLimits"]
