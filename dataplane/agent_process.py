@@ -39,7 +39,7 @@ from dataplane.live_settings import wished_log_level
 from dataplane.ports import EventLog
 from dataplane.process import Child
 from dataplane.settings import Settings, SettingsError
-from dataplane.telemetry import set_log_level
+from dataplane.telemetry import name_node, set_log_level
 from postroad.config.v1.bundle_pb2 import BUNDLE_KIND_NODE_SETTINGS
 from postroad.config.v1.denials_pb2 import DenialSet
 
@@ -57,6 +57,7 @@ async def run_agent(settings: Settings, worker_count: int, child: Child, log: Ev
     clock = SystemClock()
     data_dir = Path()
     identity = load_identity(data_dir)
+    name_node(identity.node)
     key_text = settings.seal_key.get_secret_value() if settings.seal_key else None
     files = open_files(data_dir, settings.seal_key_file, key_text, identity.node, clock)
     held = _read_held(files, log)

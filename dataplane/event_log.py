@@ -1,7 +1,8 @@
 """Log lines of a node: one JSON object a line, prepared in one step and written with the others of its loop turn.
 
 Contract. `configure_logging` sends our lines and those of libraries to standard error; `get_logger` gives the EventLog
-of a process; `set_log_level` changes the level of every logger at once. A field that by its name may hold a secret or
+of a process; `set_log_level` changes the level of every logger at once, `name_node` puts the node's name into all
+lines. A field that by its name may hold a secret or
 content is not written, and what looks like one of our keys is struck out. A line below the level costs a comparison.
 
     info and below, on a running loop   kept until the turn of the loop ends, then one write for all of them
@@ -36,18 +37,20 @@ NOISY = frozenset(
         "connection.failed",
         "connection.refused",
         "delivery.dial_broken",
-        "delivery.dial_failed",
+        "delivery.settle_failed",
+        "delivery.slot_lost",
         "delivery.spool_read_failed",
+        "listener.paused",
         "message.limited",
+        "message.not_stored",
         "session.failed",
-        "spool.refused",
     }
 )
 NOISY_PER_S = 10
 SUPPRESSED_AFTER_S = 1.0
 KEPT_BYTES = 64 * 1024
 
-_NEVER_WRITTEN = frozenset(
+NEVER_WRITTEN = frozenset(
     {"password", "secret", "token", "authorization", "key", "content", "body", "data", "argument", "arguments"}
 )
 _OUR_KEYS = re.compile(rb"pr[ks]_[A-Za-z0-9_-]+")
@@ -145,11 +148,12 @@ class NoiseFilter:
 class _Output:
     """What all loggers of the process share: the level, the stream, the second that was last put into words."""
 
-    __slots__ = ("heads", "level", "noise", "process", "second", "second_text", "telling", "writer")
+    __slots__ = ("heads", "level", "node", "noise", "process", "second", "second_text", "telling", "writer")
 
     def __init__(self) -> None:
         self.level = _INFO
         self.process = ""
+        self.node = ""
         self.noise = NoiseFilter()
         self.second = -1
         self.second_text = b""
@@ -202,6 +206,12 @@ def set_log_level(level: str) -> None:
     logging.getLogger().setLevel(max(_output.level, logging.WARNING))
 
 
+def name_node(node: str) -> None:
+    """Let every line from now on say which node it comes from."""
+    _output.node = node
+    _output.heads = {}
+
+
 def get_logger(process: str) -> EventLogger:
     """A logger whose lines carry `process`."""
     return EventLogger(process)
@@ -222,8 +232,8 @@ def _emit(process: str, level: str, event: str, fields: dict[str, object]) -> No
     if event in NOISY and not output.noise.passes(event, second):
         _tell_suppressed_later(process)
         return
-    if not _NEVER_WRITTEN.isdisjoint(fields):
-        fields = {name: value for name, value in fields.items() if name not in _NEVER_WRITTEN}
+    if not NEVER_WRITTEN.isdisjoint(fields):
+        fields = {name: value for name, value in fields.items() if name not in NEVER_WRITTEN}
     if "exc_info" in fields:
         fields["exception"] = _trace(fields.pop("exc_info"))
     head = output.heads.get((process, level, event)) or _head(process, level, event)
@@ -236,7 +246,8 @@ def _emit(process: str, level: str, event: str, fields: dict[str, object]) -> No
 
 def _head(process: str, level: str, event: str) -> bytes:
     """What is the same in every line of an event, from the end of its time to its first field."""
-    head = b'",' + orjson.dumps({"level": level, "process": process, "event": event})[1:-1]
+    node = {"node": _output.node} if _output.node else {}
+    head = b'",' + orjson.dumps({"level": level, **node, "process": process, "event": event})[1:-1]
     if len(_output.heads) < _HEADS:
         _output.heads[process, level, event] = head
     return head

@@ -1,10 +1,10 @@
 """Logs and metrics of a node: what the other modules import, and the one place that speaks to prometheus-client.
 
-Contract. `configure_logging`, `get_logger` and `set_log_level` are those of `event_log`, `METRICS` is that of
-`metric_table`. Workers count in plain numbers and hand them to the agent as (name, label values, value); `merge` adds
-samples of the same name and labels, or takes the greatest or least of gauges marked so, and `render` turns the lot into
-the text of `/metrics`. A sample that METRICS does not know, with a label value that it does not know, or a histogram of
-another number of buckets raises KeyError, ValueError or TypeError: our own bug.
+Contract. `configure_logging`, `get_logger`, `name_node` and `set_log_level` are those of `event_log`, `METRICS` is that
+of `metric_table`. Workers count in plain numbers and hand them to the agent as (name, label values, value); `merge`
+adds samples of the same name and labels, or takes the greatest or least of gauges marked so, and `render` turns the lot
+into the text of `/metrics`. A sample that METRICS does not know, with a label value that it does not know, or a
+histogram of another number of buckets raises KeyError, ValueError or TypeError: our own bug.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from dataplane.event_log import configure_logging, get_logger, set_log_level
+from dataplane.event_log import configure_logging, get_logger, name_node, set_log_level
 from dataplane.metric_table import METRICS, MetricSpec
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "get_logger",
     "is_cumulative",
     "merge_values",
+    "name_node",
     "render",
     "set_log_level",
 ]

@@ -60,7 +60,7 @@ from dataplane.ports import EventLog, Limiter, SpoolError, SpoolFailedError
 from dataplane.process import Child
 from dataplane.settings import Settings, SettingsError
 from dataplane.spool_folders import is_refused
-from dataplane.telemetry import SampleRow
+from dataplane.telemetry import SampleRow, name_node
 from dataplane.worker_side import WorkerParts, WorkerSide
 
 # CPython's default lets a thread keep the loop waiting for 5 ms; commits and checks run in threads.
@@ -114,6 +114,7 @@ class _Worker:
         settings = self._settings
         try:
             node = load_identity(Path()).node
+            name_node(node)
             key_text = settings.seal_key.get_secret_value() if settings.seal_key else None
             files = open_files(Path(), settings.seal_key_file, key_text, node, self._clock)
             view = MappedConfigView(files, self._clock, settings.config_max_age_s)

@@ -157,7 +157,7 @@ class WorkerSide:
             case StatusRequest():
                 self._status_requests.put_nowait(message.number)
             case _:
-                self._parts.log.warning("agent.unexpected", message=type(message).__name__)
+                self._parts.log.warning("agent.unexpected", kind=type(message).__name__)
 
     def agent_lost(self) -> None:
         """The agent is gone."""

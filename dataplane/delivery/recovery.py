@@ -54,7 +54,12 @@ class Recovery(NamedTuple):
             self.counters.recovered += len(rows)
             self.counters.uncertain += len(rows)
             self.log.warning(
-                "delivery.uncertain", message=format_message_id(message_id), recipients=len(rows), attempt=attempt
+                "delivery.uncertain",
+                message=format_message_id(message_id),
+                recipients=[row.index for row in rows],
+                attempt=attempt,
+                account=stored.envelope.account,
+                session=stored.envelope.session,
             )
             if place % BATCH == BATCH - 1:
                 await self.settler.drained()

@@ -129,7 +129,7 @@ class _Acceptor:
         refusal = submission.admission.admit(address, counted=not listed)
         if refusal is not None:
             self._service.counters.connections_over_cap += 1
-            self._turn_away(connection, refusal)
+            self._refuse(connection, address, refusal)
             return
         self._service.spawn(self._open(connection, address, listed=listed))
 
@@ -145,7 +145,7 @@ class _Acceptor:
                 session = self._session(address)
                 await self._connect(session, connection)
             else:
-                self._turn_away(connection, refusal)
+                self._refuse(connection, address, refusal)
         except OSError:
             if self._mode is Mode.TLS:
                 self._service.counters.connections_tls_failed += 1
@@ -189,6 +189,10 @@ class _Acceptor:
             )
         else:
             await loop.connect_accepted_socket(lambda: session, connection)
+
+    def _refuse(self, connection: socket.socket, address: str, refusal: Reply) -> None:
+        self._service.submission.log.info("connection.refused", address=address, reason=refusal.reason)
+        self._turn_away(connection, refusal)
 
     def _turn_away(self, connection: socket.socket, refusal: Reply) -> None:
         """Say why, where the client can read it, and close; nobody waits for it."""

@@ -530,7 +530,7 @@ class Submitter:
         if isinstance(error, SpoolFullError):
             return replies.STORAGE_FULL
         if isinstance(error, SpoolError):
-            self._shared.log.warning("spool.refused", session=self.session_id, error=str(error))
+            self._shared.log.warning("message.not_stored", session=self.session_id, error=str(error))
             return replies.STORAGE_FAILED
         reported = error if isinstance(error, Exception) else RuntimeError("the commit was cancelled")
         return replies.internal_error(self.failed(reported))

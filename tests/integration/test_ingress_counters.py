@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.ingress.admission import Admission
 from dataplane.ingress.counters import IngressCounters
 from support.ingress import Clock, Node, Peer, make_node, running, until
 
@@ -117,3 +118,13 @@ async def test_a_refusal_after_the_dot_makes_no_window_and_is_not_timed() -> Non
         await until(lambda: node.counters.sessions_active == 0)
     assert (node.counters.answers_lost, answered(node.counters)) == (0, 0)
     assert node.counters.messages_refused == 1
+
+
+async def test_a_connection_that_is_turned_away_leaves_a_line_with_the_reason() -> None:
+    node = make_node(admission=Admission(0, 50))
+    async with running(node):
+        peer = await node.connect()
+        assert (await peer.line()).startswith(b"421")
+        await until(lambda: bool(node.log.lines))
+    assert node.log.lines == [("connection.refused", {"address": "127.0.0.1", "reason": "too_many_connections"})]
+    assert node.counters.connections_over_cap == 1

@@ -25,6 +25,7 @@ from dataplane.event_log import (
     configure_logging,
     flush_log,
     get_logger,
+    name_node,
     set_log_level,
 )
 
@@ -69,6 +70,15 @@ def test_a_line_is_json_with_event_process_and_fields(stream: Stream) -> None:
     )
     assert line["time"].endswith("Z")
     assert len(line["time"]) == len("2026-11-20T13:30:48.123456Z")
+
+
+def test_every_line_names_the_node_as_soon_as_it_is_known(stream: Stream) -> None:
+    log = get_logger("worker-0")
+    log.info("spool.opened")
+    name_node("nodes/n1")
+    log.info("spool.opened")
+    name_node("")
+    assert [line.get("node") for line in stream.lines] == [None, "nodes/n1"]
 
 
 def test_a_line_without_fields_is_json(stream: Stream) -> None:
