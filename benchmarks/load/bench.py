@@ -11,7 +11,7 @@ from benchmarks.load.children import SinkProcess
 from benchmarks.load.memory import Held
 from benchmarks.load.options import Options
 from benchmarks.load.peers import Server, start_peer
-from benchmarks.load.report import progress_line, run_table
+from benchmarks.load.report import conditions, progress_line, run_table
 from benchmarks.load.results import RunResult, Stream
 from benchmarks.load.run import Progress, Run
 from benchmarks.load.scenarios import SCENARIOS, Phase, Scenario
@@ -26,6 +26,7 @@ _POLL_S = 0.2
 def run_bench(options: Options) -> list[RunResult]:
     """Return every run. ToolError when there can be no figures."""
     scenario = SCENARIOS[options.scenario]
+    print(f"{options.scenario}: {conditions(options)}", flush=True)
     results: list[RunResult] = []
     with contextlib.ExitStack() as stack:
         sinks = {"live": SinkProcess(options.sink_options)}

@@ -22,8 +22,19 @@ def progress_line(progress: Progress) -> str:
     """One line a second while a run goes on."""
     rate = progress.answered / max(progress.elapsed_s, 0.001)
     return (
-        f"{progress.elapsed_s:5.0f} s  {rate:7,.0f}/s  answered {progress.answered:9,}  arrived {progress.arrived:9,}  "
+        f"{progress.elapsed_s:6.1f} s  {rate:7,.0f}/s  answered {progress.answered:9,}  arrived {progress.arrived:9,}  "
         f"open {progress.open:6,}  p95 dot→250 {progress.dot.p95:8,.1f} ms  errors {progress.errors:,}"
+    )
+
+
+def conditions(options: Options) -> str:
+    """Return what must be said with every figure."""
+    security = "STARTTLS and AUTH" if options.scenario == "tls-auth" else "no TLS, no AUTH"
+    pipelining = "commands in one write" if options.pipelining else "each command waits for its reply"
+    return (
+        f"{options.size_bytes:,} bytes, 1 recipient, {security}, no DKIM, {pipelining}, fsync before 250, "
+        f"{os.cpu_count()} cores for server, load and sink, {options.workers} workers, "
+        f"{options.processes} load processes"
     )
 
 
@@ -157,7 +168,7 @@ def as_json(options: Options, results: Sequence[RunResult]) -> dict[str, Any]:
             "system": platform.platform(),
             "python": platform.python_version(),
         },
-        "durability": "fsync before 250",
+        "conditions": conditions(options),
         "runs": [result.to_json() for result in results],
         "medians": medians(results),
         "ratios": ratios(results),

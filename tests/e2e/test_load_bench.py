@@ -40,3 +40,28 @@ def test_a_loss_ends_it_with_a_status_and_a_sentence() -> None:
     done = bench("--drop-every", "50", "--patience", "2")
     assert done.returncode == 1
     assert "answered messages did not arrive" in done.stderr
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("tls-auth", "--sessions", "10", "--messages", "100"),
+        ("tls-auth", "--sessions", "10", "--messages", "100", "--reconnect"),
+        ("idle", "--sessions", "50", "--seconds", "4"),
+        ("ramp", "--sessions", "20", "--seconds", "6", "--rate", "20"),
+        ("slow", "--sessions", "10", "--seconds", "3", "--rate", "20"),
+        ("dead-target", "--sessions", "10", "--seconds", "3", "--rate", "20"),
+        ("flood", "--sessions", "10", "--messages", "500", "--seconds", "3", "--rate", "20"),
+        ("api", "--sessions", "10", "--seconds", "3", "--rate", "20", "--api-rate", "20"),
+    ],
+    ids=lambda words: words[0] + ("-reconnect" if "--reconnect" in words else ""),
+)
+def test_every_scenario_comes_to_its_end_without_a_loss(words: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.load", *words, "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert report["problems"] == []
+    assert all(stream["errors"] == {} for run in report["runs"] for stream in run["streams"].values())
+    assert report["runs"][-1]["memory"] or words[0] not in {"idle", "ramp"}

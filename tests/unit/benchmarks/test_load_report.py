@@ -61,7 +61,7 @@ def test_the_json_is_complete_and_plain(tmp_path: Path) -> None:
     options = parse(["closed", "--json", str(tmp_path / "out.json")])
     report = json.loads(json.dumps(as_json(options, [run_result()])))
     assert set(report) == {
-        *("format", "scenario", "options", "machine", "durability", "runs", "medians", "ratios", "problems"),
+        *("format", "scenario", "options", "machine", "conditions", "runs", "medians", "ratios", "problems"),
     }
     (run,) = report["runs"]
     assert set(run["streams"]["load"]) == {
