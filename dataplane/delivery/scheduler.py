@@ -76,14 +76,19 @@ class Work(Protocol):
 
 
 class _Hop:
-    """A next hop with keys that want turns. `full` since it had no room; `told` see `Scheduler.expect`."""
+    """A next hop with keys that want turns.
 
-    __slots__ = ("full", "name", "told", "turns")
+    `full` since it had no room; `owed` is a key whose turn ended by that and goes on before any other's; `told` see
+    `Scheduler.expect`.
+    """
+
+    __slots__ = ("full", "name", "owed", "told", "turns")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.turns = FairTurns()
         self.full = False
+        self.owed = ""
         self.told: dict[str, int] = {}
 
 
@@ -154,7 +159,7 @@ class Scheduler:
     def kick(self, next_hop: str) -> None:
         """Places for more messages became free."""
         hop = self._hops.get(next_hop)
-        if hop is not None and hop.full:
+        if hop is not None and hop.full and not hop.owed:
             self._open(hop)
 
     def nudge(self) -> None:
@@ -214,7 +219,9 @@ class Scheduler:
 
     def _give_back(self, hop: _Hop, queue_key: str, spent: int) -> None:
         hop.turns.give_back(queue_key, spent, self._work.weight(split_queue_key(queue_key)[0]))
-        self._open(hop)
+        if hop.owed in ("", queue_key):
+            hop.owed = ""
+            self._open(hop)
 
     def _drop_if_empty(self, hop: _Hop) -> None:
         if not len(hop.turns):
@@ -287,8 +294,8 @@ class Scheduler:
             wanting = hop is not None and queue_key in hop.turns
             if not wanting and queue_key not in self._parked and queue_key not in self._crowded:
                 self._put(self._timed, queue_key, due_ms)
-        for hop in list(self._hops.values()):
-            self._open(hop)
+        for next_hop in list(self._hops):
+            self.kick(next_hop)
 
     def _put(self, place: dict[str, int], queue_key: str, due_ms: int) -> None:
         if place.get(queue_key) == due_ms:
@@ -353,12 +360,15 @@ class Scheduler:
         if not ready:
             self._leave(hop, queue_key, await self._next_due_ms(dues[0], now_ms) if dues else 0)
             return
+        account = split_queue_key(queue_key)[0]
         release_count = self._release_count
         claims: list[asyncio.Future[None]] = []
         parks: list[int] = []
         spent = 0
         for place, message_id in enumerate(dict.fromkeys(due.message_id for due in ready)):
-            if len(claims) >= room or spent >= budget or len(parks) >= SCOUTS or not self._work.window_open():
+            if len(claims) >= room or spent >= budget or len(parks) >= SCOUTS:
+                break
+            if self._work.crowded(account) or not self._work.window_open():
                 break
             if place and place % LOADS == 0:
                 await asyncio.sleep(0)
@@ -369,6 +379,10 @@ class Scheduler:
                 parks.append(taken.park_ms)
         if claims:
             self._probing.pop(hop.name, None)
+            if len(claims) >= room and spent < budget:
+                hop.full = True
+                hop.owed = queue_key
+                self._ready.pop(hop.name, None)
             self._when_claimed(hop, queue_key, claims, spent)
         elif not parks or release_count != self._release_count:
             # What stood in the way may have gone while the rows were read.

@@ -88,6 +88,7 @@ class Bench:
     clock: ManualClock
     log: Log
     records: list[LedgerRecord]
+    surroundings: Surroundings
 
     @property
     def events(self) -> list[AttemptEvent]:
@@ -162,20 +163,18 @@ async def delivery_bench(
         records.append(record)
         return b"record"
 
-    engine = DeliveryEngine(
-        Surroundings(
-            spool=spool,
-            config=config,
-            resolver=CheckingResolver(clock, allowed),
-            encode=encode,
-            clock=clock,
-            random=lambda: 0.5,
-            log=log,
-            hostname="relay.test",
-        ),
-        **options,
+    surroundings = Surroundings(
+        spool=spool,
+        config=config,
+        resolver=CheckingResolver(clock, allowed),
+        encode=encode,
+        clock=clock,
+        random=lambda: 0.5,
+        log=log,
+        hostname="relay.test",
     )
-    bench = Bench(engine, spool, config, clock, log, records)
+    engine = DeliveryEngine(surroundings, **options)
+    bench = Bench(engine, spool, config, clock, log, records, surroundings)
     if start:
         await engine.start()
     try:
