@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def test_every_setting_that_may_change_exists() -> None:
         value: Any = settings()
         for part in name.split("."):
             value = getattr(value, part)
+
+
+def test_what_may_change_is_what_the_documentation_says() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "node.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- `([a-z_.]+)`$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(RELOADABLE)
 
 
 def test_a_process_gets_the_settings_with_their_secrets_whatever_stands_in_its_environment(
