@@ -111,7 +111,7 @@ class DeliverySettings(_Section):
     """Sending."""
 
     allowed_private_networks: tuple[IPv4Network | IPv6Network, ...] = ()
-    handover_bytes: Annotated[int, Field(ge=0)] = 64 * 1024 * 1024
+    handover_bytes: Annotated[int, Field(ge=1)] = 64 * 1024 * 1024
 
 
 class MetricsSettings(_Section):

@@ -76,6 +76,8 @@ def test_the_environment_alone_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_pa
         ({"listeners": [{"port": 25, "mode": "plain", "address": "localhost"}]}, "listeners.0.address"),
         ({"workers": -1}, "workers"),
         ({"delivery": {"allowed_private_networks": ["10.0.0.0/99"]}}, "allowed_private_networks"),
+        # With no room at all nothing would ever be delivered.
+        ({"delivery": {"handover_bytes": 0}}, "delivery.handover_bytes"),
     ],
 )
 def test_what_means_nothing_is_an_error_that_names_it(tmp_path: Path, values: dict[str, object], said: str) -> None:
