@@ -98,6 +98,11 @@ class FaultProxy:
         await asyncio.sleep(0)
         return len(struck)
 
+    async def ended(self) -> None:
+        """Wait until no connection is open, so that `passed` is the last word."""
+        while self._open:
+            await asyncio.wait({passage.task for passage in self._open})
+
     async def heal(self) -> None:
         """Break no new connection, and end those that hang in a black hole."""
         self.plan = lambda: None

@@ -34,6 +34,7 @@ from support.local_stack import stack_folder
 STEPS = 12
 _APPLICATIONS = 3
 _SHOWN = 30
+_LONGEST = 1_000
 _FLOW = 25  # messages acknowledged between two faults
 _QUIET_S = 180.0
 _FLOW_S = 150.0
@@ -150,6 +151,8 @@ class Campaign:
                 application.stop()
         for application in self._applications:
             application.join()
+        if self._stack.lift_quarantines():
+            self._tell("  a spool was quarantined: the node was started again")
         self._stack.wait_quiet(_QUIET_S)
         tries, copies, strikes, confirmed = self._books.snapshot()
         return Case(
@@ -240,7 +243,7 @@ def run_campaign(seed: int, count: int = STEPS, tell: Callable[[str], None] = la
             case = Campaign(stack, seed, steps, tell).run()
             violations = judge(case)
         except AssertionError as error:
-            violations = [Violation("stuck", str(error)), *_stuck(stack)]
+            violations = [Violation("stuck", str(error)[:_LONGEST]), *_stuck(stack)]
         finally:
             if stack.is_running:
                 stack.stop()

@@ -22,17 +22,17 @@ from dataplane.core.ledger import LedgerRecord
 from dataplane.core.queue import TERMINAL, EventType
 from dataplane.delivery.engine import DeliveryEngine, Surroundings
 from dataplane.ingress.listeners import Mode
-from support.chaos.application import SENDER, Message
-from support.chaos.books import Books, Try, digest
+from support.chaos.application import Message
+from support.chaos.books import Books
 from support.chaos.judge import Case, Told
 from support.chaos.sink import Sink, end_of
+from support.chaos.talk import WAIT_S, hold_talk
 from support.fault_proxy import Fault, FaultProxy, Kind
 from support.ingress import ACCOUNT, Node, make_node, running
 from support.spools import ManualClock, open_durable
 
 _PROVIDER = "providers/inbox"
 _KEY = make_queue_key(ACCOUNT.name, _PROVIDER)
-_WAIT_S = 20.0
 
 
 @dataclass
@@ -54,24 +54,19 @@ class SmallNode:
         proxy = self.submission
         proxy.plan = lambda: fault
         before = proxy.passed[0]
-        token = f"{message.name}.{number}"
-        content = message.content(token)
-        talk = _Talk()
-        with contextlib.suppress(OSError, EOFError, asyncio.IncompleteReadError, ValueError):
-            async with asyncio.timeout(_WAIT_S):
-                await talk.run(proxy.port, message, content)
+        talk = await hold_talk(proxy.port, message, number)
         # What the client wrote may have ended in the proxy: only what passed it has left.
+        if talk.dot_at:
+            async with asyncio.timeout(WAIT_S):
+                await proxy.ended()
         dot_left = talk.dot_at > 0 and proxy.passed[0] - before >= talk.dot_at
         half_closed = fault is not None and fault.kind is Kind.HALF_CLOSE and fault.upstream
-        found = talk.text.partition("queued as ")[2][:36]
-        self.books.note_try(
-            Try(token, message.recipients, digest(content), dot_left, talk.code, talk.text, found, half_closed)
-        )
+        self.books.note_try(replace(talk.entry(), dot_left=dot_left, half_closed=half_closed))
         return talk.code
 
     async def deliver_all(self) -> None:
         """Let retries come due until nothing waits any more."""
-        async with asyncio.timeout(_WAIT_S):
+        async with asyncio.timeout(WAIT_S):
             while (await self.spool.stats()).waiting_count:
                 self.clock.advance(1)
                 self.engine.wake(_KEY)
@@ -108,47 +103,6 @@ def _enter(record: LedgerRecord, found: dict[str, list[Told]]) -> None:
         told.state = int(update.state)
         if update.state in TERMINAL:
             told.ends.append(int(update.state))
-
-
-class _Talk:
-    """One SMTP conversation; `dot_at` counts the octets up to the end of the dot, once it was written."""
-
-    def __init__(self) -> None:
-        self.code, self.text = 0, ""
-        self.dot_at = 0
-
-    async def run(self, port: int, message: Message, content: bytes) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        stuffed = content.replace(b"\r\n.", b"\r\n..") + b".\r\n"
-        steps = [
-            (b"", 220),
-            (b"EHLO app.example\r\n", 250),
-            (f"MAIL FROM:<{SENDER}>\r\n".encode(), 250),
-            *((f"RCPT TO:<{address}>\r\n".encode(), 250) for address in message.recipients),
-            (b"DATA\r\n", 354),
-        ]
-        sent = 0
-        try:
-            for command, wanted in steps:
-                writer.write(command)
-                sent += len(command)
-                code, text = await self._reply(reader)
-                if code != wanted:
-                    self.code, self.text = code, text
-                    return
-            writer.write(stuffed)
-            self.dot_at = sent + len(stuffed)
-            self.code, self.text = await self._reply(reader)
-            writer.write(b"QUIT\r\n")
-            await self._reply(reader)
-        finally:
-            writer.transport.abort()
-
-    async def _reply(self, reader: asyncio.StreamReader) -> tuple[int, str]:
-        while True:
-            line = await reader.readuntil(b"\r\n")
-            if line[3:4] == b" ":
-                return int(line[:3]), line[4:].decode().strip()
 
 
 @contextlib.asynccontextmanager

@@ -155,6 +155,15 @@ class ChaosStack(KillableStack):
         for proxy in self.proxies.values():
             self.thread.run(proxy.heal())
 
+    def lift_quarantines(self) -> bool:
+        """Restart a node that left spools out since their workers were killed thrice within seconds; whether it had."""
+        said = json.loads((self.root / "node-1" / "run" / "ready.json").read_text(encoding="utf-8"))
+        if not said["quarantined"]:
+            return False
+        self.stop()
+        self.start()
+        return True
+
     # --- what Postroad says ----------------------------------------------------------------------
 
     def ledger(self) -> dict[str, list[Told]]:
@@ -164,7 +173,7 @@ class ChaosStack(KillableStack):
 
     def left_in_spools(self) -> list[str]:
         """Recipients that the spools still hold."""
-        return [row for file in self.root.glob("node-1/spool/*/spool.db") for row in _waiting(file)]
+        return [row for file in self.root.glob("node-1/spool/*/spool.db") for row in spool_rows(file)]
 
     def wait_quiet(self, timeout_s: float) -> None:
         """Wait until nothing waits in a spool and the ledger shows no recipient that has not ended."""
@@ -215,7 +224,8 @@ async def _read_ledger(dsn: str) -> dict[str, list[Told]]:
     return found
 
 
-def _waiting(file: Path) -> list[str]:
+def spool_rows(file: Path) -> list[str]:
+    """What a spool still holds, a line for each recipient."""
     connection = apsw.Connection(str(file), flags=apsw.SQLITE_OPEN_READONLY)
     try:
         connection.set_busy_timeout(1_000)
