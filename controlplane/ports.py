@@ -194,7 +194,7 @@ class RoutingRules(Protocol):
 
 
 class Limits(Protocol):
-    """limits."""
+    """limit_policies."""
 
     async def get(self, account: str | None, limit: str) -> Limit:
         """NotFoundError."""

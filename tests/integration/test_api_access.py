@@ -201,7 +201,15 @@ _COMMAND = "INSERT INTO postroad.commands (account, verb, spool, message_ids) VA
 
 ACCOUNT_TABLES = (
     *("accounts", "account_sender_domains", "account_networks", "api_keys", "smtp_credentials"),
-    *("providers", "routing_rules", "routing_rule_targets", "limits", "config_bundles", "config_revisions", "denials"),
+    *(
+        "providers",
+        "routing_rules",
+        "routing_rule_targets",
+        "limit_policies",
+        "config_bundles",
+        "config_revisions",
+        "denials",
+    ),
     *("messages", "recipients", "delivery_events", "commands", "audit_log"),
 )
 
@@ -260,7 +268,7 @@ async def test_no_account_writes_rows_of_another_one_whatever_the_code_asks(stac
         done = await connection.execute("DELETE FROM postroad.api_keys WHERE account = 'other'")
         assert done == "DELETE 0"
         # Not even its own: only operators write limits.
-        done = await connection.execute("UPDATE postroad.limits SET amount = 9")
+        done = await connection.execute("UPDATE postroad.limit_policies SET amount = 9")
         assert done == "UPDATE 0"
     async with stack.pool.acquire() as connection:
         await connection.execute("BEGIN")

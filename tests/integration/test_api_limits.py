@@ -144,7 +144,7 @@ async def test_deleting_the_account_deletes_its_limits(stack: ApiStack, client: 
     account = await client.account("GetAccount", account_service_pb2.GetAccountRequest(name="accounts/acme"))
     delete = account_service_pb2.DeleteAccountRequest(name=account.name, etag=account.etag)
     await stack.operator.account("DeleteAccount", delete)
-    assert await stack.as_superuser("SELECT 1 FROM postroad.limits") == []
+    assert await stack.as_superuser("SELECT 1 FROM postroad.limit_policies") == []
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ async def test_a_bad_limit_is_refused_with_the_path_of_the_field(
     error = await client.refused(stack.operator.limit("CreateLimit", request_of("bad", limit, parent)))
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert error.fields == [path]
-    assert await stack.as_superuser("SELECT 1 FROM postroad.limits") == []
+    assert await stack.as_superuser("SELECT 1 FROM postroad.limit_policies") == []
 
 
 async def test_an_edit_that_makes_a_limit_bad_is_refused(stack: ApiStack, client: Client) -> None:
@@ -257,7 +257,7 @@ async def test_two_limits_of_an_owner_that_count_the_same_are_refused(stack: Api
 
 async def test_more_limits_than_a_node_takes_are_refused(stack: ApiStack, client: Client) -> None:
     fill = """
-        INSERT INTO postroad.limits (account, limit_id, scope, subject, unit, amount, period_s)
+        INSERT INTO postroad.limit_policies (account, limit_id, scope, subject, unit, amount, period_s)
         SELECT $1, 'limit-' || n, 2, 'accounts/acme/smtpCredentials/c' || n, 1, 5, 60 FROM generate_series(1, 200) n
     """
     for account, parent in (("acme", "accounts/acme"), (None, "")):
@@ -314,7 +314,7 @@ async def test_every_edit_has_an_audit_row(stack: ApiStack, client: Client) -> N
     made = await stack.operator.limit("UpdateLimit", service.UpdateLimitRequest(limit=made))
     await stack.operator.limit("DeleteLimit", service.DeleteLimitRequest(name=made.name, etag=made.etag))
     rows = await stack.as_superuser(
-        "SELECT principal, action, account FROM postroad.audit_log WHERE table_name = 'limits' ORDER BY audit_id"
+        "SELECT principal, action, account FROM postroad.audit_log WHERE table_name = 'limit_policies' ORDER BY audit_id"
     )
     assert [tuple(row) for row in rows] == [
         ("apiKeys/bootstrap", action, "acme") for action in ("INSERT", "UPDATE", "DELETE")
@@ -369,11 +369,11 @@ async def test_row_level_security_shows_an_account_the_shared_limits_that_speak_
         await make(stack, limit_id, limit, "")
     async with stack.pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT set_config('postroad.account', 'acme', true)")
-        seen = {row["limit_id"] for row in await connection.fetch("SELECT limit_id FROM postroad.limits")}
+        seen = {row["limit_id"] for row in await connection.fetch("SELECT limit_id FROM postroad.limit_policies")}
     assert seen == {"everybody", "acme", "app", "relay"}
     async with stack.pool.acquire() as connection, connection.transaction():
         await connection.execute("SELECT set_config('postroad.account', '', true)")
-        assert await connection.fetch("SELECT limit_id FROM postroad.limits") == []
+        assert await connection.fetch("SELECT limit_id FROM postroad.limit_policies") == []
 
 
 # --- what holds ------------------------------------------------------------------------------------------------------

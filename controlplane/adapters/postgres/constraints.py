@@ -24,7 +24,7 @@ _ALREADY_EXISTS = frozenset(
         "pk_routing_rules",
         "pk_smtp_credentials",
         "uq_api_keys_account_api_key",
-        "uq_limits_account_limit_id",
+        "uq_limit_policies_account_limit_id",
         "uq_providers_account_provider",
     }
 )
@@ -34,7 +34,10 @@ _PRECONDITIONS = {
     "ex_account_networks_network": (Reason.NETWORK_TAKEN, "a network overlaps another one"),
     "fk_accounts_node_pool": (Reason.NODE_POOL_MISSING, "the node pool does not exist"),
     "fk_nodes_node_pool": (Reason.NODE_POOL_MISSING, "the node pool does not exist"),
-    "uq_limits_account_scope_unit_at_once_subject": (Reason.LIMIT_TAKEN, "another limit of its owner counts the same"),
+    "uq_limit_policies_account_scope_unit_at_once_subject": (
+        Reason.LIMIT_TAKEN,
+        "another limit of its owner counts the same",
+    ),
     "fk_routing_rule_targets_provider": (Reason.PROVIDER_IN_USE, "a routing rule names the provider"),
 }
 
@@ -44,7 +47,7 @@ _NOT_FOUND = frozenset(
         "fk_account_networks_account",
         "fk_account_sender_domains_account",
         "fk_api_keys_account",
-        "fk_limits_account",
+        "fk_limit_policies_account",
         "fk_providers_account",
         "fk_routing_rule_targets_routing_rule",
         "fk_routing_rules_account",
@@ -75,7 +78,7 @@ UNREACHABLE = frozenset(
         "pk_former_accounts",
         "pk_idempotency",
         "pk_ledger_rejects",
-        "pk_limits",
+        "pk_limit_policies",
         "pk_messages",
         "pk_node_status",
         "pk_pool_keys",
@@ -115,7 +118,7 @@ _CHECKED_TABLES = {
     "account_sender_domains": "account",
     "accounts": "account",
     "api_keys": "api_key",
-    "limits": "limit",
+    "limit_policies": "limit",
     "node_pools": "node_pool",
     "nodes": "node",
     "providers": "provider",

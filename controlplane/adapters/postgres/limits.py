@@ -47,7 +47,7 @@ class LimitsRepository:
         """As the port says."""
         row = await self._session.row(
             "limit_get",
-            "SELECT * FROM postroad.limits WHERE account IS NOT DISTINCT FROM $1 AND limit_id = $2",
+            "SELECT * FROM postroad.limit_policies WHERE account IS NOT DISTINCT FROM $1 AND limit_id = $2",
             *(account, limit),
         )
         if row is None:
@@ -59,7 +59,7 @@ class LimitsRepository:
         rows = await self._session.rows(
             "limit_list",
             """
-            SELECT * FROM postroad.limits WHERE account IS NOT DISTINCT FROM $1 AND limit_id > $2
+            SELECT * FROM postroad.limit_policies WHERE account IS NOT DISTINCT FROM $1 AND limit_id > $2
             ORDER BY limit_id LIMIT $3
             """,
             *(account, after, limit),
@@ -74,7 +74,7 @@ class LimitsRepository:
         """As the port says."""
         rows = await self._session.rows(
             "limit_list_of",
-            "SELECT * FROM postroad.limits WHERE account = ANY($1::text[]) ORDER BY account, limit_id",
+            "SELECT * FROM postroad.limit_policies WHERE account = ANY($1::text[]) ORDER BY account, limit_id",
             list(accounts),
         )
         return [_limit(row) for row in rows]
@@ -92,7 +92,7 @@ class LimitsRepository:
         await self._session.run(
             "limit_insert",
             """
-            INSERT INTO postroad.limits (
+            INSERT INTO postroad.limit_policies (
                 account, limit_id, display_name, scope, subject, unit, amount, period_s, burst
             )
             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
@@ -107,7 +107,7 @@ class LimitsRepository:
             self._session,
             "limit_update",
             """
-            UPDATE postroad.limits
+            UPDATE postroad.limit_policies
             SET display_name = $4, scope = $5, subject = $6, unit = $7, amount = $8, period_s = $9, burst = $10
             WHERE uid = $1 AND left(uid::text, 8) = $2 AND version = $3
             RETURNING 1
@@ -120,7 +120,7 @@ class LimitsRepository:
         await rows_changed(
             self._session,
             "limit_delete",
-            "DELETE FROM postroad.limits WHERE uid = $1 AND left(uid::text, 8) = $2 AND version = $3 RETURNING 1",
+            "DELETE FROM postroad.limit_policies WHERE uid = $1 AND left(uid::text, 8) = $2 AND version = $3 RETURNING 1",
             *(limit.meta.uid, *etag),
         )
 

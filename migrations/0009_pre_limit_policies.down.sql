@@ -1,2 +1,2 @@
 ALTER TABLE postroad.accounts DROP COLUMN delivery_weight;
-DROP TABLE postroad.limits;
+DROP TABLE postroad.limit_policies;
