@@ -187,8 +187,8 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         return not self._tls and self.session.action in {Action.COMMIT, Action.MORE}
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of everything but a commit. What broke with nothing said since a 250 may have lost it."""
-        if exc is not None and self._stored_last:
+        """Let go of everything but a commit. A client that ends with nothing said since a 250 may not have heard it."""
+        if self._stored_last and not self._closing:
             self._service.counters.answers_lost += 1
         self._lose()
 

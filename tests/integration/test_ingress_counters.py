@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import pytest
 
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.core.envelope import Envelope, RecipientRow
@@ -85,13 +87,16 @@ async def test_a_250_that_comes_after_a_451_makes_a_window() -> None:
     assert answered(node.counters) == 0
 
 
-async def test_a_connection_that_breaks_with_nothing_said_since_the_250_makes_a_window() -> None:
+@pytest.mark.parametrize("end", [Peer.reset, lambda peer: peer.writer.close()], ids=["broken", "closed"])
+async def test_a_connection_that_ends_with_nothing_said_since_the_250_makes_a_window(
+    end: Callable[[Peer], None],
+) -> None:
     node = make_node(spool=GatedSpool())
     async with running(node):
         peer, spool = await submit(node)
         spool.futures[0].set_result(None)
         assert (await peer.ask(b"")).startswith(b"250")
-        peer.reset()
+        end(peer)
         await until(lambda: node.counters.sessions_active == 0)
     assert node.counters.answers_lost == 1
 
@@ -104,6 +109,20 @@ async def test_a_connection_that_breaks_after_the_client_went_on_makes_none() ->
         assert (await peer.ask(b"")).startswith(b"250")
         assert (await peer.ask(b"NOOP\r\n")).startswith(b"250")
         peer.reset()
+        await until(lambda: node.counters.sessions_active == 0)
+    assert node.counters.answers_lost == 0
+
+
+async def test_a_connection_that_we_end_makes_none() -> None:
+    node = make_node(spool=GatedSpool())
+    async with running(node):
+        peer, spool = await submit(node)
+        spool.futures[0].set_result(None)
+        assert (await peer.ask(b"")).startswith(b"250")
+        node.clock.seconds += 301
+        node.ingress.service.wheel.advance()
+        assert (await peer.line()).startswith(b"421")
+        await peer.close()
         await until(lambda: node.counters.sessions_active == 0)
     assert node.counters.answers_lost == 0
 
