@@ -191,11 +191,8 @@ class _ControlPlane:
         self._fleet_dsn = database.fleet_dsn.get_secret_value()
         self._fleet_pool = await open_pool(self._fleet_dsn, database.fleet_connections)
         stack.push_async_callback(_close_pool, self._fleet_pool)
-        self._redis: RedisFunctions | None = None
-        if self._settings.redis.url is not None:
-            url = self._settings.redis.url.get_secret_value()
-            self._redis = RedisFunctions(url, on_change=self._note_redis)
-            stack.push_async_callback(self._redis.close)
+        # Each with connections and a judgement of its own: a long look must not keep keys from being counted together.
+        self._counters, self._buckets = self._open_redis(stack, "limits"), self._open_redis(stack, "requests")
         self._build()
         settings = self._settings.http
         tls = None
@@ -251,15 +248,23 @@ class _ControlPlane:
             self._fleet_repository, self._hub, _now, f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
         )
 
+    def _open_redis(self, stack: AsyncExitStack, what: str) -> RedisFunctions | None:
+        url = self._settings.redis.url
+        if url is None:
+            return None
+        functions = RedisFunctions(url.get_secret_value(), on_change=lambda reason: self._note_redis(what, reason))
+        stack.push_async_callback(functions.close)
+        return functions
+
     def _live_limits(self) -> LiveLimits:
-        return NoLiveLimits() if self._redis is None else RedisLiveLimits(self._redis)
+        return NoLiveLimits() if self._counters is None else RedisLiveLimits(self._counters)
 
     def _request_budget(self) -> RequestBudget | None:
         per_minute = self._settings.api.requests_per_minute
         if not per_minute:
             return None
         local = LocalRequestBudget(per_minute, time.monotonic)
-        return local if self._redis is None else RedisRequestBudget(self._redis, per_minute, local)
+        return local if self._buckets is None else RedisRequestBudget(self._buckets, per_minute, local)
 
     async def wait_for_schema(self, stop: asyncio.Event) -> bool:
         """Wait until the database answers; StartError when it and this code do not fit; False when told to stop."""
@@ -377,11 +382,11 @@ class _ControlPlane:
         if event in {"config.acked", "config.nacked"}:
             self._metrics.config_answered(event.removeprefix("config.").removesuffix("ed"))
 
-    def _note_redis(self, reason: str) -> None:
+    def _note_redis(self, what: str, reason: str) -> None:
         if reason:
-            self._log.warning("redis.away", reason=reason)
+            self._log.warning("redis.away", what=what, reason=reason)
         else:
-            self._log.info("redis.back")
+            self._log.info("redis.back", what=what)
 
     def _note_reject(self, spool: str, reason: str, detail: str) -> None:
         self._log.warning("ledger.rejected", spool=spool, reason=reason, detail=detail)

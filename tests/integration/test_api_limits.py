@@ -314,7 +314,8 @@ async def test_every_edit_has_an_audit_row(stack: ApiStack, client: Client) -> N
     made = await stack.operator.limit("UpdateLimit", service.UpdateLimitRequest(limit=made))
     await stack.operator.limit("DeleteLimit", service.DeleteLimitRequest(name=made.name, etag=made.etag))
     rows = await stack.as_superuser(
-        "SELECT principal, action, account FROM postroad.audit_log WHERE table_name = 'limit_policies' ORDER BY audit_id"
+        "SELECT principal, action, account FROM postroad.audit_log"
+        " WHERE table_name = 'limit_policies' ORDER BY audit_id"
     )
     assert [tuple(row) for row in rows] == [
         ("apiKeys/bootstrap", action, "acme") for action in ("INSERT", "UPDATE", "DELETE")

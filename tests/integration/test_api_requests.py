@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import grpc
 import pytest
+import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from controlplane.adapters.redis.functions import RedisFunctions
+from controlplane.adapters.redis.limits import RedisLiveLimits
 from controlplane.adapters.redis.requests import RedisRequestBudget
+from controlplane.domain.limits import Look
 from controlplane.services.throttle import LocalRequestBudget
+from dataplane.core.limits import server_key
 from postroad.control.v1 import account_service_pb2, message_service_pb2, message_service_pb2_grpc
 from support.api import ApiStack, Client, running_api
 from support.controlplane_app import serving
@@ -23,6 +29,7 @@ from support.databases import Database
 from support.nodes_port import until
 from support.valkey_cluster import ValkeyCluster
 
+DOCUMENTED = (Path(__file__).parents[2] / "docs" / "settings.md").read_text("utf-8")
 LIST = account_service_pb2.ListAccountsRequest()
 
 
@@ -182,6 +189,30 @@ async def test_a_cluster_keeps_the_buckets_of_keys_on_all_of_its_servers(valkey_
     kept = [valkey_cluster.call(number, "DBSIZE") for number in range(3)]
     assert sum(kept) == 6
     assert sum(1 for count in kept if count) > 1
+
+
+async def test_a_user_with_the_rights_that_the_settings_name_can_do_all_of_it(valkey_url: str) -> None:
+    rights = re.search(r"`redis\.url`.*?needs, on `(~postroad:\*)`, `([^`]+)`", DOCUMENTED)
+    assert rights is not None
+    loader = RedisFunctions(valkey_url, timeout_s=10.0)
+    functions = RedisFunctions(f"redis://cp:secret@127.0.0.1:{urlsplit(valkey_url).port}/0", timeout_s=10.0)
+    with redis.Redis.from_url(valkey_url) as client:
+        words = (rights[1], "resetchannels", "-@all", *rights[2].split())
+        client.execute_command("ACL", "SETUSER", "cp", "reset", "on", ">secret", *words)
+        try:
+            assert await count_granted(shared_budget(loader, 2), tries=3) == 2
+            assert await functions.within(lambda: take_one(functions)) == [0]
+            looks = [Look("a:accounts/acme", "account:message", 5, 1.0), Look("p:providers/p", "provider:slots", 5, 0)]
+            assert await RedisLiveLimits(functions).look(looks) == [5.0, 0.0]
+        finally:
+            await functions.close()
+            await loader.close()
+            client.execute_command("ACL", "DELUSER", "cp")
+
+
+async def take_one(functions: RedisFunctions) -> Any:
+    keys = (server_key("k:a", "epoch"), server_key("k:a", "request"))
+    return await functions.call("k:a", "postroad_take_1", keys, ("", 1, 5, 1, 1, 1, 1), only_looks=False)
 
 
 # --- the whole program -----------------------------------------------------------------------------------------------

@@ -120,7 +120,10 @@ class LimitsRepository:
         await rows_changed(
             self._session,
             "limit_delete",
-            "DELETE FROM postroad.limit_policies WHERE uid = $1 AND left(uid::text, 8) = $2 AND version = $3 RETURNING 1",
+            """
+            DELETE FROM postroad.limit_policies WHERE uid = $1 AND left(uid::text, 8) = $2 AND version = $3
+            RETURNING 1
+            """,
             *(limit.meta.uid, *etag),
         )
 
