@@ -6,8 +6,8 @@ messages in hand (accepted, and on their way in memory) a session that says MAIL
 leaves the hand lets one go on: accounts in turn, so that no account's sessions wait behind all of another's.
 
 That is right only while the loop itself is what is short. A timer looks whether it is: when the loop was idle for a
-part of the wait, it is the next hops that are slow. Then all go on, mail that delivery cannot take goes to the disk,
-and for a while no MAIL waits.
+part of the time, a few go on; when that is so IDLE_LOOKS times in a row, it is the next hops that are slow. Then all go
+on, mail that delivery cannot take goes to the disk, and for a while no MAIL waits.
 
     state    a MAIL                         what comes next
     open     goes on below the mark,        waiting, with the first that is set aside
@@ -27,7 +27,8 @@ from typing import Protocol
 MARK = 256
 LOOK_S = 0.005
 BUSY_SHARE = 0.7
-REST_S = 0.1
+IDLE_LOOKS = 4
+REST_S = 1.0
 LONGEST_S = 5.0
 _AT_ONCE = 16
 
@@ -76,6 +77,7 @@ class Turnstile:
         self._rest_ends_s = 0.0
         self._looked = (0.0, 0.0)  # clock and busy time at the last look
         self._will_look = False
+        self._idle_looks = 0  # in a row
         self.waiting_count = 0
         self.waited_count = 0
 
@@ -131,11 +133,14 @@ class Turnstile:
             return
         began_s, busy_s = self._looked
         now_s = self._clock()
-        if self._busy() - busy_s < BUSY_SHARE * (now_s - began_s):
+        is_idle = self._busy() - busy_s < BUSY_SHARE * (now_s - began_s)
+        self._idle_looks = self._idle_looks + 1 if is_idle else 0
+        if self._idle_looks == IDLE_LOOKS:
+            self._idle_looks = 0
             self.open()
             return
         # Places get lost: with transactions that end without a message, and messages that wait on the disk.
-        if self._in_hand() < self._mark // 2 or self._oldest_s() < now_s - LONGEST_S:
+        if is_idle or self._in_hand() < self._mark // 2 or self._oldest_s() < now_s - LONGEST_S:
             self._let_go(_AT_ONCE)
         if self.waiting_count:
             self._look_later()

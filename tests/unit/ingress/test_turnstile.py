@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dataplane.ingress.turnstile import LONGEST_S, LOOK_S, REST_S, Turnstile
+from dataplane.ingress.turnstile import IDLE_LOOKS, LONGEST_S, LOOK_S, REST_S, Turnstile
 
 
 class Bench:
@@ -116,11 +116,26 @@ def test_the_turn_of_one_who_left_goes_to_the_next(bench: Bench) -> None:
 
 def test_a_loop_with_time_to_spare_keeps_nobody_waiting(bench: Bench) -> None:
     bench.in_hand = 4
-    bench.wait("a1", "a2")
+    bench.wait(*[f"a{number}" for number in range(100)])
     bench.look(busy_share=0.5)
-    assert bench.went == ["a1", "a2"]
+    assert len(bench.went) == 16
+    for _ in range(IDLE_LOOKS - 1):
+        bench.look(busy_share=0.5)
+    while bench.soon:
+        bench.turn()
+    assert len(bench.went) == 100
     assert not bench.turnstile.holds()
     bench.now_s += REST_S
+    assert bench.turnstile.holds()
+
+
+def test_one_idle_moment_does_not_open_it_for_all(bench: Bench) -> None:
+    bench.in_hand = 4
+    bench.wait(*[f"a{number}" for number in range(100)])
+    for _ in range(IDLE_LOOKS):
+        bench.look(busy_share=0.5)
+        bench.look(busy_share=1.0)
+    assert len(bench.went) == 16 * IDLE_LOOKS
     assert bench.turnstile.holds()
 
 
