@@ -213,7 +213,7 @@ class Shard:
         is_settled = False
         try:
             async with asyncio.timeout(None) as deadline:
-                watch = _Watch(deadline, self.timeout_s)
+                watch = _Watch(deadline.reschedule, self.timeout_s)
                 try:
                     await self._settle(batch)
                     is_settled = True
@@ -415,11 +415,11 @@ class Shard:
 
 
 class _Watch:
-    """Ends a wait after `timeout_s` of a loop that runs."""
+    """Ends a wait by `end`, with the time, after `timeout_s` of a loop that runs."""
 
-    def __init__(self, deadline: asyncio.Timeout, timeout_s: float) -> None:
+    def __init__(self, end: Callable[[float], None], timeout_s: float) -> None:
         self._loop = asyncio.get_running_loop()
-        self._deadline = deadline
+        self._end = end
         self._timeout_s = timeout_s
         self._late_count = 0
         self._looked = False
@@ -443,7 +443,7 @@ class _Watch:
             self._looked = True
             self._arm(_LAST_LOOK_S)
         else:
-            self._deadline.reschedule(now_s)
+            self._end(now_s)
 
 
 def _by_lot(given_back: Sequence[tuple[str, Sequence[Any]]]) -> list[list[Any]]:

@@ -144,7 +144,7 @@ class DeliveryLimits:
     def release(self, lease: Lease) -> None:
         """Give back what a connection held."""
         self._leases.discard(lease)
-        if lease.slots and not lease.lost:
+        if lease.slots:
             self._limiter.release(lease.slots)
 
     def close(self) -> None:

@@ -321,6 +321,9 @@ async def test_connections_a_period_wait_without_making_the_destination_dead() -
         await bench.until(lambda: bench.engine.counters.limited > 0)
         await turns()
         assert hop.connections == 1
+        pool = bench.engine.pools.find(A)
+        assert pool is not None
+        assert (pool.is_open, pool.destination.retry_at_s) == (True, 0.0)
         for count in (2, 3):
             bench.clock.advance(1.0)
             await hop.took(count)
