@@ -204,3 +204,17 @@ async def test_spools_that_share_connections_stop_together_and_lose_nothing() ->
             assert left == [make_queue_key(FLOOD, A), make_queue_key(SMALL, A)]
             assert bench.types() == ["UNCERTAIN"]
             assert other.engine.counters.put_back == 1
+
+
+async def test_a_stop_ends_as_soon_as_the_last_transaction_of_any_spool_ends() -> None:
+    async with next_hop(Behaviour(final=lambda _: STALL)) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port, max_connections=1)
+        add_account(bench, FLOOD)
+        with two_engines(bench) as other:
+            await other.engine.start()
+            await submit(bench, FLOOD)
+            await hop.stalled.wait()
+            stopping = asyncio.gather(bench.engine.stop(60.0), other.engine.stop(60.0))
+            await bench.until(lambda: bench.engine.pools.stopping)
+            await hop.end()
+            await asyncio.wait_for(stopping, 5)
