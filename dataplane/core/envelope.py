@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,6 +52,11 @@ class RecipientRow(NamedTuple):
     due_ms: int
     priority: int
     queue_key: str
+
+
+def under_key(rows: Sequence[RecipientRow], queue_key: str) -> tuple[RecipientRow, ...]:
+    """Return the rows as they wait under this key."""
+    return tuple([row if row.queue_key == queue_key else row._replace(queue_key=queue_key) for row in rows])
 
 
 def make_queue_key(account: str, next_hop: str) -> str:

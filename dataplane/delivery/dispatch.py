@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dataplane.core.config import RetryPolicy, SmtpProvider, Target
-from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
+from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key, under_key
 from dataplane.core.fair import message_cost
 from dataplane.core.ids import format_message_id
 from dataplane.core.ledger import AttemptEvent
@@ -246,7 +246,7 @@ class Dispatcher:
                 return
         # What this target put off waits for it, not behind everything that waits for a dead one before it.
         queue_key = make_queue_key(attempt.message.envelope.account, attempt.provider)
-        rows = [row._replace(queue_key=queue_key) for row in attempt.rows]
+        rows = under_key(attempt.rows, queue_key)
         self._end(attempt, list(zip(rows, verdicts, strict=True)), connection.tls)
 
     # --- ends

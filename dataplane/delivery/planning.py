@@ -19,7 +19,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from dataplane.core.config import RetryPolicy, Target
-from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
+from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key, under_key
 from dataplane.core.policy import Denied, denied
 from dataplane.core.routing import MessageRouter
 from dataplane.core.transaction import Verdict, VerdictKind
@@ -97,4 +97,4 @@ def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRo
 
 def _group(account: str, rule: str, targets: tuple[Target, ...], rows: list[RecipientRow]) -> Group:
     queue_key = make_queue_key(account, targets[0].provider if targets else "")
-    return Group(rule, targets, queue_key, tuple(row._replace(queue_key=queue_key) for row in rows))
+    return Group(rule, targets, queue_key, under_key(rows, queue_key))
