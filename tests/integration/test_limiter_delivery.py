@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -76,7 +76,7 @@ async def limited(*limits: Limit, **options: Any) -> AsyncIterator[Limited]:
     limiter = Counting(clock)
     delivery = DeliveryLimits(limiter, config, "worker", Log())
     async with delivery_bench(clock=clock, config=config, limits=delivery, **options) as bench:
-        made = Limited(bench.engine, bench.spool, bench.config, bench.clock, bench.log, bench.records)
+        made = Limited(**{each.name: getattr(bench, each.name) for each in fields(bench)})
         made.limiter, made.limits = limiter, delivery
         yield made
     delivery.close()
