@@ -59,7 +59,7 @@ from dataplane.loop_lag import LoopLag
 from dataplane.ports import EventLog, Limiter, SpoolError, SpoolFailedError
 from dataplane.process import Child
 from dataplane.settings import Settings, SettingsError
-from dataplane.spool_folders import is_refused
+from dataplane.spool_folders import is_refused, quarantine_spool
 from dataplane.telemetry import SampleRow, name_node
 from dataplane.worker_side import WorkerParts, WorkerSide
 
@@ -131,7 +131,10 @@ class _Worker:
         return node, view
 
     async def open(self, names: Sequence[str]) -> None:
-        """Open the spools and make an engine for each; WorkerError."""
+        """Open the spools and make an engine for each; one that cannot be opened is set aside while there are others.
+
+        WorkerError when none can be.
+        """
         resolver = CheckingResolver(self._clock, [str(one) for one in self._settings.delivery.allowed_private_networks])
         limits = DeliveryLimits(self._limiter, self._view, os.urandom(8).hex(), self._log)
         self._stack.callback(limits.close)
@@ -141,7 +144,10 @@ class _Worker:
                     Path("spool") / name, self._node, self._clock, on_failed=self._spool_failed
                 )
             except SpoolError as error:
-                raise WorkerError(str(error)) from error
+                if len(names) == 1:
+                    raise WorkerError(str(error)) from error
+                self._set_aside(name, error)
+                continue
             self._spools[name] = spool
             surroundings = Surroundings(
                 spool,
@@ -162,6 +168,14 @@ class _Worker:
                 limits=limits,
             )
             self._log.info("spool.opened", spool=name, incarnation=spool.identity.incarnation)
+        if not self._spools:
+            raise WorkerError("none of this worker's spools can be opened")
+
+    def _set_aside(self, name: str, error: SpoolError) -> None:
+        """One damaged spool must not keep the others' mail from going on."""
+        self._log.warning("spool.quarantined", spool=name, error=str(error))
+        with contextlib.suppress(OSError):
+            quarantine_spool(Path("spool") / name, str(error))
 
     def _spool_failed(self, error: SpoolFailedError) -> None:
         if not self._ended.done():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dataplane.spool_folders import QUARANTINE_FILE, assign_spools
 from postroad.node.v1.ledger_pb2 import RECIPIENT_STATE_SENT, LedgerRecord
 from support.node_mail import Connection, Sink, configure, connect, listening_sink, send, server_of, waiting_for
 from support.node_plane import WAIT_S, ControlPlane, Pki, control_plane
@@ -221,6 +222,21 @@ async def test_a_worker_that_ends_three_times_is_left_out_and_who_waits_for_it_h
         for number in range(6):
             await send(node, f"message {number}")
             assert f"Subject: message {number}".encode() in await sink.next()
+        assert await node.stop() == 0
+
+
+async def test_a_spool_that_cannot_be_opened_keeps_no_other_spool_of_its_worker_from_going_on(
+    settings_file: Path, plane: ControlPlane, sink: Sink
+) -> None:
+    write_settings(settings_file.parent, plane.address, workers=1)
+    spools = settings_file.parent / "data" / "spool"
+    ((good,), (bad,)) = assign_spools(spools, 2)
+    (spools / bad / "identity").write_text("of somebody else")
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        await send(node, "goes on")
+        await until_sent(plane, Counter({good: 1}))
+        assert (spools / bad / QUARANTINE_FILE).exists()
         assert await node.stop() == 0
 
 
