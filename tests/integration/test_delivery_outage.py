@@ -33,11 +33,11 @@ def add_accounts(bench: Bench) -> None:
         bench.config.accounts[name] = compile_account(Account(name, ACCOUNT_UID, revision=7, rules=rules))
 
 
-async def put(bench: Bench, provider: str, count: int) -> None:
-    """Messages that lie in the spool, of all accounts by turns, oldest first."""
+async def put(bench: Bench, provider: str, count: int, accounts: int = len(ACCOUNTS)) -> None:
+    """Messages that lie in the spool, of so many accounts by turns, oldest first."""
     domain = "b.test" if provider == B else "a.test"
     for number in range(count):
-        account = ACCOUNTS[number % len(ACCOUNTS)]
+        account = ACCOUNTS[number % accounts]
         envelope = bench.envelope(account=account, credential=f"{account}/smtpCredentials/app")
         due_ms = bench.clock.wall_ms() - count + number
         key = make_queue_key(account, provider)
@@ -95,12 +95,12 @@ async def quiet(bench: Bench) -> None:
     raise AssertionError("never quiet")
 
 
-@pytest.mark.parametrize("waiting", [100, 10_000])
-async def test_a_dead_provider_costs_a_probe_each_time_whatever_waits_for_it(waiting: int) -> None:
+@pytest.mark.parametrize(("waiting", "accounts"), [(100, 100), (10_000, 100), (1_000, 1)])
+async def test_a_dead_provider_costs_a_probe_each_time_whatever_waits_for_it(waiting: int, accounts: int) -> None:
     async with next_hop(Behaviour(greeting=b"554 5.3.2 no\r\n")) as dead, delivery_bench(start=False) as bench:
         bench.config.add_provider(A, dead.port, max_connections=CONNECTIONS)
         add_accounts(bench)
-        await put(bench, A, waiting)
+        await put(bench, A, waiting, accounts)
         await bench.engine.start()
         await quiet(bench)
         # Nobody knew that it was dead: one round of connections, and one attempt that tells.
