@@ -27,13 +27,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from dataplane.adapters.sealing import SealError, SealKey
 from dataplane.agent.held import EMPTY, HeldConfig
 from dataplane.agent.ports import StoreError
-from dataplane.files import write_durably
+from dataplane.files import Reserve, no_room, write_durably
 from dataplane.ports import Clock
 from postroad.config.v1.bundle_pb2 import Bundle, PoolKey
 from postroad.config.v1.denials_pb2 import DenialSet
 from postroad.config.v1.last_known_good_pb2 import LastKnownGood
 
 FOLDER = Path("last-known-good")
+RESERVE = "reserve"
+RESERVE_BYTES = 4 * 1024 * 1024
 PART_BYTES = 256 * 1024
 
 _MAGIC = b"PRLKG1\n"
@@ -78,6 +80,7 @@ class LastKnownGoodFiles:
         self._seal_key = seal_key
         self._node = node
         self._clock = clock
+        self._reserve = Reserve(folder / RESERVE, RESERVE_BYTES)
 
     # --- configuration ---------------------------------------------------------------------------------------
 
@@ -203,11 +206,19 @@ class LastKnownGoodFiles:
             raise StoreError(f"{path}: {error}") from error
 
     def _write(self, name: str, parts: Iterable[bytes]) -> None:
+        path = self._folder / name
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_durably(self._folder / name, parts)
+            try:
+                write_durably(path, parts)
+            except OSError as error:
+                # What can be written twice is: denials must come into force on a full disk too.
+                if not (no_room(error) and self._reserve.give_up() and isinstance(parts, list)):
+                    raise
+                write_durably(path, parts)
         except OSError as error:
-            raise StoreError(f"{self._folder / name} cannot be written: {error.strerror}") from error
+            raise StoreError(f"{path} cannot be written: {error.strerror}") from error
+        self._reserve.hold()
 
 
 def _purpose(writing: bytes, number: int, *, is_last: bool) -> str:

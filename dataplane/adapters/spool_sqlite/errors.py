@@ -32,14 +32,15 @@ def translate(error: Exception) -> SpoolError:
     """Return what the callers of the failed writes are told."""
     if isinstance(error, SpoolError):
         return error
-    if _is_full(error):
+    if is_full(error):
         return SpoolFullError("the disk is full")
     if isinstance(error, (*ISOLATED, *_TEMPORARY)):
         return SpoolError(f"the spool could not write: {type(error).__name__}")
     return SpoolFailedError(f"the spool failed: {type(error).__name__}: {error}")
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: Exception) -> bool:
+    """Whether the disk has no room."""
     if isinstance(error, apsw.FullError):
         return True
     if isinstance(error, apsw.IOError):

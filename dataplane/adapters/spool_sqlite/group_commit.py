@@ -35,7 +35,7 @@ from dataplane.adapters.spool_sqlite.transaction import Accept, Counters, Operat
 from dataplane.adapters.spool_tail import AcknowledgedTail
 from dataplane.core.ids import MessageId
 from dataplane.failpoints import failpoint
-from dataplane.ports import Clock, SpoolError, SpoolFailedError
+from dataplane.ports import Clock, SpoolError, SpoolFailedError, SpoolFullError
 
 _TURN_S = 0.001
 _BATCH_OPERATIONS = 512
@@ -53,7 +53,10 @@ class _State(enum.Enum):
 
 
 class GroupCommit:
-    """Owner of the writing connection. `on_removable` gets ids of messages whose files no row needs any more."""
+    """Owner of the writing connection.
+
+    `on_removable` gets ids of messages whose files no row needs any more; `on_full` hears that a batch found no room.
+    """
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class GroupCommit:
         limits: SpoolLimits,
         on_failed: Callable[[SpoolFailedError], None],
         on_removable: Callable[[list[MessageId]], None],
+        on_full: Callable[[], object],
     ) -> None:
         self._connection = connection
         self._incarnation = incarnation
@@ -70,6 +74,7 @@ class GroupCommit:
         self._limits = limits
         self._on_failed = on_failed
         self._on_removable = on_removable
+        self._on_full = on_full
         self._loop = asyncio.get_running_loop()
         self._state = _State.IDLE
         self._failure: SpoolFailedError | None = None
@@ -212,6 +217,8 @@ class GroupCommit:
         if isinstance(told, SpoolFailedError):
             self.fail(told)
             return
+        if isinstance(told, SpoolFullError):
+            self._on_full()
         batch, self._batch = self._batch, []
         for operation in batch:
             _reject(operation, told)

@@ -14,7 +14,7 @@ class SpoolLimits:
     `inline_bytes`: larger contents go to files. `checkpoint_bytes`: a WAL above it is checkpointed. `wal_cap_bytes`: a
     WAL above it, because a reader holds on to it, makes accepting fail. `floor_bytes`: free disk that accepting leaves
     alone, at least 1.5 times the largest message. `vacuum_pages`: more free pages than this, and more than half of the
-    file, are given back to the file system.
+    file, are given back to the file system. `reserve_bytes`: room kept for what must be written on a full disk.
     """
 
     inline_bytes: int = 64 * 1024
@@ -22,3 +22,4 @@ class SpoolLimits:
     wal_cap_bytes: int = 256 * MIB
     floor_bytes: int = 64 * MIB
     vacuum_pages: int = 4096
+    reserve_bytes: int = 16 * MIB

@@ -34,10 +34,11 @@ from dataplane.adapters.spool_sqlite.codec import (
     message_checksum,
 )
 from dataplane.adapters.spool_sqlite.contents import Contents
+from dataplane.adapters.spool_sqlite.errors import translate
 from dataplane.adapters.spool_sqlite.identity import sync_folder, write_file
 from dataplane.adapters.spool_sqlite.schema import Row
 from dataplane.core.ids import MessageId, format_message_id
-from dataplane.ports import SpoolIdentity
+from dataplane.ports import SpoolFullError, SpoolIdentity
 
 MARKER = "failed"
 QUARANTINE = "quarantine"
@@ -78,6 +79,8 @@ def open_database(
     try:
         return _open(path, identity, vfs), report
     except _DAMAGE as error:
+        if isinstance(translate(error), SpoolFullError):
+            raise
         leave_marker(folder, f"spool.db cannot be opened: {type(error).__name__}")
         report = salvage(folder, identity, vfs)
         return _open(path, identity, vfs), report

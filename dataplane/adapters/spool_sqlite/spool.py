@@ -32,7 +32,7 @@ from dataplane.adapters.spool_sqlite.codec import (
 )
 from dataplane.adapters.spool_sqlite.contents import ORPHAN_AGE_S, Contents
 from dataplane.adapters.spool_sqlite.depth import DepthCounter
-from dataplane.adapters.spool_sqlite.errors import translate
+from dataplane.adapters.spool_sqlite.errors import is_full, translate
 from dataplane.adapters.spool_sqlite.group_commit import GroupCommit
 from dataplane.adapters.spool_sqlite.identity import lock_folder, read_identity, write_identity
 from dataplane.adapters.spool_sqlite.incoming import SqliteIncoming, content_error
@@ -53,6 +53,7 @@ from dataplane.core.ids import MessageId, format_message_id, message_id_time_ms
 from dataplane.core.queue import TERMINAL
 from dataplane.core.transaction import is_canonical
 from dataplane.failpoints import failpoint
+from dataplane.files import Reserve
 from dataplane.ports import (
     Clock,
     Cursor,
@@ -69,6 +70,7 @@ from dataplane.ports import (
 
 Result = TypeVar("Result")
 
+RESERVE = "reserve"
 _PAGE_OF_KEYS = 100
 _PAGE_OF_IDS = 500
 # Several, so that one that waits for the disk to sync a file does not hold up those that append or read.
@@ -107,8 +109,15 @@ class SqliteSpool:
         self._behind: dict[MessageId, list[Operation]] = {}
         self._incoming: dict[MessageId, SqliteIncoming] = {}
         self._reader = Reader(connections[1])
+        self._reserve = Reserve(folder / RESERVE, limits.reserve_bytes)
         self._commits = GroupCommit(
-            connections[0], identity.incarnation, clock, limits, self._note_failure, self._remove_files
+            connections[0],
+            identity.incarnation,
+            clock,
+            limits,
+            self._note_failure,
+            self._remove_files,
+            self._give_up_reserve,
         )
         self._depth = DepthCounter(folder / schema.DATABASE, self.in_file_thread, clock)
         self._closing: asyncio.Task[None] | None = None
@@ -135,13 +144,12 @@ class SqliteSpool:
         limits = limits or SpoolLimits()
         lock = lock_folder(folder)
         try:
-            identity = read_identity(folder, node)
-            Contents(folder).prepare()
-            writer, report = open_database(folder, identity, vfs)
-            identity = _next_incarnation(writer, identity)
-            write_identity(folder, identity)
-            with writer:
-                writer.execute("UPDATE state SET incarnation = ?", (identity.incarnation,))
+            try:
+                identity, writer, report = _open_writer(folder, node, vfs)
+            except (apsw.Error, OSError) as error:
+                if not (is_full(error) and Reserve(folder / RESERVE, limits.reserve_bytes).give_up()):
+                    raise
+                identity, writer, report = _open_writer(folder, node, vfs)
             connections = (writer, schema.open_reader(folder / schema.DATABASE, vfs))
             room = Room(ask_free_bytes or partial(free_bytes, folder), limits.floor_bytes, clock)
             spool = cls(folder, identity, lock, connections, clock, limits, on_failed, room)
@@ -312,6 +320,10 @@ class SqliteSpool:
         elif isinstance(error, SpoolFailedError):
             self._commits.fail(error)
 
+    def _give_up_reserve(self) -> None:
+        """A commit found no room: what delivery settles is to be written all the same, with one of the next commits."""
+        self.in_file_thread(self._reserve.give_up).add_done_callback(asyncio.Future.exception)
+
     def _remove_files(self, message_ids: list[MessageId]) -> None:
         """After the commit that removed the rows; a file that stays behind is an orphan."""
         work = self.in_file_thread(self._contents.remove, message_ids)
@@ -350,6 +362,7 @@ class SqliteSpool:
         while True:
             with contextlib.suppress(OSError, apsw.Error):
                 await self.sweep()
+                await self.in_file_thread(self._reserve.hold)
             await asyncio.sleep(ORPHAN_AGE_S)
 
     # --- reads ---
@@ -494,6 +507,24 @@ class SqliteSpool:
     def _note_failure(self, failure: SpoolFailedError) -> None:
         leave_marker(self._folder, str(failure))
         self._on_failed(failure)
+
+
+def _open_writer(
+    folder: Path, node: str, vfs: str | None
+) -> tuple[SpoolIdentity, apsw.Connection, SalvageReport | None]:
+    """Open the file and count the incarnation up."""
+    identity = read_identity(folder, node)
+    Contents(folder).prepare()
+    writer, report = open_database(folder, identity, vfs)
+    try:
+        identity = _next_incarnation(writer, identity)
+        write_identity(folder, identity)
+        with writer:
+            writer.execute("UPDATE state SET incarnation = ?", (identity.incarnation,))
+    except BaseException:
+        writer.close()
+        raise
+    return identity, writer, report
 
 
 def _next_incarnation(writer: apsw.Connection, identity: SpoolIdentity) -> SpoolIdentity:

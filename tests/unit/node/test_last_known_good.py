@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -279,3 +281,26 @@ def test_the_check_refuses_secrets_that_do_not_open() -> None:
     )
     assert check_bundles(proposal(account("a", password=here))) == {}
     assert set(check_bundles(proposal(account("a", password=here), key_id="k2"))) == {"accounts/a"}
+
+
+def test_denials_are_stored_on_a_full_disk_in_the_room_kept_for_them(
+    files: LastKnownGoodFiles, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve = config_file.parent / lkg.RESERVE
+    files.write_denials(DenialSet(version=1))
+    assert reserve.exists()
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if reserve.exists():
+            raise OSError(errno.ENOSPC, "no space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    files.write_denials(DenialSet(version=2))
+    assert files.read_denials().version == 2
+    # Others have eaten that room as well.
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space left on device")))
+    with pytest.raises(StoreError):
+        files.write_denials(DenialSet(version=3))
+    assert files.read_denials().version == 2
