@@ -89,7 +89,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("spool_write_failures_total", "Outcomes that the spool refused at first"),
     _gauge("spool_bytes", "Size of the spools", "file", ("database", "wal")),
     _counter("spool_commits_total", "Commits of the spools"),
-    _gauge("spools_quarantined", "Spools set aside because their worker ended again and again"),
+    _gauge("spools_quarantined", "Spools set aside until the node starts again"),
     _gauge("ledger_unacknowledged_records", "Records that the control plane has not stored"),
     _gauge("ledger_lag_seconds", "Age of the oldest record that the control plane has not stored", merge="max"),
     # limits

@@ -108,7 +108,7 @@ class MetricsServer:
             if days is not None:
                 yield "tls_certificate_days_left", (name,), days
                 yield "tls_cert_expiry_days", (), days
-        yield from process_samples(READY_FILE)
+        yield from process_samples(READY_FILE, Path("spool"))
 
     async def _healthz(self, request: web.Request) -> web.Response:
         del request

@@ -1,8 +1,8 @@
 """What the kernel says of the node's processes, and what the supervisor says of them in `run/ready.json`.
 
 Contract. `process_samples` yields memory, descriptors and CPU time of the supervisor and of each process that it names,
-its restarts, and the number of spools that it set aside. What cannot be read (a process that just ended, a system
-without /proc) is left out.
+and its restarts; beside that the number of spools that were set aside. What cannot be read (a process that just ended,
+a system without /proc) is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dataplane.spool_folders import QUARANTINE_FILE
 from dataplane.telemetry import SampleRow
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -22,8 +23,8 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _USER_TICKS, _SYSTEM_TICKS = 11, 12
 
 
-def process_samples(ready_file: Path, proc: Path = Path("/proc")) -> Iterator[SampleRow]:
-    """Rows for the metrics of processes."""
+def process_samples(ready_file: Path, spools: Path, proc: Path = Path("/proc")) -> Iterator[SampleRow]:
+    """Rows for the metrics of processes; `spools` is the folder with all spools."""
     state: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         state = json.loads(ready_file.read_bytes())
@@ -32,7 +33,7 @@ def process_samples(ready_file: Path, proc: Path = Path("/proc")) -> Iterator[Sa
         yield from _usage(name, proc / str(pid))
     for name, count in state.get("restarts", {}).items():
         yield "process_restarts_total", (name,), count
-    yield "spools_quarantined", (), len(state.get("quarantined", ()))
+    yield "spools_quarantined", (), sum(1 for _ in spools.glob(f"*/{QUARANTINE_FILE}"))
 
 
 def _usage(name: str, folder: Path) -> Iterator[SampleRow]:
