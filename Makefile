@@ -1,7 +1,7 @@
 # The face of the project for people: `make up` and `make test` need Python 3.11+ and make, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check ci lint types imports proto proto-check buf-lint format lock bench unit chaos clean
+.PHONY: help up test check ci lint types imports proto proto-check buf-lint format lock bench unit chaos broken-builds clean
 
 BIN := .venv/bin
 RUNTIME := .venv/.installed-runtime
@@ -66,6 +66,9 @@ lock: $(DEV) ## resolve the locked requirements anew
 
 chaos: $(DEV) ## campaigns of faults, one line a seed: make chaos SEEDS=1-20
 	@$(BIN)/python -m tests.chaos.campaign --quiet --seeds $(SEEDS) $(ARGS)
+
+broken-builds: $(DEV) ## builds that break a promise each, which the chaos tests' judge must catch
+	@$(BIN)/python -m tests.chaos.broken $(ARGS)
 
 bench: $(DEV) ## the benchmarks, as benchmarks/README.md says
 	@$(BIN)/python -m benchmarks $(ARGS)

@@ -7,12 +7,14 @@ Every test run cuts at each seventh octet, from an offset that the day's seed wo
 from __future__ import annotations
 
 import random
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 
 from support.chaos.application import Message
-from support.chaos.judge import judge, summary
+from support.chaos.judge import check, summary
+from support.chaos.sink import POLITE, Manners
 from support.chaos.small_node import SmallNode, small_node
 from support.fault_proxy import Fault, Kind
 
@@ -36,9 +38,7 @@ async def measure(node: SmallNode) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 async def clean(node: SmallNode) -> dict[str, int]:
-    case = await node.case()
-    assert judge(case) == []
-    return dict(summary(case))
+    return dict(summary(check(await node.case())))
 
 
 async def cut_submissions(node: SmallNode, lengths: tuple[int, int], kind: Kind, places: slice) -> int:
@@ -112,6 +112,30 @@ async def test_a_client_that_only_half_closed_behind_its_dot_gets_its_reply(tmp_
         assert await node.submit(message("0001"), 1, Fault(Kind.HALF_CLOSE, to_the_dot)) == 250
         await node.deliver_all()
         await clean(node)
+
+
+async def test_a_client_that_leaves_behind_its_dot_leaves_its_message_whole_and_on_its_way(tmp_path: Path) -> None:
+    async with small_node(tmp_path) as node:
+        lengths, _ = await measure(node)
+        to_the_dot = lengths[0] - len(b"QUIT\r\n")
+        for number in range(1, 11):
+            kind = Kind.RESET if number % 2 else Kind.CUT
+            assert await node.submit(message(f"{number:04}"), 1, Fault(kind, to_the_dot)) == 0
+        await node.deliver_all()
+        await clean(node)
+
+
+async def test_a_line_too_many_of_the_next_hop_is_no_verdict_of_another_message(tmp_path: Path) -> None:
+    async with small_node(tmp_path, messages_per_connection=100) as node:
+        node.sink.pipelining = False
+        stray = Manners(after_reply=b"550 5.7.1 of another message\r\n")
+        manners = cycle((stray, POLITE, POLITE))
+        node.sink.manners = lambda: next(manners)
+        for number in range(1, 13):
+            assert await node.submit(message(f"{number:04}"), 1) == 250
+            await node.deliver_all()
+        numbers = await clean(node)
+        assert (numbers["copies"], numbers["w2"]) == (12, 0)
 
 
 @pytest.mark.nightly

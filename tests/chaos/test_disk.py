@@ -10,8 +10,7 @@ import pytest
 
 from support.chaos.application import Message, draw_message
 from support.chaos.disk import fail_next_fsync, full_disk
-from support.chaos.judge import judge
-from support.chaos.lone_node import LoneNode, lone_node
+from support.chaos.lone_node import lone_node
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(240)]
 
@@ -20,12 +19,6 @@ _CLIENTS = 4
 
 def message(name: str) -> Message:
     return Message(name, (f"to-{name}@example.net",), b"body\r\n")
-
-
-async def judged(node: LoneNode) -> None:
-    await node.quiet()
-    assert await node.process.stop() == 0
-    assert judge(node.case()) == []
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -41,7 +34,7 @@ async def test_a_full_disk_is_452_and_passes_with_what_was_accepted_before_it(tm
             assert set(codes) == {452}
             assert [entry.dot_left for entry in node.books.tries[1:]] == [not told] * 5
         assert (await node.submit(message("after")))[-1] == 250
-        await judged(node)
+        await node.judged()
         assert {copy.token for copy in node.books.copies} >= {"before.1"}
 
 
@@ -57,7 +50,7 @@ async def test_a_failed_fsync_is_no_250_and_the_worker_that_comes_after_serves(t
         assert code in {0, 451}, "the commit that failed is told, or the worker was gone before it could"
         assert (await node.submit(message("after")))[-1] == 250
         await node.until(lambda: node.process.ready["processes"]["worker-0"] != worker, "another worker serves")
-        await judged(node)
+        await node.judged()
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(2, 9))])
@@ -76,7 +69,7 @@ async def test_what_was_answered_outlives_power_cuts(tmp_path: Path, seed: int) 
             await node.until(lambda wanted=wanted: node.books.acknowledged() >= wanted, "mail flows")  # type: ignore[misc]  # bound
             node.kill_worker()
         await asyncio.gather(*clients)
-        await judged(node)
+        await node.judged()
 
 
 class _Hold:

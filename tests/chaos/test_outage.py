@@ -13,7 +13,7 @@ import pytest
 
 from support.chaos.application import Application, answers
 from support.chaos.books import Strike
-from support.chaos.judge import SENT, Case, judge
+from support.chaos.judge import SENT, Case, check
 from support.chaos.sink import end_of
 from support.chaos.stack import ChaosStack
 from support.killable_stack import wait_until
@@ -75,4 +75,4 @@ def test_a_node_alone_accepts_delivers_and_restarts_and_reports_later(chaos_stac
     tries, copies, strikes, confirmed = stack.books.snapshot()
     assert [entry.code for entry in tries] == [250] * (2 * _COUNT)
     case = Case(tries, copies, strikes, frozenset(confirmed), stack.ledger(), stack.left_in_spools(), end_of)
-    assert judge(case) == []
+    check(case)

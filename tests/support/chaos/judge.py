@@ -37,6 +37,8 @@ TERMINAL = frozenset({6, 7, 8, 9, 10})
 AMBIGUOUS = ("Storing took too long", "Storing failed", "Internal error")
 # A kill is noted when it is sent; the process may do a little more before it is gone, and the note is not atomic.
 _SLACK_S = 0.5
+_SHOWN = 10
+VERDICT = "the judge found"
 
 
 class Violation(NamedTuple):
@@ -86,6 +88,15 @@ def judge(case: Case) -> list[Violation]:
     if case.ledger is not None:
         found += _ends(case, case.ledger)
     return found
+
+
+def check(case: Case) -> Case:
+    """The case, when nothing is broken; else AssertionError with what is."""
+    found = judge(case)
+    shown = "".join(f"\n  {violation.rule}: {violation.what}" for violation in found[:_SHOWN])
+    if found:
+        raise AssertionError(f"{VERDICT} {len(found)} violations:{shown}")
+    return case
 
 
 def summary(case: Case) -> Counter[str]:

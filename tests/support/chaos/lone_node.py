@@ -25,7 +25,7 @@ from postroad.node.v1.ledger_pb2 import LedgerRecord
 from support.chaos.application import Message, answers
 from support.chaos.books import Books, Strike
 from support.chaos.disk import disk_environment
-from support.chaos.judge import TERMINAL, Case, Ledger, Told
+from support.chaos.judge import TERMINAL, Case, Ledger, Told, check
 from support.chaos.sink import Sink, end_of
 from support.chaos.stack import spool_rows
 from support.chaos.talk import Listener, hold_talk
@@ -35,7 +35,10 @@ from support.node_process import NodeProcess, running, write_settings
 _ACCOUNT = "accounts/demo"
 _PROVIDER = "accounts/demo/providers/out"
 _TRIES = 40
+QUIET_VARIABLE = "CHAOS_QUIET_S"
 _WAIT_S = 60.0
+# Less where a broken build is expected never to come to rest.
+_QUIET_S = float(os.environ.get(QUIET_VARIABLE, "60"))
 _UNCERTAIN = 8
 
 
@@ -81,7 +84,20 @@ class LoneNode:
 
     async def quiet(self) -> None:
         """Wait until everything has ended and was reported."""
-        await self.until(self._is_quiet, "all mail has ended and was reported")
+        await self.until(self._is_quiet, "all mail has ended and was reported", _QUIET_S)
+
+    async def judged(self) -> Case:
+        """Wait for the end of all mail, drain the node, and let the judge speak; of what does not end, too."""
+        stuck = ""
+        try:
+            await self.quiet()
+        except AssertionError as error:
+            stuck = str(error)
+        status = await self.process.stop()
+        case = check(self.case())
+        assert not stuck, stuck
+        assert status == 0
+        return case
 
     def _is_quiet(self) -> bool:
         if self.left_in_spools():
@@ -91,10 +107,10 @@ class LoneNode:
         stored = {entry.message_id for entry in tries if entry.code == 250} | {copy.message_id for copy in copies}
         return stored <= set(ledger) and all(one.state in TERMINAL for rows in ledger.values() for one in rows)
 
-    async def until(self, condition: Callable[[], bool], what: str) -> None:
+    async def until(self, condition: Callable[[], bool], what: str, wait_s: float = _WAIT_S) -> None:
         """Wait for it, a minute at most."""
         loop = asyncio.get_running_loop()
-        ends_s = loop.time() + _WAIT_S
+        ends_s = loop.time() + wait_s
         while not await asyncio.to_thread(condition):
             assert loop.time() < ends_s, f"never: {what}"
             await asyncio.sleep(0.05)
@@ -215,6 +231,8 @@ async def lone_node(
             finally:
                 follower.cancel()
                 await asyncio.wait([follower])
+    # gRPC's server must not outlive this loop, though the traceback of a failed test keeps the plane.
+    del plane._server
     await sink.stop()
 
 
