@@ -19,6 +19,7 @@ from benchmarks.postroad import Postroad
 
 _WARM_UP_MESSAGES = 2_000
 _WARM_UP_SESSIONS = 100
+_FEW = 200
 _RECORDS_S = 10.0
 _POLL_S = 0.2
 
@@ -56,7 +57,7 @@ def _warm_up(scenario: Scenario, options: Options, server: Server, sink: SinkPro
     job = scenario.job(options, server)
     short = replace(
         job,
-        messages=min(_WARM_UP_MESSAGES, job.messages or _WARM_UP_MESSAGES),
+        messages=min(_WARM_UP_MESSAGES, job.messages or _WARM_UP_MESSAGES) if not job.idle else _FEW,
         # What connections take of memory is read on a server that has not held many before.
         sessions=1 if job.idle else min(job.sessions, _WARM_UP_SESSIONS),
         idle=False,

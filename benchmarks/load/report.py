@@ -15,6 +15,7 @@ from benchmarks.load.run import Progress
 
 FORMAT = 1
 
+_SECURITY = {"tls-auth": "STARTTLS and AUTH", "idle": "plain, then STARTTLS"}
 _TITLES = {"connect": "connect→220", "dot": "dot→250", "message": "intended→250", "arrival": "intended→sink"}
 
 
@@ -29,7 +30,7 @@ def progress_line(progress: Progress) -> str:
 
 def conditions(options: Options) -> str:
     """Return what must be said with every figure."""
-    security = "STARTTLS and AUTH" if options.scenario == "tls-auth" else "no TLS, no AUTH"
+    security = _SECURITY.get(options.scenario, "no TLS, no AUTH")
     pipelining = "commands in one write" if options.pipelining else "each command waits for its reply"
     return (
         f"{options.size_bytes:,} bytes, 1 recipient, {security}, no DKIM, {pipelining}, fsync before 250, "
