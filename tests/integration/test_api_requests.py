@@ -23,6 +23,7 @@ from controlplane.domain.limits import Look
 from controlplane.services.throttle import LocalRequestBudget
 from dataplane.core.limits import server_key
 from postroad.control.v1 import account_service_pb2, message_service_pb2, message_service_pb2_grpc
+from postroad.sdk import connect_async
 from support.api import ApiStack, Client, running_api
 from support.controlplane_app import serving
 from support.databases import Database
@@ -242,3 +243,16 @@ async def test_json_says_429_and_when_to_come_back_and_a_body_is_not_counted_twi
             health: Any = health_pb2_grpc.HealthStub(channel)
             for _ in range(10):
                 await health.Check(health_pb2.HealthCheckRequest(), timeout=20)
+
+
+async def test_a_program_with_the_sdk_becomes_slower_instead_of_failing(
+    migrated_database: Database, tmp_path: Path
+) -> None:
+    async with serving(migrated_database, tmp_path, api={"requests_per_minute": 60}) as plane:
+        server, ca_file = f"localhost:{plane.grpc_port}", tmp_path / "pki" / "ca.pem"
+        async with connect_async(server, plane.key, ca_file) as client:
+            begun = time.monotonic()
+            for _ in range(62):
+                await client.accounts.ListAccounts(LIST)
+            # Sixty at once, then one as each second brings it.
+            assert time.monotonic() - begun > 1

@@ -22,7 +22,7 @@ from postroad.cli.resources import (
     show,
     update,
 )
-from postroad.cli.resources import Limit as AtMost
+from postroad.cli.resources import Limit as MaxRows
 from postroad.cli.session import Session, session_of
 from postroad.control.v1 import limit_service_pb2
 from postroad.control.v1.limit_pb2 import Limit, LimitState
@@ -72,7 +72,7 @@ DisplayName = Annotated[str | None, typer.Option("--display-name", help="For peo
 @app.command("list")
 def list_limits(
     context: typer.Context,
-    limit: AtMost = 1_000,
+    limit: MaxRows = 1_000,
     own: Annotated[bool, typer.Option("--own", help="The account's own only, no shared ones, no defaults")] = False,
     shared: Annotated[bool, typer.Option("--shared", help="Those that belong to no account; operators only")] = False,
 ) -> None:
