@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from support.node_mail import Connection, Sink, configure, connect, demo_snapshot, listening_sink, send, submit
-from support.node_plane import ControlPlane, Pki, control_plane
-from support.node_process import NodeProcess, log_events, running, write_settings
+from support.node_plane import WAIT_S, ControlPlane, Pki, control_plane
+from support.node_process import NodeProcess, log_events, running, starting, write_settings
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -100,6 +101,17 @@ async def test_a_file_that_cannot_be_used_changes_nothing_and_keeps_no_worker_fr
         await node.wait_ready()
         await send(node, "still here")
         assert b"Subject: still here" in await sink.next()
+        assert await node.stop() == 0
+
+
+async def test_sighup_ends_no_process_that_is_still_starting(settings_file: Path) -> None:
+    async with starting(settings_file) as node:
+        async with asyncio.timeout(WAIT_S):
+            while len(log_events(settings_file, "process.started")) < 2:  # noqa: ASYNC110 - a file of another process
+                await asyncio.sleep(0.001)
+        assert await reload(node)
+        await node.wait_ready()
+        assert not log_events(settings_file, "process.ended")
         assert await node.stop() == 0
 
 
