@@ -125,8 +125,7 @@ class SpoolStats(NamedTuple):
     """Plain counters for status and metrics; bytes and rows now, commits since open.
 
     `waiting_count` is recipients that are not terminal, those being sent included; `quarantined_count` is messages set
-    aside because they could not be read back; `outbox_first` is above `outbox_last` when no record is kept; `depth` may
-    be older than the rest by the time that counting took, fifty times.
+    aside because they could not be read back; `outbox_first` is above `outbox_last` when no record is kept.
     """
 
     waiting_count: int
@@ -138,7 +137,6 @@ class SpoolStats(NamedTuple):
     wal_bytes: int
     commits: int
     quarantined_count: int = 0
-    depth: QueueDepth = QueueDepth()
 
 
 class Incoming(Protocol):
@@ -249,6 +247,13 @@ class Spool(Protocol):
 
     async def records(self, after: int, max_records: int, max_bytes: int) -> tuple[int, list[bytes]]:
         """Records that follow number `after`: number of the first one and the records, at least one if there is any."""
+        ...
+
+    async def depth(self) -> QueueDepth:
+        """Recipients by state, as old as a second or as fifty times what counting them takes.
+
+        Cancelling it changes nothing.
+        """
         ...
 
     async def stats(self) -> SpoolStats:

@@ -38,7 +38,7 @@ from dataplane.link import (
     WorkerHello,
     WorkerStatus,
 )
-from dataplane.ports import ConfigView, EventLog, Spool, SpoolError, SpoolStats
+from dataplane.ports import ConfigView, EventLog, QueueDepth, Spool, SpoolError, SpoolStats
 from dataplane.spool_folders import is_refused, mark_refused
 from dataplane.telemetry import SampleRow
 
@@ -241,6 +241,7 @@ class WorkerSide:
     async def status(self, number: int) -> WorkerStatus:
         """How this worker is."""
         stats = {name: await spool.stats() for name, spool in self._parts.spools.items()}
+        depths = await asyncio.gather(*(spool.depth() for spool in self._parts.spools.values()))
         return WorkerStatus(
             number=number,
             draining=self.draining,
@@ -249,14 +250,15 @@ class WorkerSide:
                 (each.oldest_accepted_ms for each in stats.values() if each.oldest_accepted_ms), default=0
             ),
             spools=tuple(spool_state(self._parts.spools[name], each) for name, each in stats.items()),
-            samples=tuple(self._samples(list(stats.values()))),
+            samples=tuple(self._samples(list(stats.values()), depths)),
         )
 
-    def _samples(self, stats: list[SpoolStats]) -> Iterator[Sample]:
+    def _samples(self, stats: Sequence[SpoolStats], depths: Sequence[QueueDepth]) -> Iterator[Sample]:
         for row in self._parts.samples():
             yield Sample(*row)
-        for state, count in depth_by_state(stats).items():
+        for state, count in depth_by_state(depths).items():
             yield Sample("queue_depth", (state,), count)
+        yield Sample("queue_depth", ("failed",), sum(each.quarantined_count for each in stats))
         yield Sample("spool_bytes", ("database",), sum(each.database_bytes for each in stats))
         yield Sample("spool_bytes", ("wal",), sum(each.wal_bytes for each in stats))
         yield Sample("spool_commits_total", (), sum(each.commits for each in stats))
@@ -298,14 +300,12 @@ def spool_state(spool: Spool, stats: SpoolStats) -> SpoolState:
     )
 
 
-def depth_by_state(stats: Sequence[SpoolStats]) -> dict[str, int]:
-    """Recipients by state over all spools, by the names of the metric; `failed` is messages set aside."""
-    depths = [each.depth for each in stats]
+def depth_by_state(depths: Sequence[QueueDepth]) -> dict[str, int]:
+    """Recipients by state over all spools, by the names of the metric."""
     return {
         "queued": sum(depth.queued for depth in depths),
         "processing": sum(depth.sending for depth in depths),
         "deferred": sum(depth.deferred for depth in depths),
         "scheduled": sum(depth.scheduled for depth in depths),
         "held": sum(depth.held for depth in depths),
-        "failed": sum(each.quarantined_count for each in stats),
     }

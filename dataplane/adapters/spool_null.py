@@ -17,6 +17,7 @@ from dataplane.ports import (
     Cursor,
     Due,
     KeyHead,
+    QueueDepth,
     Settlement,
     SpoolError,
     SpoolIdentity,
@@ -117,6 +118,11 @@ class NullSpool:
         """No record is kept."""
         self._check_open()
         return after + 1, []
+
+    async def depth(self) -> QueueDepth:
+        """No recipient waits."""
+        self._check_open()
+        return QueueDepth()
 
     async def stats(self) -> SpoolStats:
         """Counts of what went by."""

@@ -271,13 +271,18 @@ class RamSpool:
             found.append(record)
         return first, found
 
+    async def depth(self) -> QueueDepth:
+        """Recipients by state now."""
+        self._check_open()
+        states = Counter(row.state for message in self._messages.values() for row in message.recipients.values())
+        return QueueDepth(*(states[state] for state in State if state not in TERMINAL))
+
     async def stats(self) -> SpoolStats:
         """Counters now; `database_bytes` is what content and records hold."""
         self._check_open()
         oldest = min(self._messages, default=None)
-        states = Counter(row.state for message in self._messages.values() for row in message.recipients.values())
         return SpoolStats(
-            waiting_count=states.total(),
+            waiting_count=sum(len(message.recipients) for message in self._messages.values()),
             oldest_accepted_ms=message_id_time_ms(oldest) if oldest else 0,
             outbox_first=self._first,
             outbox_last=self._last,
@@ -285,7 +290,6 @@ class RamSpool:
             database_bytes=self._bytes,
             wal_bytes=0,
             commits=self._commits,
-            depth=QueueDepth(*(states[state] for state in State if state not in TERMINAL)),
         )
 
     async def close(self) -> None:

@@ -682,13 +682,13 @@ async def test_a_new_spool_is_not_strained(spool: Spool) -> None:
     assert not spool.strained
 
 
-async def test_stats_count_recipients_by_state(keeper: Spool, clock: ManualClock) -> None:
+async def test_recipients_are_counted_by_state(keeper: Spool, clock: ManualClock) -> None:
     rows = [make_row(), make_row(1, state=State.SENDING, attempt=1)]
     envelope = make_envelope()
     await keeper.accept(envelope, CONTENT, rows)
-    assert (await keeper.stats()).depth == QueueDepth(queued=1, sending=1)
+    assert await keeper.depth() == QueueDepth(queued=1, sending=1)
     await keeper.settle(
         settlement(envelope.message_id, [change(rows[0], State.HELD), change(rows[1], State.DEFERRED)], b"record")
     )
     clock.advance(1.1)
-    assert (await keeper.stats()).depth == QueueDepth(deferred=1, held=1)
+    assert await keeper.depth() == QueueDepth(deferred=1, held=1)

@@ -59,6 +59,7 @@ from dataplane.ports import (
     Cursor,
     Due,
     KeyHead,
+    QueueDepth,
     Settlement,
     SpoolError,
     SpoolFailedError,
@@ -183,6 +184,8 @@ class SqliteSpool:
         refusal = self._refusal
         if refusal is None and (message_id in self._incoming or message_id in self._behind):
             refusal = SpoolError("a content of this id was begun already")
+        if refusal is None and len(self._incoming) >= self._limits.incoming_count:
+            refusal = SpoolError("too many large contents at once")
         incoming = SqliteIncoming(self, self._contents, message_id, refusal)
         if refusal is None:
             self._incoming[message_id] = incoming
@@ -436,10 +439,13 @@ class SqliteSpool:
         except DamagedRowError as error:
             raise self._give_up(apsw.CorruptError(str(error))) from error
 
-    async def stats(self) -> SpoolStats:
-        """Counters as of the last commit. Cancelling it changes nothing."""
+    async def depth(self) -> QueueDepth:
+        """Recipients by state, counted beside the loop."""
         self._check_open()
-        depth = await self._depth.count()
+        return await self._depth.count()
+
+    async def stats(self) -> SpoolStats:
+        """Counters as of the last commit."""
         oldest = self._read(self._reader.oldest)
         counters = self._commits.counters
         return SpoolStats(
@@ -452,7 +458,6 @@ class SqliteSpool:
             wal_bytes=self._commits.wal_bytes,
             commits=self._commits.commits,
             quarantined_count=self._commits.quarantined_count,
-            depth=depth,
         )
 
     def _read(self, query: Callable[..., Result], *arguments: object) -> Result:
