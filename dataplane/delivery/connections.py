@@ -185,10 +185,21 @@ class Pools:
     def connection_closed(self, pool: Pool) -> None:
         """Give the place to whoever waits for one, and forget a pool that nothing is known of."""
         if pool.is_blank:
-            self._pools.pop(pool.provider.name, None)
+            self._forget(pool)
         if self.counters.connections_now == self._connection_limit - 1:
             for other in list(self._pools.values()):
                 other.pump()
+
+    def remove(self, pool: Pool) -> None:
+        """Its provider is gone from the configuration: forget it when the last connection has ended."""
+        pool.is_gone = True
+        pool.retire()
+        if pool.is_blank:
+            self._forget(pool)
+
+    def _forget(self, pool: Pool) -> None:
+        if self._pools.get(pool.provider.name) is pool:
+            del self._pools[pool.provider.name]
 
     def stop(self) -> list[Job]:
         """Open and begin nothing any more; returns the jobs that had not begun."""
@@ -229,6 +240,7 @@ class Pool:
         self._idle: list[Connection] = []
         self._feeding: set[Connection] = set()
         self._opening_count = 0
+        self.is_gone = False  # from the configuration
         self._asking: dict[Connection, Job] = {}  # the limiter is asked for these
         self._sending_waits = False  # for a limit; `_timer` ends it
         self._dialling_waits = False
@@ -260,7 +272,7 @@ class Pool:
     def is_blank(self) -> bool:
         """Whether forgetting this pool loses nothing."""
         nothing = not self._jobs and not self._opening_count and not self.waiting_count and not self._asking
-        return nothing and self.destination.is_new and self._timer is None and not self._is_away
+        return nothing and self._timer is None and (self.is_gone or (self.destination.is_new and not self._is_away))
 
     @property
     def is_open(self) -> bool:
@@ -285,6 +297,7 @@ class Pool:
     def update(self, provider: SmtpProvider) -> None:
         """Use new settings: what is idle closes now, what is busy after its message."""
         changed = provider != self.provider
+        self.is_gone = False
         self.provider = provider
         self.destination.limit = provider.max_connections
         self._away_until_s = 0.0

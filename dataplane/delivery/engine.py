@@ -62,7 +62,7 @@ AHEAD = 16  # messages under way for a next hop beside those that have a connect
 REFILL = 8  # places that are free before they are filled: many claims to a commit
 LOOK_AGAIN_MS = 60_000
 DENIED_DELAY_MS = 300_000
-DENIED_LIMIT = 10_000
+DENIED_LIMIT = 10_000  # recipients remembered; more of them are looked at again when they are due
 SETTLE_GRACE_S = 5.0
 
 _REVOKED = Verdict(VerdictKind.TEMPORARY, 0, "4.7.1", "the credential that submitted it was revoked before")
@@ -107,7 +107,8 @@ class DeliveryEngine:
         self._window_bytes = window_bytes
         self._stopping = False
         self._retry_clock = RetryClock(clock.wall_ms(), clock.monotonic())
-        self._denied: deque[tuple[MessageId, tuple[RecipientRow, ...]]] = deque(maxlen=DENIED_LIMIT)
+        self._denied: deque[tuple[MessageId, tuple[RecipientRow, ...]]] = deque()
+        self._denied_count = 0
         self._deadlines = Deadlines(clock)
         transport = SmtpTransport(resolver, config, hostname, clock, self._deadlines, connect_timeout_s, limits)
         self._owns_pools = pools is None
@@ -186,7 +187,7 @@ class DeliveryEngine:
         for pool in self.pools:
             provider = self._config.provider(pool.provider.name)
             if provider is None:
-                pool.retire()
+                self.pools.remove(pool)
             else:
                 pool.update(provider)
         self._scheduler.release()
@@ -195,7 +196,7 @@ class DeliveryEngine:
         """New denials are in force: what they stop is cut before its dot, what they stopped is looked at again."""
         self._dispatcher.follow_denials()
         due_ms = self._steady_ms()
-        held, self._denied = self._denied, deque(maxlen=DENIED_LIMIT)
+        held, self._denied, self._denied_count = self._denied, deque(), 0
         for message_id, rows in held:
             self._settler.settle(_move_due(message_id, rows, due_ms), self._woken(rows))
         self._scheduler.release()
@@ -366,6 +367,9 @@ class DeliveryEngine:
         due_ms = self._steady_ms() + DENIED_DELAY_MS
         self._settler.settle(_move_due(message_id, rows, due_ms), _resolver(future))
         self._denied.append((message_id, rows))
+        self._denied_count += len(rows)
+        while self._denied_count > DENIED_LIMIT:
+            self._denied_count -= len(self._denied.popleft()[1])
         return future
 
     def _woken(self, rows: Sequence[RecipientRow]) -> Done:

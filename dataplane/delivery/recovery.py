@@ -22,7 +22,7 @@ from dataplane.delivery.outcome import Concluder, Moment
 from dataplane.delivery.settler import Settler
 from dataplane.ports import EventLog, Spool, SpoolError, SpoolFailedError, StoredMessage
 
-BATCH = 100
+BATCH = 500
 
 
 class Recovery(NamedTuple):

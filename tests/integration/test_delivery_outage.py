@@ -10,11 +10,12 @@ from itertools import pairwise
 
 import pytest
 
-from dataplane.core.config import Account, Rule, SmtpProvider, Target
+from dataplane.core.config import Account, Denials, Rule, SmtpProvider, Target
 from dataplane.core.envelope import RecipientRow, make_queue_key
 from dataplane.core.policy import compile_account
 from dataplane.core.queue import State
 from dataplane.core.shaping import CAP_S
+from dataplane.delivery import engine
 from dataplane.delivery.connection import Connection
 from dataplane.delivery.engine import AHEAD
 from support.delivery import ACCOUNT_UID, CONTENT, A, B, Bench, delivery_bench
@@ -76,14 +77,14 @@ async def pass_time(bench: Bench, seconds: float) -> None:
 
 async def quiet(bench: Bench) -> None:
     """Wait until nothing can go on by itself."""
-    engine = bench.engine
+    made = bench.engine
 
     def rests() -> bool:
         return (
-            engine._scheduler.is_idle
-            and not engine.counters.connections_now
-            and not engine._settler.pending_count
-            and not engine.counters.window_bytes
+            made._scheduler.is_idle
+            and not made.counters.connections_now
+            and not made._settler.pending_count
+            and not made.counters.window_bytes
         )
 
     rested = 0
@@ -218,3 +219,34 @@ async def test_a_provider_that_allows_fewer_connections_is_used_by_as_many_as_it
         await bench.until(lambda: bench.engine.counters.sent == 600)
         assert refused <= CONNECTIONS
         assert bench.engine.counters.throttled == 0
+
+
+async def test_a_provider_that_was_deleted_while_it_was_dead_leaves_nothing_behind() -> None:
+    async with next_hop(Behaviour(greeting=b"554 5.3.2 no\r\n")) as dead, delivery_bench(start=False) as bench:
+        add_accounts(bench)
+        bench.config.add_provider(A, dead.port)
+        await put(bench, A, 10)
+        await bench.engine.start()
+        await quiet(bench)
+        assert list(bench.engine.pools)
+        del bench.config.providers[A]
+        bench.engine.config_changed()
+        assert not list(bench.engine.pools)
+
+
+async def test_what_is_remembered_of_denied_mail_is_bounded_by_recipients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "DENIED_LIMIT", 25)
+    async with delivery_bench() as bench:
+        add_accounts(bench)
+        bench.config.add_provider(A, 1)
+        credential = f"{ACCOUNTS[0]}/smtpCredentials/app"
+        bench.config.denials = Denials(1, credentials={credential: 0})
+        for _ in range(10):
+            envelope = bench.envelope(account=ACCOUNTS[0], credential=credential)
+            key = make_queue_key(ACCOUNTS[0], A)
+            due_ms = bench.clock.wall_ms()
+            rows = [RecipientRow(index, f"{index}@a.test", State.QUEUED, 0, due_ms, 0, key) for index in range(10)]
+            await bench.spool.accept(envelope, CONTENT, rows)
+            bench.engine.queued(envelope, rows)
+        await quiet(bench)
+        assert sum(len(rows) for _, rows in bench.engine._denied) == 20
