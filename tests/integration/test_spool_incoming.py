@@ -162,6 +162,37 @@ async def test_a_disk_that_fills_up_ends_this_content_only(
     assert names(folder) == set()
 
 
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+async def test_a_content_that_gets_no_descriptor_is_refused_and_the_spool_lives(
+    folder: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    failures: list[SpoolFailedError] = []
+    spool = await open_durable(folder, clock, on_failed=failures.append)
+
+    def scarce(*_: Any) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", scarce)
+        with pytest.raises(SpoolError):
+            await spool.receive(make_id()).write(PIECE)
+        with pytest.raises(SpoolError):
+            await spool.accept(make_envelope(), PIECE, [make_row()])
+    assert not failures
+    await spool.accept(make_envelope(), PIECE, [make_row()])
+    await spool.close()
+
+
+async def test_contents_that_arrive_at_once_are_counted(folder: Path, clock: ManualClock) -> None:
+    spool = await open_durable(folder, clock, limits=SpoolLimits(incoming_count=2))
+    first, _ = spool.receive(make_id()), spool.receive(make_id())
+    with pytest.raises(SpoolError):
+        await spool.receive(make_id()).write(PIECE)
+    first.discard()
+    await spool.receive(make_id()).write(PIECE)
+    await spool.close()
+
+
 async def test_a_content_is_refused_before_the_disk_falls_below_its_floor(folder: Path, clock: ManualClock) -> None:
     free = 10 * len(PIECE)
     limits = SpoolLimits(floor_bytes=free // 2)

@@ -3,7 +3,7 @@
 isolated   this write is impossible, others are not
 full       no room; passes by itself
 fatal      the disk failed or the file is damaged: never retried
-others     temporary: somebody holds a lock, no memory
+others     temporary: somebody holds a lock, no memory, no descriptor
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ ISOLATED = (
 )
 _TEMPORARY = (apsw.BusyError, apsw.LockedError, apsw.NoMemError, apsw.InterruptError, apsw.ProtocolError)
 _SHARED_INDEX_TOO_SMALL: int = apsw.SQLITE_IOERR_SHMSIZE
+_SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -34,7 +35,7 @@ def translate(error: Exception) -> SpoolError:
         return error
     if is_full(error):
         return SpoolFullError("the disk is full")
-    if isinstance(error, (*ISOLATED, *_TEMPORARY)):
+    if isinstance(error, (*ISOLATED, *_TEMPORARY)) or (isinstance(error, OSError) and error.errno in _SCARCE):
         return SpoolError(f"the spool could not write: {type(error).__name__}")
     return SpoolFailedError(f"the spool failed: {type(error).__name__}: {error}")
 

@@ -15,6 +15,7 @@ class SpoolLimits:
     WAL above it, because a reader holds on to it, makes accepting fail. `floor_bytes`: free disk that accepting leaves
     alone, at least 1.5 times the largest message. `vacuum_pages`: more free pages than this, and more than half of the
     file, are given back to the file system. `reserve_bytes`: room kept for what must be written on a full disk.
+    `incoming_count`: so many contents may be arriving in files at once, for each has a descriptor.
     """
 
     inline_bytes: int = 64 * 1024
@@ -23,3 +24,4 @@ class SpoolLimits:
     floor_bytes: int = 64 * MIB
     vacuum_pages: int = 4096
     reserve_bytes: int = 16 * MIB
+    incoming_count: int = 1_000
