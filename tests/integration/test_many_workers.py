@@ -13,9 +13,20 @@ from pathlib import Path
 
 import pytest
 
+from dataplane.cores import available_cores
 from dataplane.spool_folders import QUARANTINE_FILE, assign_spools
 from postroad.node.v1.ledger_pb2 import RECIPIENT_STATE_SENT, LedgerRecord
-from support.node_mail import Connection, Sink, configure, connect, listening_sink, send, server_of, waiting_for
+from support.node_mail import (
+    Connection,
+    Sink,
+    configure,
+    connect,
+    listening_sink,
+    send,
+    server_of,
+    waiting_for,
+    workers_of,
+)
 from support.node_plane import WAIT_S, ControlPlane, Pki, control_plane
 from support.node_process import NodeProcess, log_events, running, write_settings
 
@@ -237,6 +248,15 @@ async def test_a_spool_that_cannot_be_opened_keeps_no_other_spool_of_its_worker_
         await send(node, "goes on")
         await until_sent(plane, Counter({good: 1}))
         assert (spools / bad / QUARANTINE_FILE).exists()
+        assert await node.stop() == 0
+
+
+async def test_unless_told_otherwise_a_node_has_a_worker_for_each_core(
+    settings_file: Path, plane: ControlPlane
+) -> None:
+    write_settings(settings_file.parent, plane.address, workers=0)
+    async with running(settings_file) as node:
+        assert len(workers_of(node.ready)) == available_cores()
         assert await node.stop() == 0
 
 
