@@ -20,12 +20,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from dataplane.process import Child
+from dataplane.process import EXIT_UNAVAILABLE, Child
 from dataplane.settings import Settings, SettingsError, load_settings, redacted
 from dataplane.settings_handover import read_handed
 from dataplane.telemetry import configure_logging, get_logger
 
-EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
 
 
@@ -178,7 +177,7 @@ def _serve(
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(tied())
     except cannot_begin as error:
-        return _fail(str(error), EXIT_UNAVAILABLE)
+        return _fail(str(error), getattr(error, "exit_code", EXIT_UNAVAILABLE))
     return 0
 
 

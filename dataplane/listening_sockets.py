@@ -47,11 +47,20 @@ def bind_listeners(listeners: Sequence[ListenerSettings], worker_count: int) -> 
 def turn_away(bound: socket.socket, reply: bytes) -> int:
     """Answer everybody who waits in the queue of a socket and close it; how many there were.
 
-    An empty `reply` (where TLS comes first) only closes. Who connects between the last look and the closing is reset:
-    no more than an instant's worth, beside silence for ever.
+    Who connects between the last look and the closing is reset: no more than an instant's worth, beside silence for
+    ever.
+    """
+    with bound:
+        return answer_waiting(bound, reply)
+
+
+def answer_waiting(bound: socket.socket, reply: bytes) -> int:
+    """Answer everybody who waits in the queue of a socket that nobody serves now; how many there were.
+
+    An empty `reply` (where TLS comes first) only closes the connection.
     """
     count = 0
-    with bound, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
         bound.setblocking(False)
         while True:
             connection, _ = bound.accept()

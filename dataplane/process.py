@@ -11,6 +11,10 @@ from dataplane.lifecycle import die_with_parent, watch_lifeline
 from dataplane.settings import Settings
 from dataplane.settings_handover import read_handed
 
+EXIT_UNAVAILABLE = 69
+# A spool's disk is full: nothing is wrong with the worker, and space may come back at any moment.
+EXIT_NO_SPACE = 75
+
 
 @dataclass(frozen=True, slots=True)
 class Child:

@@ -14,7 +14,7 @@ pipe to say that it is ready. A child that ends is started again after a wait th
 that ended three times within 30 s of its start has its spools quarantined and is left out, unless it is the only one;
 who waits in its listening sockets is answered 421, and the sockets are closed so that nobody new falls to them. A full
 disk, or a system out of processes or descriptors, ends nothing that runs: what could not be written or started is tried
-again.
+again, and a worker that finds its spool's disk full is not left out for it.
 
     SIGHUP           reads the settings again and has what may change taken over; a file that cannot be used is reported
     SIGTERM, SIGINT  asks the workers to drain, then the agent to end, so that the ledger gets out; all within
@@ -44,8 +44,9 @@ from dataplane.cores import available_cores
 from dataplane.descriptors import raise_descriptor_limit
 from dataplane.ingress.address_counts import AddressCounts
 from dataplane.lifecycle import HELD_REPORT_INTERVAL_S, DrainPlan
-from dataplane.listening_sockets import bind_listeners, turn_away
+from dataplane.listening_sockets import answer_waiting, bind_listeners, turn_away
 from dataplane.ports import EventLog
+from dataplane.process import EXIT_NO_SPACE
 from dataplane.restarts import Restarts
 from dataplane.settings import Settings, SettingsError, load_settings
 from dataplane.settings_handover import HandedSettings, anonymous_file, take_over
@@ -58,6 +59,8 @@ READY_FILE = Path("run") / "ready.json"
 MAX_WORKERS = 256
 # After this what the system refused is tried again: a process, a line on a full disk.
 AGAIN_S = 1.0
+# A start that finds the disk full costs a second of work.
+NO_SPACE_WAIT_S = 5.0
 # What the agent gets to end in any case: it only closes streams.
 AGENT_STOP_S = 1.0
 
@@ -247,10 +250,16 @@ class Supervisor:
                 child.ready_pipe.close()
                 child.ready_pipe = None
             if restart:
-                self._plan_restart(child, ran_for_s)
+                self._plan_restart(child, ran_for_s, code)
                 self._write_ready()
 
-    def _plan_restart(self, child: Child, ran_for_s: float) -> None:
+    def _plan_restart(self, child: Child, ran_for_s: float, code: int = 0) -> None:
+        if code == EXIT_NO_SPACE:
+            # No fault of its own: to leave it out would keep its mail from going on when space returns.
+            count = sum([answer_waiting(bound, reply) for bound, reply in self._farewells(child)])
+            self._log.info("process.waits_for_space", name=child.name, turned_away=count)
+            child.start_due = time.monotonic() + NO_SPACE_WAIT_S
+            return
         wait_s = child.restarts.ended(ran_for_s)
         others = [worker for worker in self._workers if worker is not child and not worker.given_up]
         if child.spools and child.restarts.is_failing and others and self._quarantine(child):
@@ -265,11 +274,14 @@ class Supervisor:
 
     def _close_to_new_connections(self, child: Child) -> None:
         """Its share of connections must not wait for somebody who does not come."""
-        count = 0
-        for bound, listener in zip(child.sockets, self._settings.listeners, strict=True):
-            count += turn_away(bound, b"" if listener.mode == "tls" else replies.SHUTTING_DOWN.wire)
+        count = sum([turn_away(bound, reply) for bound, reply in self._farewells(child)])
         child.sockets = []
         self._log.info("listeners.closed", name=child.name, turned_away=count)
+
+    def _farewells(self, child: Child) -> Iterator[tuple[socket.socket, bytes]]:
+        """Its sockets, and what is said to those who wait there: nothing where TLS comes first."""
+        for bound, listener in zip(child.sockets, self._settings.listeners, strict=False):
+            yield bound, b"" if listener.mode == "tls" else replies.SHUTTING_DOWN.wire
 
     def _quarantine(self, child: Child) -> bool:
         """Set its spools aside; False where the disk does not take even that, which is then what the worker dies of."""

@@ -56,8 +56,8 @@ from dataplane.lifecycle import DrainPlan, ProcessSignals, report_held
 from dataplane.link import SOCKET_PATH
 from dataplane.live_settings import LiveSettings, timeouts_of
 from dataplane.loop_lag import LoopLag
-from dataplane.ports import EventLog, Limiter, SpoolError, SpoolFailedError
-from dataplane.process import Child
+from dataplane.ports import EventLog, Limiter, SpoolError, SpoolFailedError, SpoolFullError
+from dataplane.process import EXIT_NO_SPACE, EXIT_UNAVAILABLE, Child
 from dataplane.settings import Settings, SettingsError
 from dataplane.spool_folders import is_refused, quarantine_spool
 from dataplane.telemetry import SampleRow, name_node
@@ -73,6 +73,14 @@ GARBAGE_OBJECTS = 100_000
 
 class WorkerError(Exception):
     """The worker cannot begin, or cannot go on; the text says why."""
+
+    exit_code = EXIT_UNAVAILABLE
+
+
+class NoSpaceError(WorkerError):
+    """The disk does not even take what opening a spool writes."""
+
+    exit_code = EXIT_NO_SPACE
 
 
 async def run_worker(
@@ -143,6 +151,9 @@ class _Worker:
                 spool = await SqliteSpool.open(
                     Path("spool") / name, self._node, self._clock, on_failed=self._spool_failed
                 )
+            except SpoolFullError as error:
+                # Nothing is damaged: to set it aside would keep its mail from going on when space returns.
+                raise NoSpaceError(str(error)) from error
             except SpoolError as error:
                 if len(names) == 1:
                     raise WorkerError(str(error)) from error
