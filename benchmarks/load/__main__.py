@@ -55,7 +55,10 @@ def parse(words: Sequence[str]) -> Options:
     add("--flood-sessions", type=int, default=50, help="sessions of the account that floods")
     add("--flood-rate", type=float, default=0.0, help="its messages a second; 0: a closed loop")
     add("--api-rate", type=float, default=100.0, help="API requests a second")
-    add("--drop-every", type=int, help="the sink loses every N-th message: shows that a loss is found")
+    add("--drop-every", type=int, metavar="N", help="the sink loses every N-th message: shows that a loss is found")
+    add("--fail-every", type=int, metavar="N", help="the sink answers every N-th message with 451")
+    add("--delay-ms", type=float, metavar="MS", help="the sink waits before each final reply")
+    add("--capture", type=Path, metavar="FILE", help="the sink keeps all content there")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     add("--plot", type=Path, metavar="FILE", help="write latency over time there, as SVG")
     given = parser.parse_args(words)
@@ -80,7 +83,7 @@ def parse(words: Sequence[str]) -> Options:
         flood_sessions=given.flood_sessions,
         flood_rate=given.flood_rate,
         api_rate=given.api_rate,
-        sink_options=("--drop-every", str(given.drop_every)) if given.drop_every else (),
+        sink_options=_sink_options(given),
         json_file=given.json,
         plot_file=given.plot,
     )
@@ -93,6 +96,16 @@ def parse(words: Sequence[str]) -> Options:
 
 def _or(given: Number | None, default: Number) -> Number:
     return default if given is None else given
+
+
+def _sink_options(given: argparse.Namespace) -> tuple[str, ...]:
+    named = {
+        "--drop-every": given.drop_every,
+        "--fail-every": given.fail_every,
+        "--delay-ms": given.delay_ms,
+        "--capture": given.capture,
+    }
+    return tuple(word for name, value in named.items() if value is not None for word in (name, str(value)))
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """One load process that asks the control plane's API at a steady rate, and speaks of it as generator.py does.
 
 Run by `python -m benchmarks.load.api` with a job whose port is the API's, `ca_file` its CA, `username` an account and
-`password` an API key. Of ten requests seven read (account, messages, credentials, providers, nodes) and three rename
-one of a hundred providers that no rule names: each makes a new revision of the account's bundle on the node. `message`
+`password` an API key. Of ten requests nine read (account, messages, credentials, providers, nodes) and one renames
+one of twenty providers that no rule names: each makes a new revision of the account's bundle on the node. `message`
 latencies count from the moment a request was meant to be sent, `dot` from when it was, `kinds` as `message` by kind of
 request; errors count by their reason. There is no ledger file.
 """
@@ -34,7 +34,7 @@ from postroad.control.v1.provider_service_pb2 import (
 from postroad.sdk import AsyncClient, PostroadError, connect_async
 
 _NS = 1_000_000_000
-_PROVIDERS = 100
+_PROVIDERS = 20
 
 
 class ApiLoad:
@@ -59,17 +59,24 @@ class ApiLoad:
             self._list_providers,
             self._list_nodes,
             self._list_messages,
+            self._get_account,
+            self._list_messages,
         ]
-        self._requests: list[Callable[[], Awaitable[object]]] = [*reads, *[self._rename_provider] * 3]
+        self._requests: list[Callable[[], Awaitable[object]]] = [*reads, self._rename_provider]
 
     async def prepare(self) -> None:
-        """Make the providers that are renamed."""
+        """Make the providers that are renamed, where a run before this one has not."""
         smtp = SmtpProvider(endpoints=[SmtpProvider.Endpoint(host="127.0.0.1", port=9)])
+        listed = await self._client.providers.ListProviders(ListProvidersRequest(parent=self._account, page_size=1_000))
+        known = {provider.name: provider for provider in listed.providers}
         for number in range(_PROVIDERS):
-            request = CreateProviderRequest(
-                parent=self._account, provider_id=f"renamed-{time.time_ns()}-{number}", provider=Provider(smtp=smtp)
-            )
-            self._providers.append(await self._client.providers.CreateProvider(request))
+            provider = known.get(f"{self._account}/providers/renamed-{number}")
+            if provider is None:
+                request = CreateProviderRequest(
+                    parent=self._account, provider_id=f"renamed-{number}", provider=Provider(smtp=smtp)
+                )
+                provider = await self._client.providers.CreateProvider(request)
+            self._providers.append(provider)
 
     async def run(self) -> None:
         """Ask on schedule until the seconds or the requests are over; every request is waited for."""

@@ -57,6 +57,11 @@ def test_the_timeline_has_a_row_for_every_second_also_for_those_in_which_nothing
     assert timeline[0]["dot_p95_ms"] == pytest.approx(2.0, rel=0.02)
 
 
+def test_what_the_sink_shall_do_wrong_is_handed_on_to_it() -> None:
+    options = parse(["closed", "--drop-every", "50", "--delay-ms", "2.5"])
+    assert options.sink_options == ("--drop-every", "50", "--delay-ms", "2.5")
+
+
 def test_the_json_is_complete_and_plain(tmp_path: Path) -> None:
     options = parse(["closed", "--json", str(tmp_path / "out.json")])
     report = json.loads(json.dumps(as_json(options, [run_result()])))
