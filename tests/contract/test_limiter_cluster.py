@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from dataplane.adapters.limiter_local import LocalLimiter
 from dataplane.adapters.limiter_redis import RedisLimiter
 from dataplane.adapters.limiter_wire import slot_of_tag
-from dataplane.ports import Grant, Take
+from dataplane.ports import Grant, Slot, Take
 from support.valkey_cluster import SIZE, ValkeyCluster
 
 PATIENT_S = 5.0
+DOCUMENT = Path(__file__).parents[2] / "docs" / "limits.md"
 
 
 def bucket(tag: str, *, cost: int = 1, rate_per_s: float = 0.001) -> Take:
@@ -62,6 +64,25 @@ async def test_any_server_of_the_cluster_shows_the_way(valkey_cluster: ValkeyClu
         for tag in tags:
             assert not (await limiter.take([bucket(tag)])).local
         await limiter.close()
+
+
+async def test_a_user_with_the_rights_that_are_documented_is_enough(
+    valkey_cluster: ValkeyCluster, tags: list[str]
+) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8").partition("ACL SETUSER node")[2].partition("Without")[0]
+    rights = [word for word in text.split() if word.startswith(("+", "~"))]
+    for number in range(SIZE):
+        valkey_cluster.call(number, "ACL", "SETUSER", "node", "on", ">secret", *rights, "+cluster|slots", "+asking")
+    url = valkey_cluster.url().replace("redis://:cluster-of-the-tests@", "redis://node:secret@")
+    limiter = RedisLimiter(url, LocalLimiter(lambda: 0.0), timeout_s=PATIENT_S)
+    await limiter.start()
+    for tag in tags:
+        assert not (await limiter.take([bucket(tag)])).local
+        assert not (await limiter.hold([Slot("slots", tag, 1, 60.0, "holder")])).local
+    await limiter.close()
+    assert limiter.counters.trips == 0
+    for number in range(SIZE):
+        valkey_cluster.call(number, "ACL", "DELUSER", "node")
 
 
 async def test_a_tag_is_one_call_to_one_server(
