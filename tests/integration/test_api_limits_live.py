@@ -159,6 +159,19 @@ async def test_a_shared_limit_shows_at_most_a_hundred_subjects_and_says_that_the
     assert (state.known, len(state.subjects)) == (True, 0)
 
 
+async def test_an_answer_looks_at_so_much_and_says_what_it_left_out(
+    stack: ApiStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("controlplane.services.limit_states._MAX_LOOKS", 3)
+    for limit_id, unit in (("a", LimitUnit.MESSAGE), ("b", LimitUnit.RECIPIENT)):
+        await make(stack, limit_id, limit_of(LimitScope.CREDENTIAL, unit, 600))
+    await make(stack, "c", limit_of(LimitScope.ACCOUNT, LimitUnit.BYTE, 600))
+    found = await stack.operator.limit("ListLimits", service.ListLimitsRequest(parent="accounts/acme"))
+    assert [(one.state.known, len(one.state.subjects)) for one in found.limits] == [(True, 2), (False, 0), (True, 1)]
+    assert "by itself" in found.limits[1].state.reason
+    assert (await state_of(stack.operator, "accounts/acme/limits/b")).known
+
+
 async def test_what_holds_for_an_account_shows_the_state_of_its_defaults(stack: ApiStack, valkey_url: str) -> None:
     amount = NodeSettings().account_messages_per_hour
     async with node(valkey_url) as limiter:

@@ -2,6 +2,10 @@
 
 Contract. `RedisRequestBudget` implements `controlplane.ports.RequestBudget`: a bucket under the tag `k:<key>` in Redis,
 and where that cannot be asked the replica's own. Never raises.
+
+Over-admission. A key makes never more requests than capacity x (1 + replicas x failovers) + rate x time x (1 + replicas
+that count by themselves): each replica that loses Redis begins with a bucket of its own, and a Redis that lost its
+buckets with full ones.
 """
 
 from __future__ import annotations
