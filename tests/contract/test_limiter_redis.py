@@ -68,7 +68,7 @@ class Proxy:
         parts = urlsplit(url)
         assert parts.hostname is not None
         assert parts.port is not None
-        self._target = (parts.hostname, parts.port)
+        self.lead_to(url)
         self._parts = parts
         self._flowing = asyncio.Event()
         self._flowing.set()
@@ -90,6 +90,11 @@ class Proxy:
         for writer in self._writers:
             writer.close()
         await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
+
+    def lead_to(self, url: str) -> None:
+        """Serve connections that come from now on by this server."""
+        parts = urlsplit(url)
+        self._target = (str(parts.hostname), int(parts.port or 0))
 
     def stop(self) -> None:
         self._flowing.clear()
@@ -547,3 +552,70 @@ async def test_slots_without_a_server_are_shared_out_one_at_least(start: Start) 
         assert all(grant.local for grant in grants)
     limiter.release([Slot("slots-2", "d:mx", 2, 60.0, "holder-0")])
     assert (await limiter.hold([Slot("slots-2", "d:mx", 2, 60.0, "next")])).allowed
+
+
+# --- what else happens to servers
+
+
+async def test_no_key_lives_for_ever(limiter: RedisLimiter, valkey_url: str) -> None:
+    await limiter.take([bucket(), minute(), Take("still", "a:demo", 10, 0.0, 1), Take("none", "a:demo", 0, 0.0, 1)])
+    limiter.refund([bucket("charged", cost=-3)])
+    await limiter.hold([Slot("slots", "d:mx", 2, 60.0, "holder")])
+    await look(limiter)
+    with server(valkey_url) as client:
+        client.flushall()
+    await limiter.take([bucket()])
+    await limiter.hold([Slot("slots", "d:mx", 2, 60.0, "holder")])
+    limiter.refund([bucket("charged", cost=-3)])
+    await quiet(limiter._first)
+    with server(valkey_url) as client:
+        keys: Any = client.keys("*")
+        assert len(keys) >= 4
+        assert all(client.pttl(key) > 0 for key in keys)
+
+
+async def test_a_server_without_memory_leaves_it_to_the_local_share(valkey_url: str, start: Start) -> None:
+    gate, changes = Gate(), Changes()
+    limiter = await start(valkey_url, sleep=gate.sleep, on_change=changes)
+    with server(valkey_url) as client:
+        try:
+            client.config_set("maxmemory", "1")
+            grants = [await limiter.take([bucket()]) for _ in range(4)]
+            assert [(grant.allowed, grant.local) for grant in grants] == [(True, True)] * 3 + [(False, True)]
+        finally:
+            client.config_set("maxmemory", "0")
+    gate.open()
+    await changes.wait_for(3)
+    assert not (await limiter.take([bucket()])).local
+
+
+async def test_a_replica_that_is_promoted_goes_on_with_library_and_levels(passable_folder: Path, start: Start) -> None:
+    gate, changes = Gate(), Changes()
+    primary = ValkeyServer(passable_folder / "primary").start()
+    replica = ValkeyServer(passable_folder / "replica").start()
+    try:
+        with server(replica.url()) as client:
+            client.config_set("masterauth", primary.password)
+            client.execute_command("REPLICAOF", "127.0.0.1", primary.port)
+            client.config_set("requirepass", primary.password)
+        async with Proxy(primary.url()) as proxy:
+            limiter = await start(proxy.url, sleep=gate.sleep, on_change=changes)
+            await limiter.take([bucket(cost=10)])
+            with server(primary.url()) as client:
+                assert client.wait(1, 20_000) == 1
+            primary.kill()
+            async with asyncio.timeout(20):
+                while not (await limiter.take([bucket(cost=0)])).local:
+                    pass
+            url = replica.url().replace(replica.password, primary.password)
+            with server(url) as client:
+                client.execute_command("REPLICAOF", "NO", "ONE")
+            proxy.lead_to(url)
+            gate.open()
+            await changes.wait_for(3)
+            grants = [await limiter.take([bucket()]) for _ in range(3)]
+            assert [(grant.allowed, grant.local) for grant in grants] == [(True, False)] * 2 + [(False, False)]
+            assert limiter.counters.lost == 0
+    finally:
+        primary.destroy()
+        replica.destroy()
