@@ -33,6 +33,7 @@ MAX_TOKENS = 4_000_000_000
 
 LEAST_BURST = 10
 LONGEST_PERIOD_S = 31 * 86_400.0
+_DAY_S = 86_400.0
 
 _ID = r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _LIMIT_NAME = re.compile(rf"(?:(accounts/{_ID})/)?limits/{_ID}")
@@ -201,6 +202,9 @@ def _period_problems(limit: Limit) -> Iterator[tuple[str, str]]:
         return
     if not 1.0 <= limit.period_s <= LONGEST_PERIOD_S:
         yield "period", "must be 1 second to 31 days"
+    elif 0 < limit.amount * _DAY_S < limit.period_s:
+        # Rates are whole micro-tokens a second: one a month would be none, and an empty bucket be full after a day.
+        yield "period", "must be short enough for one a day"
     if not 1 <= limit.burst <= limit.amount:
         yield "burst", "must be 1 to the amount"
     if limit.unit is LimitUnit.CONNECTION and limit.scope in (LimitScope.ACCOUNT, LimitScope.CREDENTIAL):

@@ -160,6 +160,7 @@ async def test_deleting_the_account_deletes_its_limits(stack: ApiStack, client: 
         ("accounts/acme", limit_of("ACCOUNT", "MESSAGE", 5, period=Duration(nanos=1)), "limit.period"),
         ("accounts/acme", limit_of("ACCOUNT", "MESSAGE", 5, period=Duration(seconds=2_678_401)), "limit.period"),
         ("accounts/acme", limit_of("ACCOUNT", "MESSAGE", 5, period=Duration(seconds=-5)), "limit.period"),
+        ("accounts/acme", limit_of("ACCOUNT", "MESSAGE", 30, period=Duration(seconds=2_678_400)), "limit.period"),
         ("accounts/acme", limit_of("ACCOUNT", "MESSAGE", 5, period=None), "limit.period"),
         ("accounts/acme", limit_of("PROVIDER", "CONNECTION", 5, period=None, burst=1), "limit.burst"),
         ("accounts/acme", limit_of("ACCOUNT", "CONNECTION", 5), "limit.unit"),

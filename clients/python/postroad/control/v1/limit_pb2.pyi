@@ -177,8 +177,8 @@ class Limit(_message.Message):
     """Required on Update and Delete; a mismatch is ABORTED."""
     @_builtins.property
     def period(self) -> _duration_pb2.Duration:
-        """In which `amount` may pass, 1 second to 31 days. Absent: `amount`
-        connections at once, to a provider or destination.
+        """In which `amount` may pass, 1 second to 31 days, one a day at least. Absent:
+        `amount` connections at once, to a provider or destination.
         """
 
     @_builtins.property
