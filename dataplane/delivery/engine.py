@@ -215,16 +215,23 @@ class DeliveryEngine:
     def admit(self, size_bytes: int, queue_key: str) -> bool:
         """Whether a message of this size may be handed on in memory."""
         account, next_hop = split_queue_key(queue_key)
-        held_bytes = self._dispatcher.held_bytes(account)
-        if self._stopping or not may_hold(held_bytes, size_bytes, self.counters.window_bytes, self._window_bytes):
+        used, capacity = self.counters.window_bytes, self._window_bytes
+        if self._stopping or not (
+            # Nobody asks whose it is while one could hold all of it.
+            may_hold(used, size_bytes, used, capacity)
+            or may_hold(self._dispatcher.held_bytes(account), size_bytes, used, capacity)
+        ):
             return False
         if not next_hop:
             return True
         pool = self.pools.find(next_hop)
         if pool is None:
             return self._config.provider(next_hop) is not None
-        waiting = pool.accepted_now_of(account)
-        return pool.usable() and may_hold(waiting, 1, pool.accepted_now_count, HANDED_OVER_LIMIT)
+        waiting = pool.accepted_now_count
+        return pool.usable() and (
+            may_hold(waiting, 1, waiting, HANDED_OVER_LIMIT)
+            or may_hold(pool.accepted_now_of(account), 1, waiting, HANDED_OVER_LIMIT)
+        )
 
     def deliver(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> None:
         """Deliver a message whose rows are committed as `sending`, attempt 1."""

@@ -1,6 +1,6 @@
 """Brings back from the spool what is due, as fast as its next hops take it, with accounts taking turns by weight.
 
-One loop, no memory of rows: of a key (account, next hop) it reads the first READ_COUNT heads, claims what may go
+One loop, no memory of rows: of a key (account, next hop) it reads as many heads as it may claim, claims what may go
 (`sending`, attempt one higher, committed before anything is sent) and reads again when its turn comes. Next hops take
 turns, and keys of a next hop by core/fair. A key is in one place at a time:
 
@@ -354,7 +354,8 @@ class Scheduler:
 
     async def _serve(self, hop: _Hop, queue_key: str, room: int, budget: int) -> None:
         """Claim what may go; puts the key where it belongs afterwards, or leaves that to the end of its claims."""
-        dues = await self._spool.heads(queue_key, None, READ_COUNT)
+        count = min(READ_COUNT, 2 * min(room, budget) + SCOUTS)
+        dues = await self._spool.heads(queue_key, None, count)
         now_ms = self._now_ms()
         ready = [due for due in dues if due.due_ms <= now_ms]
         if not ready:
