@@ -83,6 +83,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("delivery_connections", "Connections to next hops"),
     _counter("delivery_connections_total", "Connections to next hops by result", "result", ("opened", "failed")),
     _counter("delivery_throttled_total", "Times that a destination was found dead"),
+    _counter("delivery_limited_total", "Times that a limit let a message or a connection wait"),
     _gauge("delivery_window_bytes", "Content in memory that was handed over or read back for delivery"),
     _counter("delivery_put_back_total", "Recipients returned to the queue without an attempt"),
     # spools and the ledger

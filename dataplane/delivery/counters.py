@@ -49,6 +49,7 @@ class DeliveryCounters:
         yield "delivery_connections_total", ("opened",), self.connections_opened
         yield "delivery_connections_total", ("failed",), self.connections_failed
         yield "delivery_throttled_total", (), self.throttled
+        yield "delivery_limited_total", (), self.limited
         yield "delivery_window_bytes", (), self.window_bytes
         yield "delivery_put_back_total", (), self.put_back
         yield "delivery_stage_duration_seconds", ("waiting",), self.waiting_seconds.row

@@ -334,6 +334,14 @@ class Submitter:
         if permit is not None:
             spilled_bytes = self._large.received_bytes if self._large is not None else 0
             answer = partial(self._settle, permit, spilled_bytes + len(content), answer)
+        try:
+            self._accept(content, hello, answer)
+        except Exception:
+            # Whoever called answers for it, and knows nothing of what was granted.
+            self._permit = permit
+            raise
+
+    def _accept(self, content: bytes, hello: Hello, answer: Answer) -> None:
         if self._large is not None:
             self._accept_large(self._large, content, hello, answer)
             return

@@ -146,6 +146,21 @@ async def test_what_was_granted_is_given_back_when_storing_fails() -> None:
         assert left(node, "message") == 10
 
 
+class BrokenSpool(RamSpool):
+    """Fails as nobody foresaw."""
+
+    def accept(self, *arguments: object) -> asyncio.Future[None]:
+        raise RuntimeError("broken")
+
+
+async def test_what_was_granted_is_given_back_when_accepting_breaks() -> None:
+    async with running(limited(own(LimitUnit.MESSAGE, 10), spool=BrokenSpool(Clock()))) as node:
+        peer = await session(node)
+        assert (await offer(peer)).startswith(b"354")
+        assert (await peer.ask(BODY + b".\r\n")).startswith(b"451 4.3.0 Internal error")
+        assert left(node, "message") == 10
+
+
 async def test_what_was_granted_is_given_back_when_the_client_leaves_before_the_dot() -> None:
     async with running(limited(own(LimitUnit.MESSAGE, 10))) as node:
         peer = await session(node)
