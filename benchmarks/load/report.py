@@ -15,7 +15,7 @@ from benchmarks.load.run import Progress
 
 FORMAT = 1
 
-_SECURITY = {"tls-auth": "STARTTLS and AUTH", "idle": "plain, then STARTTLS"}
+_SECURITY = {"tls-auth": "STARTTLS and AUTH", "idle": "plain, then STARTTLS and AUTH"}
 _TITLES = {"connect": "connect→220", "dot": "dot→250", "message": "intended→250", "arrival": "intended→sink"}
 
 

@@ -129,16 +129,7 @@ class TlsAuth(Scenario):
 
     def job(self, options: Options, server: Server) -> Job:
         """On the port with STARTTLS, as a credential made for it."""
-        postroad = _postroad(server)
-        login = postroad.create_login()
-        return replace(
-            super().job(options, server),
-            port=postroad.tls_port,
-            tls=True,
-            ca_file=str(postroad.ca_file),
-            username=login.username,
-            password=login.password,
-        )
+        return _inside_tls(super().job(options, server), _postroad(server))
 
 
 class Idle(Scenario):
@@ -157,7 +148,8 @@ class Idle(Scenario):
         job = self.job(options, server)
         phases = [Phase("plain", (Stream("idle", job, options.processes),), holds=True)]
         if isinstance(server, Postroad):
-            tls = replace(job, port=server.tls_port, tls=True, ca_file=str(server.ca_file))
+            # With AUTH, because before it a connection is not held for long.
+            tls = _inside_tls(job, server)
             phases.append(Phase("tls", (Stream("idle", tls, options.processes),), holds=True))
         return phases
 
@@ -232,6 +224,19 @@ class Api(Scenario):
         )
         api = Stream("api", job, 1, arrives=False, is_mail=False, module="benchmarks.load.api")
         return [Phase("alone", (api,)), Phase("disturbed", (api, Stream("smtp", mail, options.processes)))]
+
+
+def _inside_tls(job: Job, server: Postroad) -> Job:
+    """By STARTTLS, as a credential made for it."""
+    login = server.create_login()
+    return replace(
+        job,
+        port=server.tls_port,
+        tls=True,
+        ca_file=str(server.ca_file),
+        username=login.username,
+        password=login.password,
+    )
 
 
 def _from(place: Place, job: Job) -> Job:
