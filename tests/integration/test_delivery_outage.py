@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from random import Random
 
 import pytest
 
@@ -250,3 +252,49 @@ async def test_what_is_remembered_of_denied_mail_is_bounded_by_recipients(monkey
             bench.engine.queued(envelope, rows)
         await quiet(bench)
         assert sum(len(rows) for _, rows in bench.engine._denied) == 20
+
+
+async def test_retries_of_messages_that_failed_together_do_not_come_together() -> None:
+    later = Behaviour(mail=lambda _: b"451 4.3.0 later\r\n")
+    async with next_hop(later) as hop, delivery_bench(start=False) as bench:
+        bench.engine._dispatcher._random = Random(7).random
+        bench.config.add_provider(A, hop.port)
+        add_accounts(bench)
+        await put(bench, A, 120)
+        await bench.engine.start()
+        await bench.events_come(120)
+        now_ms = bench.clock.wall_ms()
+        seconds = Counter((update.next_attempt_ms - now_ms) // 1_000 for update in bench.updates)
+        assert max(seconds.values()) <= 10  # 2 each second on average, and the floor of one second
+        assert max(seconds) <= 60
+        assert len(seconds) > 40
+
+
+def sizes(made: engine.DeliveryEngine) -> dict[str, int]:
+    """How much each part of the engine holds: lengths of all its containers."""
+    parts = [made, made._scheduler, made._reporter, made._settler, made._dispatcher, made._deadlines, made.pools]
+    return {
+        f"{type(part).__name__}.{name}": len(value)
+        for part in [*parts, *made.pools, *made._scheduler._hops.values()]
+        for name in getattr(type(part), "__slots__", None) or vars(part)
+        if hasattr(type(value := getattr(part, name)), "__len__") and not isinstance(value, (str, bytes, tuple))
+    }
+
+
+async def test_an_hour_without_the_provider_leaves_memory_as_it_was() -> None:
+    async with next_hop(Behaviour(greeting=b"554 5.3.2 no\r\n")) as dead, delivery_bench() as bench:
+        bench.config.add_provider(A, dead.port, max_connections=CONNECTIONS)
+        add_accounts(bench)
+        seen = []
+        for minute in range(60):
+            for account in ACCOUNTS[:20]:
+                envelope = bench.envelope(account=account, credential=f"{account}/smtpCredentials/app")
+                await bench.submit(f"{minute}@a.test", envelope=envelope, key=make_queue_key(account, A))
+            await pass_time(bench, 60.0)
+            bench.engine._reporter.look()
+            seen.append(sizes(bench.engine))
+        assert bench.engine.counters.window_bytes == 0
+        assert len(bench.records) >= 1_200  # each acceptance is recorded all the same
+        early, late = seen[10], seen[59]
+        assert {name: late[name] for name in late if late[name] > early.get(name, 0) + 8} == {}
+        assert dead.connections <= CONNECTIONS + 60
