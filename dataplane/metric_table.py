@@ -65,6 +65,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("queue_oldest_age_seconds", "Age of the oldest message that waits", merge="max"),
     _histogram("queue_processing_duration_seconds", "From acceptance to a recipient's last state", LIFETIME_BOUNDS_S),
     _counter("queue_recovered_total", "Recipients found in mid-attempt at a start"),
+    _counter("queue_quarantined_total", "Messages set aside because they could not be read back"),
     _counter(
         "duplicate_windows_total",
         "Recipients or messages that may be sent twice: W1 our answer was lost, W2 the remote's",
@@ -85,6 +86,8 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("delivery_throttled_total", "Times that a destination was found dead"),
     _counter("delivery_limited_total", "Times that a limit let a message or a connection wait"),
     _gauge("delivery_window_bytes", "Content in memory that was handed over or read back for delivery"),
+    _gauge("delivery_window_messages", "Messages whose content that is"),
+    _counter("delivery_transactions_total", "SMTP transactions with next hops that began"),
     _counter("delivery_put_back_total", "Recipients returned to the queue without an attempt"),
     # spools and the ledger
     _counter("spool_write_failures_total", "Outcomes that the spool refused at first"),
@@ -93,6 +96,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("spools_quarantined", "Spools set aside until the node starts again"),
     _gauge("ledger_unacknowledged_records", "Records that the control plane has not stored"),
     _gauge("ledger_lag_seconds", "Age of the oldest record that the control plane has not stored", merge="max"),
+    _counter("ledger_records_alone_total", "Acceptances that were recorded before any outcome"),
     # limits
     _counter("limiter_decisions_total", "Questions to the limiter by who answered", "by", ("shared", "local")),
     _counter("limiter_over_admission_total", "Grants of local shares: what may be above a limit, at most"),

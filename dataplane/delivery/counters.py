@@ -51,6 +51,8 @@ class DeliveryCounters:
         yield "delivery_throttled_total", (), self.throttled
         yield "delivery_limited_total", (), self.limited
         yield "delivery_window_bytes", (), self.window_bytes
+        yield "delivery_window_messages", (), self.window_messages
+        yield "delivery_transactions_total", (), self.attempts
         yield "delivery_put_back_total", (), self.put_back
         yield "delivery_stage_duration_seconds", ("waiting",), self.waiting_seconds.row
         yield "delivery_stage_duration_seconds", ("connecting",), self.connecting_seconds.row
@@ -58,5 +60,7 @@ class DeliveryCounters:
         yield "queue_processing_duration_seconds", (), self.lifetime_seconds.row
         yield "spool_write_failures_total", (), self.settle_failures
         yield "queue_recovered_total", (), self.recovered
+        yield "queue_quarantined_total", (), self.quarantined
+        yield "ledger_records_alone_total", (), self.records_alone
         # What is found in mid-attempt at a start is uncertain, too, and counted there.
         yield "duplicate_windows_total", ("W2",), self.uncertain
