@@ -65,6 +65,8 @@ async def test_a_message_just_accepted_passes_what_another_account_handed_over_b
         places = [place for place, name in enumerate(senders(hop)) if name == SMALL]
         assert places[0] <= taken + 3
         assert places[2] - places[0] <= 4
+        assert [bench.engine._dispatcher.held_bytes(name) for name in (FLOOD, SMALL)] == [0, 0]
+        assert not bench.engine._dispatcher._held_bytes
 
 
 async def test_mail_just_accepted_passes_the_backlog_of_another_account() -> None:
