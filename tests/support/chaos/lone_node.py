@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import apsw
+
 from dataplane.failpoints import SPENT_VARIABLE, VARIABLE
 from postroad.config.v1 import bundle_pb2 as pb
 from postroad.node.v1.config_stream_service_pb2 import Snapshot, StreamConfigResponse
@@ -29,7 +31,7 @@ from support.chaos.judge import TERMINAL, Case, Ledger, Told, check
 from support.chaos.sink import Sink, end_of
 from support.chaos.stack import spool_rows
 from support.chaos.talk import Listener, hold_talk
-from support.node_plane import ControlPlane, Pki, control_plane
+from support.node_plane import ControlPlane, Pki
 from support.node_process import NodeProcess, running, write_settings
 
 _ACCOUNT = "accounts/demo"
@@ -100,8 +102,11 @@ class LoneNode:
         return case
 
     def _is_quiet(self) -> bool:
-        if self.left_in_spools():
-            return False
+        try:
+            if self.left_in_spools():
+                return False
+        except apsw.Error:
+            return False  # its worker writes at this moment, or has been killed in doing so
         ledger = self.ledger()
         tries, copies, _, _ = self.books.snapshot()
         stored = {entry.message_id for entry in tries if entry.code == 250} | {copy.message_id for copy in copies}
@@ -161,7 +166,11 @@ def _enter(record: LedgerRecord, found: dict[str, list[Told]]) -> None:
     if record.HasField("accepted"):
         token = record.accepted.header_message_id.strip("<>").partition("@")[0]
         found[message_id] = [Told(token, address, 2) for address in record.accepted.recipients]
-    rows = found.get(message_id, [])
+    rows = found.setdefault(message_id, [])
+    indexes = [update.index for update in record.recipients] + [one for event in record.events for one in event.indexes]
+    while len(rows) <= max(indexes, default=-1):
+        # Its acceptance was never told.
+        rows.append(Told("unknown", f"recipient {len(rows)}", 2))
     for update in record.recipients:
         rows[update.index].state = int(update.state)
         if update.state in TERMINAL:
@@ -217,7 +226,9 @@ async def lone_node(
         VARIABLE: failpoints,
         SPENT_VARIABLE: str(folder / "spent"),
     }
-    async with control_plane(Pki()) as plane:
+    plane = ControlPlane(Pki())
+    await plane.start()
+    try:
         plane.pki.write_identity(folder / "data")
         settings_file = write_settings(folder, plane.address, workers=1, delivery=delivery)
         async with running(settings_file, None, **environment) as process:
@@ -231,9 +242,11 @@ async def lone_node(
             finally:
                 follower.cancel()
                 await asyncio.wait([follower])
-    # gRPC's server must not outlive this loop, though the traceback of a failed test keeps the plane.
-    del plane._server
-    await sink.stop()
+    finally:
+        await plane.stop()
+        # gRPC's server must not outlive this loop, though the traceback of a failed test keeps the plane.
+        del plane._server
+        await sink.stop()
 
 
 async def _follow(node: LoneNode) -> None:
