@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class MetricsServer:
         self._state = state
         self._address = address
         self._port = port
+        self._rendering: asyncio.Task[bytes] | None = None
         app = web.Application()
         app.add_routes(
             [
@@ -79,9 +81,15 @@ class MetricsServer:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         del request
-        statuses = await self._state.hub.collect_status()
-        body = render([*self._state.hub.totals.samples(), *self._own_samples(statuses)])
+        # Whoever asks while workers are being asked gets the same answer: they are not asked more often for that.
+        if self._rendering is None or self._rendering.done():
+            self._rendering = asyncio.create_task(self._render())
+        body = await asyncio.shield(self._rendering)
         return web.Response(body=body, headers={"Content-Type": METRICS_CONTENT_TYPE})
+
+    async def _render(self) -> bytes:
+        statuses = await self._state.hub.collect_status()
+        return render([*self._state.hub.totals.samples(), *self._own_samples(statuses)])
 
     def _own_samples(self, statuses: list[WorkerStatus]) -> Iterator[SampleRow]:
         state = self._state

@@ -417,6 +417,17 @@ async def test_counters_go_on_from_where_a_worker_ended(node: Node) -> None:
             assert "smtp_message_enqueued_total 10.0" in (await fetch(port, "/metrics"))[1]
 
 
+async def test_scrapes_at_the_same_time_ask_the_workers_once(node: Node) -> None:
+    async with node.agent() as port, working(PlayedWorker()) as worker:
+        await worker.until(lambda message: isinstance(message, LedgerPull))
+        worker.mute = True
+        scrapes = [asyncio.create_task(fetch(port, "/metrics")) for _ in range(20)]
+        await worker.until(lambda message: isinstance(message, StatusRequest))
+        (status, _), *_ = await asyncio.gather(*scrapes)
+    assert status == 200
+    assert sum(isinstance(message, StatusRequest) for message in worker.heard) == 1
+
+
 async def test_a_worker_that_hangs_does_not_hang_the_scrape(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_workers, "STATUS_TIMEOUT_S", 0.05)
     async with node.agent() as port, working(PlayedWorker()) as worker:
