@@ -107,6 +107,12 @@ class ContentReader:
         self._discarding = True
         self._chunks.clear()
 
+    def begins_with_header(self, enough_bytes: int) -> bool:
+        """Whether what came holds the end of a header, or so much that it need not; or its beginning was taken."""
+        if self._taken_bytes or self.size_bytes > enough_bytes:
+            return True
+        return bool(self._chunks) and b"\r\n\r\n" in self._chunks[0]
+
     def take(self) -> list[bytes]:
         """Return the whole lines that came so far, in pieces, and let go of them; `content` is the rest then."""
         pieces, self._chunks = self._chunks, []

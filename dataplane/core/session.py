@@ -32,6 +32,7 @@ from __future__ import annotations
 from dataplane.core import replies
 from dataplane.core.datastream import ContentReader, Problem
 from dataplane.core.dialog import Dialog
+from dataplane.core.headers import MAX_HEADER_BYTES
 from dataplane.core.replies import Reply
 from dataplane.core.session_contract import Action, Limits, Policy, Timer
 
@@ -92,8 +93,12 @@ class Session(Dialog):
         return len(self._content) if self._reader is None else self._reader.held_bytes
 
     def take_pieces(self) -> list[bytes]:
-        """Return what came so far of the content being read, whole lines, and let go of it."""
-        return [] if self._reader is None else self._reader.take()
+        """Return what came so far of the content being read, whole lines, and let go of it.
+
+        Nothing as long as its header may not be complete.
+        """
+        reader = self._reader
+        return reader.take() if reader is not None and reader.begins_with_header(MAX_HEADER_BYTES + 4) else []
 
     def take_content(self) -> bytes:
         """Return the message of a COMMIT, as far as its pieces were not taken, and let go of it."""

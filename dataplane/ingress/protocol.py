@@ -282,7 +282,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
             if action is Action.NONE:
                 held_bytes = session.held_bytes
                 self._charge(held_bytes)
-                if held_bytes > self._service.submission.spill_bytes and not self._spilling_bytes:
+                if held_bytes > self._service.least_spill_bytes and held_bytes > self._service.spill_bytes:
                     self._spill()
                 self._await_octets()
                 return
@@ -414,12 +414,13 @@ class SmtpProtocol(asyncio.Protocol, Timed):
 
     def _spill(self) -> None:
         """Put what came of a large content into its file; nothing more is read before it is there."""
-        if not self._charged_bytes:
-            # It was let go of at this very moment.
-            return
         session = self.session
+        # Nothing is charged for what was let go of at this very moment.
+        pieces = session.take_pieces() if self._charged_bytes and not self._spilling_bytes else []
+        if not pieces:
+            return
         try:
-            written = self._submitter.spill(session.take_pieces(), Hello(session.helo, session.esmtp, self._tls))
+            written = self._submitter.spill(pieces, Hello(session.helo, session.esmtp, self._tls))
         except Exception as error:  # noqa: BLE001 - as in _permit_at_once
             written = replies.internal_error(self._submitter.failed(error))
         if isinstance(written, Reply):

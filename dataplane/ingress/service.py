@@ -24,7 +24,7 @@ from dataplane.core import replies
 from dataplane.core.config import NodeSettings
 from dataplane.core.session_contract import Limits
 from dataplane.ingress.protocol import SmtpProtocol, Timeouts
-from dataplane.ingress.submission import Submission
+from dataplane.ingress.submission import LEAST_SPILL_BYTES, Submission
 from dataplane.ingress.timers import TimerWheel
 from dataplane.ingress.tls import TlsHolder
 
@@ -41,6 +41,7 @@ class Service:
         self.hostname = submission.hostname
         self.tls = tls
         self.timeouts = timeouts
+        self.least_spill_bytes = min(LEAST_SPILL_BYTES, submission.spill_bytes)
         self.turnstile = submission.turnstile
         self.wheel = TimerWheel(submission.clock.monotonic)
         self.draining = False
@@ -59,6 +60,14 @@ class Service:
     def over_budget(self) -> bool:
         """Whether more content is in memory than the worker may hold."""
         return self.counters.content_bytes > self.submission.max_content_bytes
+
+    @property
+    def spill_bytes(self) -> int:
+        """Above how much a content goes to its file: less while there is more in memory than there should be."""
+        submission = self.submission
+        return (
+            self.least_spill_bytes if self.counters.content_bytes > submission.delay_bytes else submission.spill_bytes
+        )
 
     @property
     def strained(self) -> bool:

@@ -61,6 +61,8 @@ _RANDOM_OCTETS = 10
 _STORED = 250
 # Above this a content goes to its file; by then the header is there as far as `headers.scan` looks.
 SPILL_BYTES = 512 * 1024
+# Above this while memory is short: such a content ends in a file anyway.
+LEAST_SPILL_BYTES = 64 * 1024
 # Above this 250 is held back; half of what the settings allow in all.
 DELAY_BYTES = 128 * 1024 * 1024
 

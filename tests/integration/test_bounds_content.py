@@ -295,6 +295,40 @@ async def test_a_write_that_fails_is_told_at_the_end_of_the_content() -> None:
         assert (await peer.ask(b"NOOP\r\n")).startswith(b"250")
 
 
+async def test_where_memory_is_short_contents_go_to_their_files_earlier(spool: SqliteSpool, folder: Path) -> None:
+    body = stuffed(make_body(300_000)) + b".\r\n"
+    assert len(body) < SPILL_BYTES
+    async with running(make_node(spool=spool, delay_bytes=MIB, max_content_bytes=32 * MIB)) as node:
+        watched = Watched(node)
+        peers = [await node.greeted() for _ in range(60)]
+        for peer in peers:
+            assert (await open_data(peer)).startswith(b"354")
+        # All but the end of them would be 18 MB.
+        await asyncio.gather(*(send(peer, body[:-3]) for peer in peers))
+        await until(lambda: len(contents(folder)) > 40)
+        await until(lambda: node.counters.content_bytes < 9 * MIB)
+        for peer in peers:
+            assert (await peer.ask(body[-3:])).startswith(TAKEN)
+        assert watched.end() <= 32 * MIB
+        assert node.counters.content_bytes == 0
+        for envelope, _ in node.delivery.waiting:
+            stored = await spool.load(envelope.message_id)
+            assert stored is not None
+            assert stored.content.endswith(make_body(300_000))
+
+
+async def test_a_header_that_is_not_complete_yet_keeps_its_content_in_memory(spool: SqliteSpool, folder: Path) -> None:
+    header = b"From: app@example.com\r\n" + b"X-Filling: " + b"y" * 900 + b"\r\n"
+    async with running(make_node(spool=spool, delay_bytes=1)) as node:
+        peer = await node.greeted()
+        await open_data(peer)
+        peer.writer.write(header + b"X-Filling: y\r\n" * 900 * 10)
+        await until(lambda: node.counters.content_bytes > 120_000)
+        assert contents(folder) == []
+        peer.writer.write(b"\r\n" + b"body\r\n" * 100_000)
+        assert (await peer.ask(b".\r\n")).startswith(b"552 5.3.4 The header has more")
+
+
 async def test_a_hundred_large_submissions_into_a_small_budget_are_taken_or_452_and_memory_stays_within_it(
     spool: SqliteSpool, folder: Path
 ) -> None:
