@@ -24,6 +24,7 @@ from typing import Any
 
 import asyncpg
 import yaml
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from benchmarks.processes import cpu_by_role, memory_by_role
@@ -32,6 +33,8 @@ from controlplane.settings import setting_names
 from postroad.control.v1.account_pb2 import Account
 from postroad.control.v1.account_service_pb2 import CreateAccountRequest
 from postroad.control.v1.credential_service_pb2 import CreateSmtpCredentialRequest
+from postroad.control.v1.limit_pb2 import Limit
+from postroad.control.v1.limit_service_pb2 import CreateLimitRequest
 from postroad.control.v1.node_pb2 import Node, NodePool
 from postroad.control.v1.node_service_pb2 import GetNodePoolRequest, GetNodeRequest, UpdateNodePoolRequest
 from postroad.control.v1.provider_pb2 import Provider, SmtpProvider
@@ -61,11 +64,15 @@ _ROLES = (
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """An account whose mail comes from `network` without AUTH and leaves to the sink on `sink_port`."""
+    """An account whose mail comes from `network` without AUTH and leaves to the sink on `sink_port`.
+
+    `messages_per_s` is a limit of the account, with a second's worth as burst; 0 is none.
+    """
 
     name: str
     network: str
     sink_port: int
+    messages_per_s: int = 0
 
     @property
     def sender(self) -> str:
@@ -264,6 +271,15 @@ def _create_tenant(client: Client, tenant: Tenant) -> None:
     client.providers.CreateProvider(
         CreateProviderRequest(parent=parent, provider_id="sink", provider=provider),
     )
+    if tenant.messages_per_s:
+        limit = Limit(
+            scope=Limit.SCOPE_ACCOUNT,
+            unit=Limit.UNIT_MESSAGE,
+            amount=tenant.messages_per_s,
+            period=Duration(seconds=1),
+            burst=tenant.messages_per_s,
+        )
+        client.limits.CreateLimit(CreateLimitRequest(parent=parent, limit_id="load", limit=limit))
     rule = RoutingRule(targets=[RoutingRule.Target(provider=f"{parent}/providers/sink")])
     client.routing_rules.CreateRoutingRule(
         CreateRoutingRuleRequest(parent=parent, routing_rule_id="all", routing_rule=rule)

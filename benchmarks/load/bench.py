@@ -48,6 +48,7 @@ def run_bench(options: Options) -> list[RunResult]:
                 for phase in scenario.phases(options, server):
                     print(f"\nround {number + 1}, {server.name}, {phase.name}", flush=True)
                     results.append(_measure(options, server, sinks, phase))
+                    results[-1].findings = scenario.findings(options, results[-1])
                     print(run_table(results[-1]), flush=True)
     return results
 

@@ -37,7 +37,7 @@ from benchmarks.load.latency import Timeline
 
 _NS = 1_000_000_000
 _READ_BYTES = 65_536
-# After an error a session waits, so that a server that refuses is not drowned in new sessions.
+# After a lost connection, and in a closed loop after a refusal, a session waits: a server that refuses gets no flood.
 _PAUSE_NS = 200_000_000
 _GOODBYE_NS = 1_000_000_000
 _BIND_ADDRESS_NO_PORT = 24
@@ -305,7 +305,7 @@ class Generator:
         if self._job.messages_per_connection and session.left <= 0:
             dialog.quit()
             self._flush(session, dialog)
-        elif dialog.code == 250:
+        elif dialog.code == 250 or self._step_ns:
             self._become_free(session)
         else:
             self._at(now + _PAUSE_NS, lambda: self._become_free(session))

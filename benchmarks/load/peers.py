@@ -33,11 +33,15 @@ class Server(Peer, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """An account for mail from one loopback address; `sink` names where its mail goes: `live` or `dead`."""
+    """An account for mail from one loopback address; `sink` names where its mail goes: `live` or `dead`.
+
+    `messages_per_s` is a limit of the account, 0 is none.
+    """
 
     account: str
     address: str
     sink: str = "live"
+    messages_per_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,10 @@ class Needs:
 def start_peer(name: str, sink_ports: Mapping[str, int], needs: Needs, workers: int) -> Server:
     """Start a server that relays to the sinks, by name; see the module."""
     if name == "postroad":
-        tenants = [Tenant(place.account, f"{place.address}/32", sink_ports[place.sink]) for place in needs.places]
+        tenants = [
+            Tenant(place.account, f"{place.address}/32", sink_ports[place.sink], place.messages_per_s)
+            for place in needs.places
+        ]
         return Postroad(sink_ports["live"], workers=workers, tenants=tenants)
     if needs.places or needs.postroad_only:
         raise ToolError(f"this scenario needs accounts, TLS or the API, which {name} is not set up for here")

@@ -51,6 +51,7 @@ def run_table(result: RunResult) -> str:
             f"{role} {value / 1024:,.1f}" for role, value in result.memory["bytes_per_connection"].items() if value
         )
         lines.append(f"  KiB/connection   of {result.memory['connections']:,}: {grown}")
+    lines += [f"  {name:16} {value:8.3f}" for name, value in result.findings.items()]
     if result.recorded is not None:
         lines.append(f"  recorded         {result.recorded:8,}")
     if result.dead_target_connections is not None:
@@ -99,6 +100,7 @@ def figures(result: RunResult) -> dict[str, float]:
         "delivered_per_s": stream.delivered_per_s,
         "cpu_us_per_message": result.cpu_us_per_message.get("total", 0.0),
         "others_cores": result.others_cores,
+        **result.findings,
     }
     for key in ("connect", "dot", "message", "arrival"):
         for each in ("p50", "p95", "p99", "max"):

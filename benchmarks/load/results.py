@@ -47,7 +47,8 @@ class StreamResult:
 class RunResult:
     """One run of one peer. CPU in seconds, and in microseconds a message that was answered; memory in bytes.
 
-    `recorded` counts the messages of the run in the control plane's records, where there are any.
+    `findings` are a scenario's own; `recorded` counts the messages of the run in the control plane's records, where
+    there are any.
     """
 
     peer: str
@@ -61,6 +62,7 @@ class RunResult:
     phase: str = "load"
     recorded: int | None = None
     dead_target_connections: int | None = None
+    findings: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 

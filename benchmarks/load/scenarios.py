@@ -15,7 +15,7 @@ from typing import ClassVar
 from benchmarks.load.job import Job
 from benchmarks.load.options import Defaults, Options
 from benchmarks.load.peers import Needs, Place, Server
-from benchmarks.load.results import Stream
+from benchmarks.load.results import RunResult, Stream
 from benchmarks.postroad import Postroad
 from benchmarks.smtp_tools import ToolError
 
@@ -23,6 +23,7 @@ _RECIPIENT = "someone@example.net"
 _FIRST, _SECOND = Place("bench", "127.0.0.1"), Place("second", "127.0.0.2")
 _LARGE_BYTES = 100_000
 _RAMP_S = 60.0
+_LIMIT_PER_S = 100
 # Above the node's least rate of 500 bytes a second, so that slow clients are served, not cut off.
 _DRIP_BYTES = 300
 _DRIP_INTERVAL_S = 0.5
@@ -66,6 +67,10 @@ class Scenario:
     def phases(self, options: Options, server: Server) -> Sequence[Phase]:
         """Return the runs of one round."""
         return [Phase("load", (Stream("load", self.job(options, server), options.processes),))]
+
+    def findings(self, options: Options, result: RunResult) -> dict[str, float]:
+        """Return figures that only this scenario has."""
+        return {}
 
 
 class Closed(Scenario):
@@ -200,6 +205,27 @@ class Flood(Scenario):
         return [Phase("alone", (quiet,)), Phase("disturbed", (quiet, Stream("flood", flood, options.processes)))]
 
 
+class Limits(Scenario):
+    """An account sends above its limit, beside one that has none."""
+
+    name = "limits"
+    summary = "an account sends at twice its limit of messages, over all workers, beside one without a limit"
+    defaults = Defaults(sessions=50, messages=0, seconds=15.0, rate=2.0 * _LIMIT_PER_S)
+    needs = Needs((_FIRST, replace(_SECOND, messages_per_s=_LIMIT_PER_S)))
+
+    def phases(self, options: Options, server: Server) -> Sequence[Phase]:
+        """The limited one counts: what is refused is answered with 450."""
+        free = Stream("free", replace(self.job(options, server), rate=_LIMIT_PER_S), 1)
+        limited = Stream("limited", replace(_from(_SECOND, free.job), rate=options.rate), options.processes)
+        return [Phase("load", (limited, free))]
+
+    def findings(self, options: Options, result: RunResult) -> dict[str, float]:
+        """How many times what the limit allows: the burst at the begin, and its rate until the last was answered."""
+        limited = result.streams["limited"]
+        seconds = limited.verdict.answered / limited.answered_per_s if limited.answered_per_s else 0.0
+        return {"admitted_share": round(limited.verdict.answered / (_LIMIT_PER_S * (1 + seconds)), 3)}
+
+
 class Api(Scenario):
     """The control plane's API under load, alone, then beside SMTP."""
 
@@ -262,6 +288,7 @@ SCENARIOS: dict[str, Scenario] = {
         Slow(),
         DeadTarget(),
         Flood(),
+        Limits(),
         Api(),
     )
 }

@@ -53,6 +53,7 @@ def test_a_loss_ends_it_with_a_status_and_a_sentence() -> None:
         ("slow", "--sessions", "10", "--seconds", "3", "--rate", "20"),
         ("dead-target", "--sessions", "10", "--seconds", "3", "--rate", "20"),
         ("flood", "--sessions", "10", "--messages", "500", "--seconds", "3", "--rate", "20"),
+        ("limits", "--sessions", "10", "--seconds", "3"),
         ("api", "--sessions", "10", "--seconds", "3", "--rate", "20", "--api-rate", "20"),
     ],
     ids=lambda words: words[0] + ("-reconnect" if "--reconnect" in words else ""),
@@ -63,5 +64,8 @@ def test_every_scenario_comes_to_its_end_without_a_loss(words: tuple[str, ...], 
     assert done.returncode == 0, done.stdout + done.stderr
     report: dict[str, Any] = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert report["problems"] == []
-    assert all(stream["errors"] == {} for run in report["runs"] for stream in run["streams"].values())
+    refused = {"450"} if words[0] == "limits" else set()
+    assert {
+        code for run in report["runs"] for stream in run["streams"].values() for code in stream["errors"]
+    } == refused
     assert report["runs"][-1]["memory"] or words[0] not in {"idle", "ramp"}
