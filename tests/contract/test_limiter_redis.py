@@ -602,6 +602,8 @@ async def test_a_replica_that_is_promoted_goes_on_with_library_and_levels(passab
             limiter = await start(proxy.url, sleep=gate.sleep, on_change=changes)
             await limiter.take([bucket(cost=10)])
             with server(primary.url()) as client:
+                # WAIT waits for what its own connection wrote, and with that for all before.
+                client.set("marker", "1")
                 assert client.wait(1, 20_000) == 1
             primary.kill()
             async with asyncio.timeout(20):
