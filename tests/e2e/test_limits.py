@@ -6,6 +6,7 @@ import smtplib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from urllib.request import urlopen
 
 import pytest
 
@@ -82,6 +83,22 @@ def test_an_accounts_weight_is_set_on_the_command_line(stack: LocalStack) -> Non
         wait_for(lambda: decode_account(bundles(stack)["accounts/demo"]).delivery_weight == 7)
     finally:
         stack.json("accounts", "update", "demo", "--delivery-weight", "1")
+
+
+def test_many_messages_are_followed_with_few_requests(stack: LocalStack) -> None:
+    before = requests_made(stack)
+    found = stack.json("send", "--to", "someone@example.net", "--to", "other@example.net", "--count", "25")
+    states = [recipient["state"] for message in found["messages"] for recipient in message["recipients"]]
+    assert states == ["RECIPIENT_STATE_SENT"] * 50
+    # On a busy machine a few looks more; a watch and a look for each message would be fifty.
+    assert requests_made(stack) - before < 25
+
+
+def requests_made(stack: LocalStack) -> float:
+    """Calls of the API since the control plane began, by its metrics."""
+    with urlopen(f"http://127.0.0.1:{stack.ready['ports']['http']}/metrics", timeout=20) as answer:
+        text = answer.read().decode()
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("api_requests_total{"))
 
 
 # --- inside ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ from postroad.control.v1.message_pb2 import (
     Message,
     RecipientState,
 )
-from postroad.sdk import follow, is_over
+from postroad.sdk import follow, follow_all, is_over
 
 
 def _recipients(message: Message) -> str:
@@ -183,15 +183,30 @@ def watch(session: Session, identifier: str, timeout_s: float) -> Message:
     printer = session.printer
     events = follow(session.client, session.name("messages", identifier), timeout_s)
     message = _print_to_the_end(printer, events)
+    _print_end(printer, message)
+    return message
+
+
+def watch_all(session: Session, identifiers: Sequence[str], timeout_s: float) -> list[Message]:
+    """Print how each of many messages ended, until all have; DeadlineError when that takes too long."""
+    names = [session.name("messages", one) for one in identifiers]
+    ended = {}
+    for message in follow_all(session.client, names, timeout_s):
+        session.printer.say(short(message.name), "bold")
+        _print_end(session.printer, message)
+        ended[message.name] = message
+    return [ended[name] for name in names]
+
+
+def _print_end(printer: Printer, message: Message) -> None:
     state = enum_text(message, "state")
     if is_sent(message):
         printer.say(f"{state.capitalize()} to {', '.join(one.address for one in message.recipients)}", "green")
-        return message
+        return
     printer.say(f"{state.capitalize()}:", "red")
     for recipient in message.recipients:
         printer.say(f"  {recipient.address}: {enum_text(recipient, 'state')} {reply_text(recipient)}")
     printer.say(f"`postroad messages get {short(message.name)}` shows all of it")
-    return message
 
 
 def _print_to_the_end(printer: Printer, events: Generator[DeliveryEvent, None, Message]) -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,14 @@ import typer
 from google.protobuf.json_format import MessageToDict
 
 from postroad.cli.connection import SmtpSettings
-from postroad.cli.messages import FOLLOW_TIMEOUT_S, is_sent, watch
+from postroad.cli.messages import FOLLOW_TIMEOUT_S, is_sent, watch, watch_all
 from postroad.cli.problems import FAILED, NOT_CONFIGURED, CommandError
-from postroad.cli.session import session_of
+from postroad.cli.session import Session, session_of
 from postroad.cli.submission import canonical, compose, submit
+from postroad.control.v1.message_pb2 import Message
 
+# Each costs requests of the key, which has a hundred a minute.
+_MOST_TIMELINES = 10
 _NO_SERVER = "no SMTP server is known"
 _NO_SERVER_ADVICE = "Run `postroad up`, or set POSTROAD_SMTP_SERVER, POSTROAD_SMTP_USERNAME and POSTROAD_SMTP_PASSWORD"
 
@@ -61,14 +65,22 @@ def send(
         for one in ids:
             session.printer.say(f"Accepted {one}")
         return
-    messages = []
-    for one in ids:
-        session.printer.say(f"Accepted {one}", "bold")
-        messages.append(watch(session, one, timeout_s))
+    messages = _watch(session, ids, timeout_s)
     if session.printer.is_json:
         session.printer.json({"messages": [MessageToDict(message) for message in messages]})
     if not all(is_sent(message) for message in messages):
         raise typer.Exit(FAILED)
+
+
+def _watch(session: Session, ids: Sequence[str], timeout_s: float) -> list[Message]:
+    if len(ids) > _MOST_TIMELINES:
+        session.printer.say(f"Accepted {len(ids)} messages", "bold")
+        return watch_all(session, ids, timeout_s)
+    messages = []
+    for one in ids:
+        session.printer.say(f"Accepted {one}", "bold")
+        messages.append(watch(session, one, timeout_s))
+    return messages
 
 
 def smtp_settings(found: SmtpSettings) -> SmtpSettings:

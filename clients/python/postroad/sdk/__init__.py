@@ -1,7 +1,7 @@
 """The SDK: Postroad's API for Python programs, sync (`connect`) and async (`connect_async`).
 
 Requests and resources are the generated messages of `postroad.control.v1`; see client.py for the clients, errors.py
-for what they raise and follow.py for following a message.
+for what they raise and follow.py for following messages.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from postroad.sdk.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from postroad.sdk.follow import follow, is_over
+from postroad.sdk.follow import follow, follow_all, is_over
 
 __all__ = [
     "AbortedError",
@@ -57,5 +57,6 @@ __all__ = [
     "connect",
     "connect_async",
     "follow",
+    "follow_all",
     "is_over",
 ]
