@@ -591,7 +591,7 @@ async def test_a_server_without_memory_leaves_it_to_the_local_share(valkey_url: 
 
 async def test_a_replica_that_is_promoted_goes_on_with_library_and_levels(passable_folder: Path, start: Start) -> None:
     gate, changes = Gate(), Changes()
-    primary = ValkeyServer(passable_folder / "primary").start()
+    primary = ValkeyServer(passable_folder / "primary", settings={"repl-diskless-sync-delay": "0"}).start()
     replica = ValkeyServer(passable_folder / "replica").start()
     try:
         with server(replica.url()) as client:
@@ -601,7 +601,7 @@ async def test_a_replica_that_is_promoted_goes_on_with_library_and_levels(passab
         async with Proxy(primary.url()) as proxy:
             limiter = await start(proxy.url, sleep=gate.sleep, on_change=changes)
             await limiter.take([bucket(cost=10)])
-            with server(primary.url()) as client:
+            with redis.Redis.from_url(primary.url(), socket_timeout=30.0) as client:
                 # WAIT waits for what its own connection wrote, and with that for all before.
                 client.set("marker", "1")
                 assert client.wait(1, 20_000) == 1
