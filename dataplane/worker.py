@@ -58,7 +58,7 @@ from dataplane.live_settings import LiveSettings, timeouts_of
 from dataplane.loop_lag import LoopLag
 from dataplane.ports import EventLog, Limiter, SpoolError, SpoolFailedError, SpoolFullError
 from dataplane.process import EXIT_NO_SPACE, EXIT_UNAVAILABLE, Child
-from dataplane.settings import Settings, SettingsError
+from dataplane.settings import Settings, SettingsError, TlsSettings
 from dataplane.spool_folders import is_refused, quarantine_spool
 from dataplane.telemetry import SampleRow, name_node
 from dataplane.worker_side import WorkerParts, WorkerSide
@@ -110,6 +110,8 @@ class _Worker:
         self._stack = stack
         self._clock = SystemClock()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._look_at_certificate = asyncio.Event()
+        self._certificate_seen = (0, 0)
         self._spools: dict[str, SqliteSpool] = {}
         self._engines: dict[str, DeliveryEngine] = {}
         self._counters = IngressCounters()
@@ -250,6 +252,7 @@ class _Worker:
         while True:
             await signals.reload.wait()
             signals.reload.clear()
+            self._look_at_certificate.set()
             try:
                 settings = self._child.settings()
             except SettingsError as error:
@@ -333,21 +336,27 @@ class _Worker:
     def _tls(self) -> TlsHolder | None:
         if self._settings.tls is None:
             return None
+        # Before it is read: one that is replaced meanwhile is then seen to have changed.
+        self._certificate_seen = _changed_at(self._settings.tls)
         try:
             return TlsHolder(server_context(self._settings.tls.certificate_file, self._settings.tls.key_file))
         except OSError as error:
             raise WorkerError(f"the listeners' certificate cannot be used: {error}") from error
 
     async def _watch_tls(self, ingress: Ingress) -> None:
-        """Take over a renewed certificate; one that cannot be used is reported, and the old one served on."""
+        """Take over a renewed certificate, at once when told to look, else within a minute; one that cannot be used is
+        reported, and the old one served on.
+        """
         holder, files = ingress.service.tls, self._settings.tls
         if holder is None or files is None:
             return
-        seen = _changed_at(files.certificate_file)
         while True:
-            await asyncio.sleep(CERTIFICATE_LOOK_S)
-            if (now := _changed_at(files.certificate_file)) != seen:
-                seen = now
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CERTIFICATE_LOOK_S):
+                    await self._look_at_certificate.wait()
+            self._look_at_certificate.clear()
+            if (now := _changed_at(files)) != self._certificate_seen:
+                self._certificate_seen = now
                 try:
                     holder.context = server_context(files.certificate_file, files.key_file)
                 except OSError as error:
@@ -425,7 +434,12 @@ async def _first_of(*waited: asyncio.Future[Any]) -> None:
     await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _changed_at(file: Path) -> int:
+def _changed_at(files: TlsSettings) -> tuple[int, int]:
+    """When certificate and key were written: who renews them writes one after the other."""
+    return _written_at(files.certificate_file), _written_at(files.key_file)
+
+
+def _written_at(file: Path) -> int:
     try:
         return file.stat().st_mtime_ns
     except OSError:

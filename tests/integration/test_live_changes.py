@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 
+from support.certificates import write_certificate
 from support.node_mail import Connection, Sink, configure, connect, demo_snapshot, listening_sink, send, submit
 from support.node_plane import WAIT_S, ControlPlane, Pki, control_plane
 from support.node_process import NodeProcess, log_events, running, starting, write_settings
@@ -104,11 +108,58 @@ async def test_a_file_that_cannot_be_used_changes_nothing_and_keeps_no_worker_fr
         assert await node.stop() == 0
 
 
+async def logged(settings_file: Path, event: str, count: int = 1) -> None:
+    """Wait until so many lines of this event are in the log."""
+    async with asyncio.timeout(WAIT_S):
+        while len(log_events(settings_file, event)) < count:  # noqa: ASYNC110 - a file of another process
+            await asyncio.sleep(0.001)
+
+
+def served_name(port: int, offered: ssl.SSLContext) -> str:
+    """The name in the certificate that a new connection is shown."""
+    with (
+        socket.create_connection(("127.0.0.1", port), WAIT_S) as plain,
+        offered.wrap_socket(plain) as client,
+    ):
+        shown = client.getpeercert(binary_form=True)
+    assert shown is not None
+    return str(x509.load_der_x509_certificate(shown).subject.rfc4514_string())
+
+
+async def test_sighup_takes_a_renewed_certificate_and_goes_on_with_the_old_one_where_it_cannot_be_used(
+    settings_file: Path, plane: ControlPlane
+) -> None:
+    folder = settings_file.parent
+    certificate, key = write_certificate(folder, "first.example")
+    write_settings(
+        folder,
+        plane.address,
+        listeners=[{"address": "127.0.0.1", "port": 0, "mode": "tls"}],
+        tls={"certificate_file": str(certificate), "key_file": str(key)},
+    )
+    offered = ssl.create_default_context()
+    offered.check_hostname, offered.verify_mode = False, ssl.CERT_NONE
+    async with running(settings_file) as node:
+        # As by who renews: the certificate first, and the key when somebody has looked in between.
+        (folder / "renewed").mkdir()
+        renewed, its_key = write_certificate(folder / "renewed", "second.example")
+        certificate.write_bytes(renewed.read_bytes())
+        assert await reload(node)
+        await logged(settings_file, "certificate.unusable")
+        key.write_bytes(its_key.read_bytes())
+        assert await reload(node)
+        await logged(settings_file, "certificate.replaced")
+        assert await asyncio.to_thread(served_name, node.smtp_port, offered) == "CN=second.example"
+        certificate.write_text("no certificate")
+        assert await reload(node)
+        await logged(settings_file, "certificate.unusable", 2)
+        assert await asyncio.to_thread(served_name, node.smtp_port, offered) == "CN=second.example"
+        assert await node.stop() == 0
+
+
 async def test_sighup_ends_no_process_that_is_still_starting(settings_file: Path) -> None:
     async with starting(settings_file) as node:
-        async with asyncio.timeout(WAIT_S):
-            while len(log_events(settings_file, "process.started")) < 2:  # noqa: ASYNC110 - a file of another process
-                await asyncio.sleep(0.001)
+        await logged(settings_file, "process.started", 2)
         assert await reload(node)
         await node.wait_ready()
         assert not log_events(settings_file, "process.ended")

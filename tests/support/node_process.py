@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-READY_S = 30.0
+READY_S = 60.0
 
 
 def write_settings(folder: Path, control_plane: str, **more: Any) -> Path:
