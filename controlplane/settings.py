@@ -111,8 +111,16 @@ class RedisSettings(_Section):
 
     @model_validator(mode="after")
     def _check_url(self) -> RedisSettings:
-        if self.url is not None and urlsplit(self.url.get_secret_value()).scheme not in {"redis", "rediss", "unix"}:
+        if self.url is None:
+            return self
+        parts = urlsplit(self.url.get_secret_value())
+        if parts.scheme not in {"redis", "rediss", "unix"}:
             raise ValueError("url is no redis://, rediss:// or unix:// URL")
+        try:
+            _ = parts.port
+        except ValueError:
+            # Its text would quote what stands there, which may be the end of a password.
+            raise ValueError("url has no number as port; a password in it must be percent-encoded") from None
         return self
 
 

@@ -116,3 +116,26 @@ def test_documented_settings_are_the_settings_that_exist() -> None:
     documented = re.findall(r"^\| `([a-z_.]+)` \|", text, flags=re.MULTILINE)
 
     assert sorted(documented) == setting_names()
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("http://127.0.0.1:6379/0", "no redis://"),
+        ("127.0.0.1:6379", "no redis://"),
+        ("redis://:canary/secret@127.0.0.1:6379/0", "percent-encoded"),
+    ],
+)
+def test_a_url_of_redis_that_is_none_is_refused_without_its_password(tmp_path: Path, url: str, problem: str) -> None:
+    _write(tmp_path, MINIMAL + f"redis: {{url: '{url}'}}\n")
+
+    with pytest.raises(SettingsError, match=problem) as caught:
+        load_settings()
+
+    assert "canary" not in str(caught.value)
+
+
+def test_the_password_of_redis_is_not_shown(tmp_path: Path) -> None:
+    _write(tmp_path, MINIMAL + "redis: {url: 'redis://:canary-redis@127.0.0.1:6379/0'}\n")
+
+    assert "canary-redis" not in redacted(load_settings())

@@ -41,7 +41,7 @@ from postroad.sdk import AsyncClient, PostroadError, connect_async
 _RESTART_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _HEALTHY_S = 60.0
 _SYNC_TIMEOUT_S = 30.0
-_SYNC_POLL_S = 0.1
+_SYNC_POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
