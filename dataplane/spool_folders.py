@@ -4,9 +4,10 @@ A spool is a folder `spool/<uuid>/`, and their number never shrinks. Each worker
 missing for that is made at the node's start. When there are more spools than workers, some workers own several: the
 first takes mail, the others only deliver what they hold and wait to be needed again.
 
-    file in the folder   meaning                                                 until
-    quarantined          its worker ended three times within seconds of a start  the node starts again
-    refused              came back older than the control plane knew it          the control plane accepts it
+    file in the folder   meaning                                          until
+    quarantined          its worker ended three times within seconds of   the node starts again, or a
+                         a start, or cannot open it and has others        worker opens it
+    refused              came back older than the control plane knew it   the control plane accepts it
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ def quarantine_spool(spool: Path, reason: str) -> None:
 
 def lift_quarantines(folder: Path) -> list[str]:
     """Take back what was set aside by the last run: starting the node again is how an operator asks for it."""
-    lifted = []
-    for name in _spool_names(folder):
-        mark = folder / name / QUARANTINE_FILE
-        if mark.exists():
-            mark.unlink()
-            lifted.append(name)
-    return lifted
+    return [name for name in _spool_names(folder) if lift_quarantine(folder / name)]
+
+
+def lift_quarantine(spool: Path) -> bool:
+    """The spool is in use again; whether it had been set aside."""
+    mark = spool / QUARANTINE_FILE
+    was_there = mark.exists()
+    mark.unlink(missing_ok=True)
+    return was_there
 
 
 def is_refused(spool: Path) -> bool:

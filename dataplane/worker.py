@@ -59,7 +59,7 @@ from dataplane.loop_lag import LoopLag
 from dataplane.ports import EventLog, Limiter, SpoolError, SpoolFailedError, SpoolFullError
 from dataplane.process import EXIT_NO_SPACE, EXIT_UNAVAILABLE, Child
 from dataplane.settings import Settings, SettingsError, TlsSettings
-from dataplane.spool_folders import is_refused, quarantine_spool
+from dataplane.spool_folders import is_refused, lift_quarantine, quarantine_spool
 from dataplane.telemetry import SampleRow, name_node
 from dataplane.worker_side import WorkerParts, WorkerSide
 
@@ -181,6 +181,7 @@ class _Worker:
                 limits=limits,
             )
             self._log.info("spool.opened", spool=name, incarnation=spool.identity.incarnation)
+            lift_quarantine(Path("spool") / name)
         if not self._spools:
             raise WorkerError("none of this worker's spools can be opened")
 

@@ -248,6 +248,10 @@ async def test_a_spool_that_cannot_be_opened_keeps_no_other_spool_of_its_worker_
         await send(node, "goes on")
         await until_sent(plane, Counter({good: 1}))
         assert (spools / bad / QUARANTINE_FILE).exists()
+        (spools / bad / "identity").unlink()
+        os.kill(node.ready["processes"]["worker-0"], signal.SIGKILL)
+        await node.wait_ready()
+        assert not (spools / bad / QUARANTINE_FILE).exists()
         assert await node.stop() == 0
 
 
