@@ -30,10 +30,11 @@ from dataplane.core.shaping import Flow
 from dataplane.core.transaction import Transaction, Verdict, VerdictKind
 from dataplane.delivery.attempt import Attempt, Message
 from dataplane.delivery.connection import Connection
-from dataplane.delivery.connections import Job, Pools
+from dataplane.delivery.connections import Job
 from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.outcome import Concluder, Facts, Moment, put_back
 from dataplane.delivery.planning import Group, Plan
+from dataplane.delivery.pools import Pools
 from dataplane.delivery.settler import Done, Settler
 from dataplane.delivery.transforms import Transform, apply_transforms
 from dataplane.failpoints import failpoint

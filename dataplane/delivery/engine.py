@@ -28,13 +28,13 @@ from dataplane.core.ids import MessageId
 from dataplane.core.retry import RetryClock, is_expired
 from dataplane.core.transaction import Verdict, VerdictKind
 from dataplane.delivery.attempt import Message
-from dataplane.delivery.connections import Pools, PoolsFollower
 from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.deadlines import Deadlines
 from dataplane.delivery.dispatch import Dispatcher, Follower, Tools
 from dataplane.delivery.limits import DeliveryLimits
 from dataplane.delivery.outcome import Concluder, Moment, claim, claimed
 from dataplane.delivery.planning import Group, Held, Plan, make_plan
+from dataplane.delivery.pools import Pools, PoolsFollower
 from dataplane.delivery.recovery import Recovery
 from dataplane.delivery.reporter import Reporter
 from dataplane.delivery.scheduler import Scheduler, Taken
