@@ -29,7 +29,6 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from benchmarks.processes import cpu_by_role, memory_by_role
 from benchmarks.smtp_tools import ToolError
-from controlplane.settings import setting_names
 from postroad.control.v1.account_pb2 import Account
 from postroad.control.v1.account_service_pb2 import CreateAccountRequest
 from postroad.control.v1.credential_service_pb2 import CreateSmtpCredentialRequest
@@ -50,7 +49,6 @@ _START_S = 120.0
 _SYNC_S = 20.0
 _POLL_S = 0.05
 _OUT_OF_REACH = 1_000_000_000
-_API_RATE = "api.requests_per_minute"
 _ROLES = (
     ("-m dataplane worker", "worker"),
     ("-m dataplane agent", "agent"),
@@ -129,16 +127,15 @@ class Postroad:
             raise
 
     def _start(self, workers: int, environment: dict[str, str]) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "postroad.cli.main", "--output", "json", "up", "--dir", str(self.folder)]
+        command = [sys.executable, "-m", "postroad.cli.main", "--output", "json"]
+        command += ["up", "--dir", str(self.folder), "--workers", str(workers)]
         for name in _PORTS:
             command += ["--port", f"{name}=0"]
         ours = {
             "POSTROAD_NODE_INGRESS__CONNECTIONS_PER_ADDRESS": "20000",
             "POSTROAD_NODE_INGRESS__CONNECTIONS": "20000",
-            "POSTROAD_NODE_WORKERS": str(workers),
+            "POSTROAD_CONTROLPLANE_API__REQUESTS_PER_MINUTE": "1000000",
         }
-        if _API_RATE in setting_names():
-            ours["POSTROAD_CONTROLPLANE_API__REQUESTS_PER_MINUTE"] = "1000000"
         return subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
