@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from dataplane.core.client import Client, Phase, Signal
-from dataplane.core.config import TlsPolicy
+from dataplane.core.config import Rule, Target, TlsPolicy
+from dataplane.core.policy import compile_account
 from dataplane.core.transaction import PIECE_BYTES, Transaction, VerdictKind, frame_content
 from dataplane.delivery.connection import Connection
 from dataplane.delivery.deadlines import Deadlines
-from support.delivery import A, delivery_bench
+from support.delivery import ACCOUNT, ACCOUNT_UID, A, delivery_bench
+from support.ingress import ACCOUNT as SUBMITTING
+from support.ingress import make_node, running
 from support.next_hop import next_hop
 from support.spools import ManualClock, make_envelope, make_row, open_durable
 
 MIB = 1024 * 1024
 LINES = b"From: app@example.com\r\n\r\n" + b".leading\r\nand more of it\r\n..\r\n\r\n" * 30_000
-LARGE = LINES * 25
+LARGE = LINES * 27
 ONE = Transaction("a@example.com", ("b@example.net",), LARGE[: 4 * PIECE_BYTES])
 
 
@@ -168,3 +172,33 @@ async def test_a_next_hop_that_does_not_read_holds_one_piece_and_the_dot_stays_h
     connection.resume_writing()
     assert not connection.dot_is_here
     assert not connection.reusable
+
+
+async def test_25_mib_come_in_by_smtp_and_go_out_by_smtp_octet_by_octet(tmp_path: Path) -> None:
+    clock = ManualClock()
+    folder = tmp_path / str(uuid.uuid4())
+    spool = await open_durable(folder, clock)
+    node = make_node(spool=spool)
+    async with next_hop() as hop, delivery_bench(spool, clock=clock) as bench, running(node):
+        bench.config.add_provider(A, hop.port)
+        rules = (Rule(f"{ACCOUNT}/routingRules/r", 1, (Target(A),)),)
+        account = replace(SUBMITTING, uid=ACCOUNT_UID, rules=rules)
+        node.config.set_account(account)
+        bench.config.accounts[ACCOUNT] = compile_account(account)
+        service = node.ingress.service
+        service.submission = replace(service.submission, handover=bench.engine)
+        peer = await node.greeted()
+        await peer.ask(b"EHLO client.example\r\n")
+        await peer.ask(b"MAIL FROM:<app@example.com>\r\nRCPT TO:<b@example.net>\r\nDATA\r\n", 3)
+        peer.writer.write(LARGE.replace(b"\r\n.", b"\r\n.."))
+        assert (await peer.ask(b".\r\n")).startswith(b"250 2.0.0 queued as ")
+        (taken,) = await hop.took(1)
+        added, begins, rest = taken.content.partition(LARGE[:100])
+        assert added.startswith(b"Received: from client.example ")
+        assert added.count(b"\r\n") == added.count(b"\n")
+        assert begins + rest == LARGE
+        await bench.until(lambda: bench.states() == ["SENT"])
+        assert bench.engine.counters.window_bytes == 0
+        assert node.counters.content_bytes == 0
+    await spool.close()
+    assert list((folder / "content").iterdir()) == []
