@@ -188,7 +188,8 @@ class SmtpProtocol(asyncio.Protocol, Timed):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything but a commit. A client that ends with nothing said since a 250 may not have heard it."""
-        if self._stored_last and not self._closing:
+        # One that half-closed behind its dot may as well have gone for good: both look the same from here.
+        if self._stored_last and (self._half_closed or not self._closing):
             self._service.counters.answers_lost += 1
         self._lose()
 

@@ -38,7 +38,11 @@ async def measure(node: SmallNode) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 async def clean(node: SmallNode) -> dict[str, int]:
-    return dict(summary(check(await node.case())))
+    """What happened, judged; the metrics of both windows count at least as much."""
+    numbers = dict(summary(check(await node.case())))
+    assert numbers["w1"] <= node.node.counters.answers_lost
+    assert numbers["w2"] <= node.engine.counters.uncertain
+    return numbers
 
 
 async def cut_submissions(node: SmallNode, lengths: tuple[int, int], kind: Kind, places: slice) -> int:
@@ -103,6 +107,7 @@ async def test_a_lost_answer_to_the_dot_is_both_windows_and_nothing_else(tmp_pat
         numbers = await clean(node)
         assert (numbers["w1"], numbers["w2"]) == (1, 2), "one message again, one copy more for each of two recipients"
         assert node.engine.counters.uncertain == 2
+        assert node.node.counters.answers_lost == 1
 
 
 async def test_a_client_that_only_half_closed_behind_its_dot_gets_its_reply(tmp_path: Path) -> None:

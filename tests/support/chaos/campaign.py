@@ -80,7 +80,7 @@ class Result:
                 *shown,
                 f"  faults: {'; '.join(map(str, self.steps))}",
                 f"  books, logs and spools: {self.books}",
-                f"  again: python -m tests.chaos.campaign --seed {self.seed} --steps {len(self.steps)}",
+                f"  again: .venv/bin/python -m tests.chaos.campaign --seed {self.seed} --steps {len(self.steps)}",
             ]
         )
 
