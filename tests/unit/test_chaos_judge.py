@@ -51,6 +51,7 @@ def told(**changes: object) -> dict[str, list[Told]]:
         (GOOD._replace(copies=[replace(COPY, mangled="no Received field")]), "mangled"),
         (GOOD._replace(tries=[refused(554)], copies=[], ledger={}), "blamed"),
         (GOOD._replace(tries=[replace(TRY, code=0, half_closed=True, message_id="")]), "silent"),
+        (GOOD._replace(tries=[replace(TRY, code=0, message_id="")], knows_all_strikes=True), "silent"),
         (GOOD._replace(ledger={}), "unended"),
         (GOOD._replace(ledger=told(state=4, ends=[])), "unended"),
         (GOOD._replace(ledger={**told(), OTHER_ID: [replace(TOLD, state=2, ends=[])]}), "unended"),
@@ -69,6 +70,11 @@ def test_what_breaks_a_rule_is_told_by_its_name(case: Case, rule: str) -> None:
     [
         GOOD,
         GOOD._replace(tries=[replace(TRY, code=0, message_id="")]),
+        GOOD._replace(
+            tries=[replace(TRY, code=0, message_id="", begun_s=9.0, time_s=12.0)],
+            strikes=[KILL],
+            knows_all_strikes=True,
+        ),
         GOOD._replace(tries=[refused(451)]),
         GOOD._replace(tries=[refused(452)], copies=[], ledger={}),
         GOOD._replace(copies=[COPY, AGAIN], ledger=told(uncertain_count=1)),

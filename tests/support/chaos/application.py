@@ -13,6 +13,7 @@ import smtplib
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -121,6 +122,7 @@ class Application:
         token = f"{message.name}.{self._tries}"
         content = message.content(token)
         dot_left, code, text = False, 0, ""
+        begun_s = time.monotonic()
         try:
             code, text = _envelope(client, message.recipients)
             if code == 354:
@@ -131,7 +133,9 @@ class Application:
         finally:
             found = _QUEUED.search(text) if code == 250 else None
             message_id = found.group(1) if found else ""
-            self._books.note_try(Try(token, message.recipients, digest(content), dot_left, code, text, message_id))
+            self._books.note_try(
+                Try(token, message.recipients, digest(content), dot_left, code, text, message_id, begun_s=begun_s)
+            )
         if code == 250:
             self._message = None
             return

@@ -44,6 +44,7 @@ class Try:
     text: str = ""
     message_id: str = ""
     half_closed: bool = False
+    begun_s: float = 0.0
     time_s: float = 0.0
 
 

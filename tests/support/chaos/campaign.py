@@ -163,6 +163,7 @@ class Campaign:
             self._stack.ledger(),
             self._stack.left_in_spools(),
             end_of,
+            knows_all_strikes=True,
         )
 
     def _flow(self, what: str) -> None:

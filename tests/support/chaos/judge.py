@@ -11,7 +11,8 @@
     unsent        something arrived whose dot had not left the client
     mangled       the content is not what was submitted, below the one field that is added
     blamed        a sound message was refused for good: the fault was ours, so it has to be 4xx
-    silent        a client that had only closed its own direction got no reply
+    silent        a client that had only closed its own direction got no reply, or one whose way to the node and whose
+                  worker nothing had struck
     unended       a stored message's recipient has not ended, or is not in Postroad's ledger
     wrong end     a recipient ended otherwise than the next hop decided
     ended twice   a recipient has more than one terminal state
@@ -37,6 +38,8 @@ TERMINAL = frozenset({6, 7, 8, 9, 10})
 AMBIGUOUS = ("Storing took too long", "Storing failed", "Internal error")
 # A kill is noted when it is sent; the process may do a little more before it is gone, and the note is not atomic.
 _SLACK_S = 0.5
+# A link that was struck stays so for a while.
+_LASTING_S = 10.0
 _SHOWN = 10
 VERDICT = "the judge found"
 
@@ -65,7 +68,10 @@ Ledger = Mapping[str, Sequence[Told]]
 
 
 class Case(NamedTuple):
-    """What is judged. `ledger` is None where nobody kept one; `ends_as` says how an address must end."""
+    """What is judged. `ledger` is None where nobody kept one; `ends_as` says how an address must end.
+
+    `knows_all_strikes` says that nothing was broken but what the strikes tell.
+    """
 
     tries: Sequence[Try]
     copies: Sequence[Copy]
@@ -74,6 +80,7 @@ class Case(NamedTuple):
     ledger: Ledger | None = None
     left_in_spools: Sequence[str] = ()
     ends_as: Callable[[str], int] = lambda _: SENT
+    knows_all_strikes: bool = False
 
 
 def judge(case: Case) -> list[Violation]:
@@ -117,8 +124,17 @@ def _answers(case: Case) -> Iterable[Violation]:
     for entry in case.tries:
         if 500 <= entry.code < 600:
             yield Violation("blamed", f"{entry.token}: {entry.code} {entry.text}")
-        if entry.half_closed and entry.dot_left and not entry.code:
+        if entry.dot_left and not entry.code and (entry.half_closed or not _may_be_silent(case, entry)):
             yield Violation("silent", entry.token)
+
+
+def _may_be_silent(case: Case, entry: Try) -> bool:
+    """Whether something was broken that can have kept the reply from a client, where that is known."""
+    return not case.knows_all_strikes or any(
+        (strike.ends_worker or strike.what == "submission")
+        and entry.begun_s - _LASTING_S <= strike.time_s <= entry.time_s
+        for strike in case.strikes
+    )
 
 
 def _may_arrive(entry: Try) -> bool:
