@@ -46,11 +46,7 @@ def moved(valkey_cluster: ValkeyCluster, tags: list[str]) -> Iterator[int]:
     """The slot of the first tag, brought back to its server in the end."""
     slot = slot_of_tag(tags[0])
     yield slot
-    for number in range(SIZE):
-        valkey_cluster.call(number, "CLUSTER", "SETSLOT", slot, "STABLE")
-    valkey_cluster.empty()
-    valkey_cluster.end_move(slot, 0)
-    valkey_cluster.wait_until_well()
+    valkey_cluster.restore(slot)
 
 
 async def allowed(limiter: RedisLimiter, wish: Take, most: int = 40) -> list[Grant]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -96,6 +97,25 @@ class ValkeyCluster:
         for number in (target, *(number for number in range(SIZE) if number != target)):
             self.call(number, "CLUSTER", "SETSLOT", slot, "NODE", target_id)
 
+    def restore(self, slot: int) -> None:
+        """Bring a slot back to where it was at the start, without its keys."""
+        home = self.server_of(slot)
+        for number in range(SIZE):
+            self.call(number, "CLUSTER", "SETSLOT", slot, "STABLE")
+        self.empty()
+        owner = self._owner(home, slot)
+        if owner != self.servers[home].port:
+            number = [server.port for server in self.servers].index(owner)
+            # Who imports a slot claims it by a newer epoch: without, gossip of the last owner could win.
+            self.call(home, "CLUSTER", "SETSLOT", slot, "IMPORTING", self.node_id(number))
+            self.end_move(slot, home)
+        self._wait_until(lambda: all(self._owner(n, slot) == self.servers[home].port for n in range(SIZE)))
+
+    def _owner(self, number: int, slot: int) -> int:
+        """The port of who keeps a slot, as a server sees it."""
+        ranges = self.call(number, "CLUSTER", "SLOTS")
+        return next(int(owner[1]) for first, last, owner, *_ in ranges if first <= slot <= last)
+
     def pause(self, number: int, *, paused: bool) -> None:
         """SIGSTOP or SIGCONT."""
         pid = self.servers[number].pid
@@ -109,8 +129,11 @@ class ValkeyCluster:
 
     def wait_until_well(self) -> None:
         """Return when all servers know of all slots."""
+        self._wait_until(lambda: all(self._is_well(number) for number in range(SIZE)))
+
+    def _wait_until(self, reached: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + _START_TIMEOUT_S
-        while not all(self._is_well(number) for number in range(SIZE)):
+        while not reached():
             if time.monotonic() > deadline_s:
                 raise TimeoutError("the cluster does not come together")
             time.sleep(0.05)
