@@ -183,7 +183,9 @@ class SmtpProtocol(asyncio.Protocol, Timed):
 
     def eof_received(self) -> bool:
         """Keep the way back open while a commit owes the client its reply; TLS has no half that stays open."""
-        self._half_closed = True
+        if not self._closing:
+            # Behind our own end it says nothing of what the client has heard.
+            self._half_closed = True
         return not self._tls and self.session.action in {Action.COMMIT, Action.MORE}
 
     def connection_lost(self, exc: Exception | None) -> None:
