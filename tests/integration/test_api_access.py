@@ -26,6 +26,7 @@ from postroad.control.v1 import (
     routing_rule_service_pb2,
 )
 from postroad.control.v1 import provider_pb2 as provider
+from postroad.control.v1.limit_pb2 import Limit
 from support.api import ApiStack, Client, running_api
 from support.databases import Database
 
@@ -245,7 +246,8 @@ async def fill(stack: ApiStack, client: Client, account: str) -> None:
     credential = credential_service_pb2.CreateSmtpCredentialRequest(parent=parent, smtp_credential_id="app")
     await client.credential("CreateSmtpCredential", credential)
     limit = limit_service_pb2.CreateLimitRequest(parent=parent, limit_id="hourly")
-    limit.limit.scope, limit.limit.unit, limit.limit.amount, limit.limit.period.seconds = 1, 1, 5, 3600
+    limit.limit.scope, limit.limit.unit = Limit.SCOPE_ACCOUNT, Limit.UNIT_MESSAGE
+    limit.limit.amount, limit.limit.period.seconds = 5, 3600
     await stack.operator.limit("CreateLimit", limit)
     one = f"019b7700-0000-7000-8000-00000000000{len(account)}"  # on 2026-01-01
     await stack.as_superuser("SELECT postroad.ensure_partitions(date '2026-01-01', 1)")
@@ -304,4 +306,5 @@ async def test_every_call_is_measured_by_method_and_status(stack: ApiStack) -> N
     await client.refused(client.account("GetAccount", account_service_pb2.GetAccountRequest(name="accounts/other")))
     method, status, seconds = stack.calls[-1]
     assert (method, status) == ("/postroad.control.v1.AccountService/GetAccount", "PERMISSION_DENIED")
+    assert seconds is not None
     assert 0 < seconds < 20

@@ -298,13 +298,17 @@ def test_each_thing_wrong_in_a_retry_policy_is_named(change: dict[str, Any], fou
         ("max_message_bytes", 1_024, 268_435_456),
         ("max_recipients", 1, 10_000),
         ("node_count", 1, 1_000_000),
+        ("max_connections", 0, 1_000_000),
+        ("max_connections_per_address", 0, 1_000_000),
     ],
 )
 def test_settings_have_bounds(name: str, lowest: int, highest: int) -> None:
-    for value in (lowest, highest):
-        assert validate_settings(replace(NodeSettings(), **{name: value})) == []
-    for value in (lowest - 1, highest + 1):
-        assert fields(validate_settings(replace(NodeSettings(), **{name: value}))) == [name]
+    def problems(value: int) -> list[Problem]:
+        change: dict[str, Any] = {name: value}
+        return validate_settings(replace(NodeSettings(), **change))
+
+    assert problems(lowest) == problems(highest) == []
+    assert fields(problems(lowest - 1)) == fields(problems(highest + 1)) == [name]
 
 
 @pytest.mark.parametrize(
