@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,11 +97,11 @@ async def test_a_kill_while_the_next_hop_is_spoken_to_is_one_copy_more_only_behi
         most = {"EHLO": 0, "MAIL": 0, "RCPT": 0, "DATA": 0, "dot": 1, "answered": 1}
         for stage, count in most.items():
             node.sink.watcher = node.kill_at(stage)
-            before = len(node.books.copies)
             only = Message(stage.lower(), (f"to-{stage.lower()}@example.net",), b"body\r\n")
             assert (await node.submit(only))[-1] == 250
             await node.quiet()
-            assert 1 <= len(node.books.copies) - before <= 1 + count, stage
+            copies = Counter(copy.token for copy in node.books.copies if copy.token.startswith(stage.lower()))
+            assert max(copies.values()) <= 1 + count, stage
         numbers = await end(node)
         assert 1 <= numbers["w2"] <= 2
 
@@ -122,9 +123,12 @@ async def test_sigterm_in_a_conversation_drains_and_refuses_nothing_for_good(tmp
             if heard == step:
                 node.process.process.send_signal(signal.SIGTERM)
 
-        await node.submit_once(Message("m", ("to-m@example.net",), b"body\r\n"), listen)
+        code = await node.submit_once(Message("m", ("to-m@example.net",), b"body\r\n"), listen)
         assert await node.process.ended() == 0
-        check(node.case())
+        assert code in {0, 250, 421}
+        async with node.again():
+            # What was accepted in the last moment goes out now.
+            await node.judged()
 
 
 @pytest.mark.parametrize(

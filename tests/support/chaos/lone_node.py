@@ -53,6 +53,8 @@ class LoneNode:
     sink: Sink
     plane: ControlPlane
     process: NodeProcess
+    settings_file: Path
+    environment: dict[str, str]
 
     @property
     def disk(self) -> Path:
@@ -119,6 +121,12 @@ class LoneNode:
         while not await asyncio.to_thread(condition):
             assert loop.time() < ends_s, f"never: {what}"
             await asyncio.sleep(0.05)
+
+    @contextlib.asynccontextmanager
+    async def again(self) -> AsyncIterator[None]:
+        """Start the node anew after its end."""
+        async with running(self.settings_file, None, **self.environment) as self.process:
+            yield
 
     # --- faults ----------------------------------------------------------------------------------
 
@@ -235,7 +243,7 @@ async def lone_node(
             stream = await plane.next_stream()
             stream.send(snapshot(sink.port))
             await stream.ack("n1")
-            node = LoneNode(folder, books, sink, plane, process)
+            node = LoneNode(folder, books, sink, plane, process, settings_file, environment)
             follower = asyncio.create_task(_follow(node))
             try:
                 yield node
