@@ -18,7 +18,7 @@ from support.chaos.sink import end_of
 from support.chaos.stack import ChaosStack
 from support.killable_stack import wait_until
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
 _COUNT = 40
 
@@ -53,6 +53,14 @@ def _delivered(stack: ChaosStack) -> bool:
     )
 
 
+def _wait_delivered(stack: ChaosStack, what: str) -> None:
+    try:
+        wait_until(lambda: _delivered(stack), what, 120)
+    except AssertionError as error:
+        log = (stack.folder / "node.log").read_text(encoding="utf-8", errors="replace")
+        raise AssertionError(f"{error}; left: {stack.left_in_spools()}\n{log[-4_000:]}") from error
+
+
 def test_a_node_alone_accepts_delivers_and_restarts_and_reports_later(chaos_stack: ChaosStack) -> None:
     """Promise 5: only the limits' shared count and the ledger wait for the others."""
     stack, ready = chaos_stack, chaos_stack.ready
@@ -62,12 +70,12 @@ def test_a_node_alone_accepts_delivers_and_restarts_and_reports_later(chaos_stac
 
     node = _Node(stack)
     application.submit(_COUNT)
-    wait_until(lambda: _delivered(stack), "mail is delivered by the node alone")
+    _wait_delivered(stack, "mail is delivered by the node alone")
     node.end(signal.SIGKILL)
 
     node = _Node(stack)
     application.submit(_COUNT)
-    wait_until(lambda: _delivered(stack), "mail is delivered after the node's restart")
+    _wait_delivered(stack, "mail is delivered after the node's restart")
     node.end(signal.SIGTERM)
 
     stack.start()
