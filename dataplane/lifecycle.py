@@ -3,8 +3,9 @@
 `ProcessSignals`: the first SIGTERM or SIGINT asks for a drain, the second one for haste, and so does SIGUSR1, which the
 supervisor sends because two signals of one number may arrive as one; SIGHUP asks to look at the settings again. All
 three are events to wait for. `DrainPlan` divides the time of a drain. `report_held` says every 15 s what still holds a
-drain up, by label. `die_with_parent` and `watch_lifeline` end a child whose supervisor is gone, however it went: the
-kernel's signal where there is one, and in any case the end of a pipe that only the supervisor holds the other end of.
+drain up, by label. `close_behind` ends what uses the spools before it closes them. `die_with_parent` and
+`watch_lifeline` end a child whose supervisor is gone, however it went: the kernel's signal where there is one, and in
+any case the end of a pipe that only the supervisor holds the other end of.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
-from typing import NamedTuple, Self
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, Self
 
 from dataplane.ports import EventLog
 
@@ -80,6 +81,24 @@ async def report_held(
         await asyncio.sleep(interval_s)
         counts = await held()
         log.info("drain.waiting", **{label: count for label, count in counts.items() if count})
+
+
+class Closable(Protocol):
+    """A spool, as far as its end goes."""
+
+    async def close(self) -> None:
+        """Write what gathered, and let go."""
+        ...
+
+
+async def close_behind(services: Collection[asyncio.Task[Any]], spools: Iterable[Closable]) -> None:
+    """Cancel the services, wait for their ends, then close the spools: nobody asks one that is closed."""
+    for service in services:
+        service.cancel()
+    if services:
+        await asyncio.wait(services)
+    for spool in spools:
+        await spool.close()
 
 
 def die_with_parent(parent_pid: int) -> None:

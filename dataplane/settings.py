@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
+from urllib.parse import parse_qs, urlsplit
 
 import yaml
 from pydantic import (
@@ -66,6 +67,39 @@ def _has_port(text: str) -> str:
     return text
 
 
+_REDIS_OPTIONS = frozenset({"db"})
+_REDIS_TLS_OPTIONS = frozenset({"ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "ssl_keyfile"})
+
+
+def _check_redis_url(url: str) -> None:
+    """ValueError for what redis-py cannot use, or would take for something else; its text holds nothing of the URL,
+    whose parts may be the end of a password.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.hostname, parts.port
+        options = parse_qs(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError:
+        raise ValueError(
+            "url cannot be read: its port is no number, an option no NAME=VALUE, or a password not percent-encoded"
+        ) from None
+    if parts.scheme not in {"redis", "rediss", "unix"} or not url.lower().startswith(f"{parts.scheme}://"):
+        raise ValueError("url is no redis://, rediss:// or unix:// URL")
+    if parts.fragment:
+        raise ValueError("url has a #; a password in it must be percent-encoded")
+    if parts.scheme == "unix" and not parts.path.strip("/"):
+        raise ValueError("url names no socket: write it as unix:///path/of/the.sock")
+    if parts.scheme != "unix" and not re.fullmatch(r"/?|/[0-9]{1,9}", parts.path):
+        raise ValueError("url has no number as database behind its host; a password in it must be percent-encoded")
+    known = _REDIS_OPTIONS | (_REDIS_TLS_OPTIONS if parts.scheme == "rediss" else frozenset())
+    if set(options) - known:
+        raise ValueError(f"url has options other than {', '.join(sorted(known))}")
+    if not re.fullmatch(r"[0-9]{1,9}", options.get("db", ["0"])[0]):
+        raise ValueError("url has no number as db")
+    if options.get("ssl_cert_reqs", ["required"])[0] not in {"none", "optional", "required"}:
+        raise ValueError("url has no none, optional or required as ssl_cert_reqs")
+
+
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Address = Annotated[str, AfterValidator(_is_address)]
 HostAndPort = Annotated[str, AfterValidator(_has_port)]
@@ -105,6 +139,11 @@ class RedisSettings(_Section):
     """Where the token buckets are; without, each worker's local share of a limit decides."""
 
     url: Url
+
+    @model_validator(mode="after")
+    def _check_url(self) -> RedisSettings:
+        _check_redis_url(self.url.get_secret_value())
+        return self
 
 
 class DeliverySettings(_Section):

@@ -23,12 +23,13 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dataplane.adapters.config_view import MappedConfigView
 from dataplane.adapters.ledger_codec import encode_record
+from dataplane.adapters.limiter_link import Server
 from dataplane.adapters.limiter_local import LocalLimiter
 from dataplane.adapters.limiter_redis import RedisLimiter
 from dataplane.adapters.lkg import open_files
@@ -52,7 +53,7 @@ from dataplane.ingress.listeners import Ingress, Mode
 from dataplane.ingress.submission import Submission
 from dataplane.ingress.tls import TlsHolder, server_context
 from dataplane.ingress.turnstile import Turnstile
-from dataplane.lifecycle import DrainPlan, ProcessSignals, report_held
+from dataplane.lifecycle import DrainPlan, ProcessSignals, close_behind, report_held
 from dataplane.link import SOCKET_PATH
 from dataplane.live_settings import LiveSettings, timeouts_of
 from dataplane.loop_lag import LoopLag
@@ -229,16 +230,15 @@ class _Worker:
                     failure.result()
             side.draining = True
             await self._drain(ingress, side, DrainPlan.of(live.settings.drain_timeout_s), signals)
-            for service in (*services, draining):
-                service.cancel()
+            await close_behind((*services, draining), self._spools.values())
+            self._log.info("drain.ended")
 
     def _make_limiter(self) -> Limiter:
         local = LocalLimiter(self._clock.monotonic, self._share)
         if self._settings.redis is None:
             return local
-        limiter = RedisLimiter(self._settings.redis.url.get_secret_value(), local, on_change=self._limiter_changed)
-        self._limits = limiter
-        return limiter
+        self._limits = shared_limiter(self._settings.redis.url.get_secret_value(), local, self._limiter_changed)
+        return local if self._limits is None else self._limits
 
     def _share(self) -> int:
         return max(1, self._view.settings.node_count) * self._settings.workers
@@ -392,9 +392,6 @@ class _Worker:
             await _unless_hurried(side.flush(max(LEAST_FLUSH_S, began + plan.ledger_s - loop.time())), signals)
         finally:
             reporter.cancel()
-        for spool in self._spools.values():
-            await spool.close()
-        self._log.info("drain.ended")
 
 
 def _calm_collector() -> None:
@@ -405,6 +402,17 @@ def _calm_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS, 20, 20)
+
+
+def shared_limiter(url: str, local: LocalLimiter, on_change: Callable[[bool, str], None]) -> RedisLimiter | None:
+    """Return the limiter in Redis; None, of which `on_change` hears, when it cannot be made: mail goes on by shares."""
+    try:
+        # What a URL asks for is looked at by its connections only.
+        Server(url).connection(None)
+        return RedisLimiter(url, local, on_change=on_change)
+    except Exception as error:  # noqa: BLE001 - whatever redis-py finds wrong with a URL; its text may quote a password
+        on_change(False, f"redis.url cannot be used: {type(error).__name__}")
+        return None
 
 
 def limiter_samples(limiter: RedisLimiter) -> Iterator[SampleRow]:

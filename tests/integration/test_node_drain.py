@@ -60,6 +60,7 @@ async def test_a_drain_that_is_held_up_says_by_what_and_ends_in_time_with_nothin
         client.close()
     told = log_events(settings_file, "drain.waiting")
     assert sum(line.get("transactions", 0) for line in told) == 1
+    assert not log_events(settings_file, "ledger.unreadable")
     (waited,) = log_events(settings_file, "node.waiting")
     assert waited["processes"]
     sink.open.set()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from redis.asyncio import ConnectionPool
 
 from controlplane.settings import SettingsError, load_settings, redacted, setting_names
 
@@ -123,7 +124,19 @@ def test_documented_settings_are_the_settings_that_exist() -> None:
     [
         ("http://127.0.0.1:6379/0", "no redis://"),
         ("127.0.0.1:6379", "no redis://"),
+        ("redis:127.0.0.1", "no redis://"),
         ("redis://:canary/secret@127.0.0.1:6379/0", "percent-encoded"),
+        ("redis://:canary#secret@127.0.0.1:6379/0", "percent-encoded"),
+        ("redis://canary#secret@127.0.0.1:6379/0", "percent-encoded"),
+        ("redis://127.0.0.1:canary/0", "no number"),
+        ("redis://127.0.0.1:65536/0", "no number"),
+        ("redis://[canary/0", "cannot be read"),
+        ("redis://127.0.0.1:6379/canary", "no number as database"),
+        ("redis://127.0.0.1:6379?db=canary", "no number as db"),
+        ("redis://127.0.0.1:6379?canary=1", "options other than db"),
+        ("redis://127.0.0.1:6379?ssl_ca_certs=ca.pem", "options other than db"),
+        ("rediss://127.0.0.1:6379?ssl_cert_reqs=canary", "ssl_cert_reqs"),
+        ("unix://", "no socket"),
     ],
 )
 def test_a_url_of_redis_that_is_none_is_refused_without_its_password(tmp_path: Path, url: str, problem: str) -> None:
@@ -133,6 +146,25 @@ def test_a_url_of_redis_that_is_none_is_refused_without_its_password(tmp_path: P
         load_settings()
 
     assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1",
+        "redis://:p%2Fw@[::1]:6379/15",
+        "rediss://user:secret@cache.example:6380/0?ssl_ca_certs=/etc/ca.pem&ssl_cert_reqs=required",
+        "unix:///run/valkey.sock?db=3",
+    ],
+)
+def test_a_url_that_the_client_of_redis_understands_is_taken(tmp_path: Path, url: str) -> None:
+    _write(tmp_path, MINIMAL + f"redis: {{url: '{url}'}}\n")
+
+    taken = load_settings().redis.url
+
+    assert taken is not None
+    assert ConnectionPool.from_url(url).make_connection() is not None  # type: ignore[no-untyped-call] # redis-py's
+    assert taken.get_secret_value() == url
 
 
 def test_the_password_of_redis_is_not_shown(tmp_path: Path) -> None:

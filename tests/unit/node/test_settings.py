@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dataplane.adapters.limiter_link import Server
 from dataplane.settings import Settings, SettingsError, TlsSettings, load_settings, redacted, setting_names
 
 PLAIN = [{"port": 2525, "mode": "plain"}]
@@ -120,6 +121,48 @@ def test_a_wrong_secret_is_not_repeated_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as raised:
         load_settings(write(tmp_path, redis={"url": {"hush": 1}}))
     assert "hush" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("http://127.0.0.1:6379/0", "no redis://"),
+        ("127.0.0.1:6379", "no redis://"),
+        ("redis:127.0.0.1", "no redis://"),
+        ("redis://:canary/secret@127.0.0.1:6379/0", "percent-encoded"),
+        ("redis://:canary#secret@127.0.0.1:6379/0", "percent-encoded"),
+        ("redis://canary#secret@127.0.0.1:6379/0", "percent-encoded"),
+        ("redis://127.0.0.1:canary/0", "no number"),
+        ("redis://127.0.0.1:65536/0", "no number"),
+        ("redis://[canary/0", "cannot be read"),
+        ("redis://127.0.0.1:6379/canary", "no number as database"),
+        ("redis://127.0.0.1:6379?db=canary", "no number as db"),
+        ("redis://127.0.0.1:6379?canary=1", "options other than db"),
+        ("redis://127.0.0.1:6379?ssl_ca_certs=ca.pem", "options other than db"),
+        ("rediss://127.0.0.1:6379?ssl_cert_reqs=canary", "ssl_cert_reqs"),
+        ("unix://", "no socket"),
+    ],
+)
+def test_a_url_of_redis_that_is_none_is_refused_without_its_password(tmp_path: Path, url: str, problem: str) -> None:
+    with pytest.raises(SettingsError, match=problem) as raised:
+        load_settings(write(tmp_path, redis={"url": url}))
+    assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1",
+        "redis://:p%2Fw@[::1]:6379/15",
+        "rediss://user:secret@cache.example:6380/0?ssl_ca_certs=/etc/ca.pem&ssl_cert_reqs=required",
+        "unix:///run/valkey.sock?db=3",
+    ],
+)
+def test_a_url_that_the_client_of_redis_understands_is_taken(tmp_path: Path, url: str) -> None:
+    settings = load_settings(write(tmp_path, redis={"url": url})).redis
+    assert settings is not None
+    assert settings.url.get_secret_value() == url
+    assert Server(url).connection(None) is not None
 
 
 def test_every_setting_is_documented_and_nothing_else_is() -> None:

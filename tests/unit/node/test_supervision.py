@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dataplane.backoff import Backoff
-from dataplane.lifecycle import DrainPlan, report_held
+from dataplane.lifecycle import DrainPlan, close_behind, report_held
 from dataplane.restarts import LONGEST_WAIT_S, Restarts
 from dataplane.spool_folders import (
     assign_spools,
@@ -118,3 +118,26 @@ async def test_what_still_holds_a_drain_up_is_said_by_kind_again_and_again() -> 
         ("drain.waiting", {"sessions": 3}),
         ("drain.waiting", {"sessions": 1, "transactions": 2}),
     ]
+
+
+async def test_spools_close_when_nobody_asks_them_any_more() -> None:
+    told: list[str] = []
+    asked = asyncio.Event()
+
+    async def service() -> None:
+        asked.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            # The answer that a service waits for when it is told to end.
+            await asyncio.sleep(0)
+            told.append("service ended")
+
+    class Spool:
+        async def close(self) -> None:
+            told.append("spool closed")
+
+    task = asyncio.create_task(service())
+    await asked.wait()
+    await close_behind([task], [Spool()])
+    assert told == ["service ended", "spool closed"]
