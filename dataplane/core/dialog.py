@@ -142,7 +142,7 @@ class Dialog:
         limits = self._limits
         allowed = limits.max_idle_commands if self.authorized else limits.max_idle_commands_before_auth
         if self._idle_commands > allowed:
-            self.refuse(replies.TOO_MANY_ERRORS)
+            self.refuse(replies.TOO_MANY_COMMANDS)
         else:
             self._reply(reply)
 

@@ -109,6 +109,7 @@ TOO_MANY_CONNECTIONS = make_reply(421, "7.0", "Too many connections, try again l
 TIMEOUT = make_reply(421, "4.2", "Timeout, closing", "timeout")
 TOO_SLOW = make_reply(421, "4.2", "Too slow, closing", "too_slow")
 TOO_MANY_ERRORS = make_reply(421, "7.0", "Too many errors, closing", "too_many_errors")
+TOO_MANY_COMMANDS = make_reply(421, "7.0", "Too many commands without a message, closing", "too_many_commands")
 TOO_MANY_AUTH_FAILURES = make_reply(421, "7.0", "Too many failed logins, closing", "too_many_auth_failures")
 AUTH_THROTTLED = make_reply(454, "7.0", "Too many failed logins, try again later", "auth_throttled")
 AUTH_UNKNOWABLE = make_reply(454, "7.0", "Login cannot be checked now, try again later", "auth_unknowable")

@@ -532,7 +532,7 @@ async def test_a_flood_of_commands_neither_blocks_others_nor_grows() -> None:
         assert (await submit(other)).startswith(TAKEN)
         answer = await flood.end()
         assert answer.count(b"250 2.0.0") == 1_000
-        assert answer.endswith(b"421 4.7.0 Too many errors, closing\r\n")
+        assert answer.endswith(b"421 4.7.0 Too many commands without a message, closing\r\n")
 
 
 async def test_a_client_that_reads_no_replies_is_read_no_more() -> None:
