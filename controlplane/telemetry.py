@@ -17,7 +17,15 @@ from typing import Any, TextIO, cast
 
 import orjson
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from controlplane.metric_table import HTTP_VERBS, METRICS, MetricSpec
@@ -90,6 +98,8 @@ class Metrics:
     """Every metric of one control plane."""
 
     def __init__(self) -> None:
+        # For the whole process, and that is meant: a second series for each counter that nobody asked for.
+        disable_created_metrics()  # type: ignore[no-untyped-call] # prometheus-client's
         registry = CollectorRegistry()
         self._registry = registry
         self._counters = {spec.name: _counter(spec, registry) for spec in METRICS if spec.kind == "counter"}
