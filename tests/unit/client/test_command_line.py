@@ -38,7 +38,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No settings of whoever runs the tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("POSTROAD_SERVER", "POSTROAD_API_KEY", "POSTROAD_CONTEXT", "XDG_CONFIG_HOME"):
+    for name in ("POSTROAD_SERVER", "POSTROAD_API_KEY", "POSTROAD_CONTEXT", "POSTROAD_DIR", "XDG_CONFIG_HOME"):
         monkeypatch.delenv(name, raising=False)
 
 

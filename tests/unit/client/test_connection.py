@@ -119,3 +119,27 @@ def test_secrets_do_not_show_in_representations(project: Path) -> None:
     found = find_connection(Flags(), _home(project), project)
     assert "prk_file" not in repr(found)
     assert "prs_file" not in repr(found)
+
+
+@pytest.mark.parametrize("named", ["absolute", "relative"])
+def test_the_folder_that_postroad_up_was_told_is_found_from_elsewhere(project: Path, named: str) -> None:
+    stack = project / "stack"
+    stack.mkdir()
+    _write(stack / "cli.yaml", _LOCAL.replace("7443", "9443"))
+    environment = {**_home(project), "POSTROAD_DIR": str(stack) if named == "absolute" else "../stack"}
+    found = find_connection(Flags(), environment, project / "deep")
+    assert found.server == "127.0.0.1:9443"
+    assert found.inbox is not None
+    assert found.inbox.resolve() == stack / "inbox"
+
+
+def test_a_folder_without_a_stack_is_an_error_and_no_reason_to_look_elsewhere(project: Path) -> None:
+    with pytest.raises(ConnectionSettingsError, match="POSTROAD_DIR") as caught:
+        find_connection(Flags(), {**_home(project), "POSTROAD_DIR": str(project / "deep")}, project)
+    assert "postroad up" in caught.value.advice
+
+
+def test_a_context_that_is_named_comes_before_the_folder(project: Path) -> None:
+    environment = {**_home(project), "POSTROAD_DIR": str(project / "deep")}
+    write_contexts(user_folder(environment), "", {"prod": {"server": "mail.example.com:7443"}})
+    assert find_connection(Flags(context="prod"), environment, project).server == "mail.example.com:7443"

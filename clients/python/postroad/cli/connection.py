@@ -1,10 +1,11 @@
 """Where the command line finds its server and its key.
 
 Contract. `find_connection` looks, for each value, at the flags, then at `POSTROAD_SERVER`, `POSTROAD_API_KEY`,
-`POSTROAD_CA_FILE` and `POSTROAD_ACCOUNT`, then at one file: the named context where one was asked for, else the nearest
-`.postroad/cli.yaml` in this folder or above, else the current context of the user's `contexts.yaml`. A file's key goes
-to that file's server only: where flags or environment name another server, the file is not used at all. Files hold
-secrets, so they must belong to us (or root) and be closed to others (0600); one that is not is refused, not skipped.
+`POSTROAD_CA_FILE` and `POSTROAD_ACCOUNT`, then at one file: the named context where one was asked for, else `cli.yaml`
+in `POSTROAD_DIR`, which names the folder of a local stack, else the nearest `.postroad/cli.yaml` in this folder or
+above, else the current context of the user's `contexts.yaml`. A file's key goes to that file's server only: where
+flags or environment name another server, the file is not used at all. Files hold secrets, so they must belong to us
+(or root) and be closed to others (0600); one that is not is refused, not skipped.
 
 Inputs are passed in (flags, environment, folders): nothing here looks around by itself. Failures are
 `ConnectionSettingsError` with what to do about it.
@@ -124,11 +125,8 @@ def write_contexts(folder: Path, current: str, contexts: Mapping[str, Mapping[st
 
 
 def _from_files(named: str | None, environment: Mapping[str, str], folder: Path) -> Connection:
-    if named is None:
-        for parent in (folder, *folder.parents):
-            if (parent / LOCAL_FILE).exists():
-                file = parent / LOCAL_FILE
-                return _parse(_read_private(file), file.parent, str(file))
+    if named is None and (file := _local_file(environment, folder)) is not None:
+        return _parse(_read_private(file), file.parent, str(file))
     user = user_folder(environment)
     current, contexts = read_contexts(user)
     name = named or current
@@ -141,6 +139,18 @@ def _from_files(named: str | None, environment: Mapping[str, str], folder: Path)
             f"Contexts there: {known}. Add one with `postroad contexts set {name} …`",
         )
     return _parse(contexts[name], user, f"context {name}")
+
+
+def _local_file(environment: Mapping[str, str], folder: Path) -> Path | None:
+    if stack := environment.get("POSTROAD_DIR"):
+        file = folder / stack / LOCAL_FILE.name
+        if not file.exists():
+            # What lies elsewhere may be a server that nobody meant.
+            raise ConnectionSettingsError(
+                f"POSTROAD_DIR names {stack}, where no {LOCAL_FILE.name} is", "Run `postroad up` first, or unset it"
+            )
+        return file
+    return next((file for parent in (folder, *folder.parents) if (file := parent / LOCAL_FILE).exists()), None)
 
 
 def _read_private(file: Path) -> dict[str, Any]:

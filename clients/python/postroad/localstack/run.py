@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import shlex
 import shutil
 import signal
 import sys
@@ -74,11 +76,11 @@ async def _up(stack: Stack, layout: Layout, progress: Progress) -> None:
     progress.ready(_for_programs(facts), _for_people(facts, layout))
     async with asyncio.TaskGroup() as group:
         group.create_task(stack.keep_alive())
-        group.create_task(_tell_of_mail(layout.log("inbox"), progress))
+        group.create_task(_tell_of_mail(layout.log("inbox"), pasted_command(layout.root), progress))
 
 
-async def _tell_of_mail(log: Path, progress: Progress) -> None:
-    """Say what the inbox stores from now on."""
+async def _tell_of_mail(log: Path, command: str, progress: Progress) -> None:
+    """Say what the inbox stores from now on, and the command that shows it."""
     with log.open(encoding="utf-8", errors="replace") as stream:
         stream.seek(0, 2)
         while True:
@@ -86,7 +88,7 @@ async def _tell_of_mail(log: Path, progress: Progress) -> None:
             for mail in mails[-_SHOWN_AT_ONCE:]:
                 progress.remark(
                     f"Inbox: mail {mail['number']} from <{mail['sender']}>, {mail['size_bytes']} bytes; "
-                    f"`postroad inbox show {mail['number']}`"
+                    f"`{command} inbox show {mail['number']}`"
                 )
             if len(mails) > _SHOWN_AT_ONCE:
                 progress.remark(f"Inbox: {len(mails) - _SHOWN_AT_ONCE} more")
@@ -127,12 +129,22 @@ Postroad is up. Everything lives in {_shown(layout.root)}; Ctrl-C stops it, the 
 
 Send a mail:
 
-  {_command()} send --to someone@example.net --subject hello
+  {pasted_command(layout.root)} send --to someone@example.net --subject hello
 """
 
 
+def pasted_command(root: Path) -> str:
+    """Return this very `postroad` as it can be pasted here, with the stack's folder where it does not find it alone."""
+    return _command() if _is_found(root) else f"POSTROAD_DIR={shlex.quote(_shown(root))} {_command()}"
+
+
+def _is_found(root: Path) -> bool:
+    here = Path.cwd()
+    nearest = next((near for one in (here, *here.parents) if ((near := one / ".postroad") / "cli.yaml").exists()), None)
+    return "POSTROAD_DIR" not in os.environ and nearest is not None and nearest.resolve() == root.resolve()
+
+
 def _command() -> str:
-    """This very `postroad`, as it can be pasted here."""
     program = Path(sys.executable).with_name("postroad")
     on_path = shutil.which("postroad")
     if on_path is not None and Path(on_path).resolve() == program.resolve():
