@@ -34,7 +34,7 @@ from dataplane.core.config import (
     Target,
     TlsPolicy,
 )
-from dataplane.core.envelope import make_queue_key
+from dataplane.core.envelope import make_queue_key, message_bytes
 from dataplane.core.ids import new_message_id
 from dataplane.core.ledger import LedgerRecord
 from dataplane.core.policy import CompiledAccount, compile_account
@@ -136,7 +136,7 @@ async def _deliver(port: int, messages: int, accounts: int, window: int) -> floa
 
     def deliver() -> None:
         for one, rows in islice(coming, 1):
-            if not engine.admit(len(CONTENT), rows[0].queue_key):
+            if not engine.admit(message_bytes(len(CONTENT), [rows[0].address]), rows[0].queue_key):
                 raise RuntimeError("the engine did not admit a message")
             engine.deliver(one, CONTENT, rows)
 

@@ -91,7 +91,7 @@ class _Nobody:
     def next_hop(self, account: str, targets: Sequence[Target]) -> str:
         return targets[0].provider
 
-    def admit(self, size_bytes: int, queue_key: str) -> bool:
+    def admit(self, held_bytes: int, queue_key: str) -> bool:
         return True
 
     def deliver(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> None:

@@ -59,7 +59,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _histogram("smtp_enqueue_duration_seconds", "From the final dot to its answer", LATENCY_BOUNDS_S),
     _counter("smtp_commits_late_total", "Commits that outlasted the client's answer"),
     _counter("smtp_answers_delayed_total", "250s held back while memory or disk was strained"),
-    _gauge("smtp_content_bytes", "Content in memory that clients are sending or that is being stored"),
+    _gauge("smtp_content_bytes", "Content and recipients in memory that clients are sending or that are being stored"),
     # the queue
     _gauge("queue_depth", "Recipients in the spools by state; failed are messages set aside", "status", QUEUE_STATES),
     _gauge("queue_oldest_age_seconds", "Age of the oldest message that waits", merge="max"),
@@ -85,8 +85,8 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("delivery_connections_total", "Connections to next hops by result", "result", ("opened", "failed")),
     _counter("delivery_throttled_total", "Times that a destination was found dead"),
     _counter("delivery_limited_total", "Times that a limit let a message or a connection wait"),
-    _gauge("delivery_window_bytes", "Content in memory that was handed over or read back for delivery"),
-    _gauge("delivery_window_messages", "Messages whose content that is"),
+    _gauge("delivery_window_bytes", "Memory of messages that were handed over or read back, recipients included"),
+    _gauge("delivery_window_messages", "Messages that are in memory for delivery"),
     _counter("delivery_transactions_total", "SMTP transactions with next hops that began"),
     _counter("delivery_put_back_total", "Recipients returned to the queue without an attempt"),
     # spools and the ledger

@@ -393,8 +393,11 @@ class Handover(Protocol):
         """Which provider mail for these targets waits for: the first that takes some now, else the first of all."""
         ...
 
-    def admit(self, size_bytes: int, queue_key: str) -> bool:
-        """Whether a message of this size may be handed on: window open, destination neither full nor dead."""
+    def admit(self, held_bytes: int, queue_key: str) -> bool:
+        """Whether a message may be handed on: window open, destination neither full nor dead.
+
+        `held_bytes` is what it takes in memory, recipients included (`envelope.message_bytes`).
+        """
         ...
 
     def deliver(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> None:

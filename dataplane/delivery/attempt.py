@@ -19,7 +19,8 @@ from dataplane.delivery.connection import Connection
 class Message:
     """A message that delivery holds. `addresses` are all its recipients in order while it is not `reported`.
 
-    `canonical` says that this process has seen that the content's line ends are right.
+    `canonical` says that this process has seen that the content's line ends are right. `held_bytes` is what the message
+    takes of the window while it is held: content, envelope and recipients (`envelope.message_bytes`).
     """
 
     envelope: Envelope
@@ -28,6 +29,7 @@ class Message:
     reported: bool
     open_count: int = 0
     canonical: bool = False
+    held_bytes: int = 0
 
 
 class Owner(Protocol):

@@ -34,7 +34,7 @@ class DeliveryCounters:
     settle_failures: int = 0  # settlements that the spool refused and that are tried again
     quarantined: int = 0  # messages that could not be read back
     records_alone: int = 0  # acceptances that were not settled in time to share a record
-    window_bytes: int = 0  # content in memory now
+    window_bytes: int = 0  # messages in memory now: content, envelope, recipients
     window_messages: int = 0  # messages whose content that is
     lifetime_seconds: Histogram = field(default_factory=lambda: Histogram(LIFETIME_BOUNDS_S))  # accepted to ended
     waiting_seconds: Histogram = field(default_factory=_latency)  # of an attempt: for a connection

@@ -109,17 +109,16 @@ class Dispatcher:
     # --- entrance
 
     def hold(self, message: Message, attempt_count: int) -> None:
-        """The message's content is in memory for that many attempts."""
+        """The message is in memory for that many attempts."""
         if message.open_count == 0:
             account = message.envelope.account
-            size_bytes = len(message.content)
-            self._counters.window_bytes += size_bytes
+            self._counters.window_bytes += message.held_bytes
             self._counters.window_messages += 1
-            self._held_bytes[account] = self._held_bytes.get(account, 0) + size_bytes
+            self._held_bytes[account] = self._held_bytes.get(account, 0) + message.held_bytes
         message.open_count += attempt_count
 
     def held_bytes(self, account: str) -> int:
-        """Content of an account in memory."""
+        """What messages of an account take in memory."""
         return self._held_bytes.get(account, 0)
 
     def begin(self, message: Message, group: Group, plan: Plan, *, read_back_for: str = "") -> None:
@@ -379,14 +378,13 @@ class Dispatcher:
             self.follower.place_free(attempt.read_back_for)
 
     def let_go(self, message: Message) -> None:
-        """One attempt less holds the message's content."""
+        """One attempt less holds the message."""
         message.open_count -= 1
         if message.open_count == 0:
             account = message.envelope.account
-            size_bytes = len(message.content)
-            self._counters.window_bytes -= size_bytes
+            self._counters.window_bytes -= message.held_bytes
             self._counters.window_messages -= 1
-            left = self._held_bytes.get(account, 0) - size_bytes
+            left = self._held_bytes.get(account, 0) - message.held_bytes
             if left:
                 self._held_bytes[account] = left
             else:

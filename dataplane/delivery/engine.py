@@ -5,12 +5,12 @@ planned by the configuration of that moment (`planning`), offered to the targets
 (`dispatch`), sent by a pooled connection (`connections`), and its outcome becomes one settlement (`outcome`,
 `settler`).
 
-Content in memory is bounded by the window and one message: when it is full nothing is handed over or read back. Of the
-window and of a provider's line one account has its share (core/fair): what a flood has beyond it is queued on disk and
-comes back by turns, while mail of others is handed on. What
-a denial holds back stays in the spool, is looked at again when denials change, and once a minute. Mail whose lifetime
-is over ends also without an attempt of its own: where its targets are known to be dead, for one failed probe stands for
-all that wait, and where its credential is revoked, so that it never leaves. What operators hold back waits for them.
+What messages take in memory, recipients included, is bounded by the window and one message: when it is full nothing is
+handed over or read back. Of the window and of a provider's line one account has its share (core/fair): what a flood has
+beyond it is queued on disk and comes back by turns, while mail of others is handed on. What a denial holds back stays
+in the spool, is looked at again when denials change, and once a minute. Mail whose lifetime is over ends also without
+an attempt of its own: where its targets are known to be dead, for one failed probe stands for all that wait, and where
+its credential is revoked, so that it never leaves. What operators hold back waits for them.
 `failed` is done when the engine can go on no more; the worker must end then.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from dataplane.core.config import Target
-from dataplane.core.envelope import Envelope, RecipientRow, split_queue_key
+from dataplane.core.envelope import Envelope, RecipientRow, message_bytes, split_queue_key
 from dataplane.core.fair import may_hold
 from dataplane.core.ids import MessageId
 from dataplane.core.retry import RetryClock, is_expired
@@ -212,14 +212,14 @@ class DeliveryEngine:
         """Which provider mail for these targets waits for: behind a dead one it would be seen after its whole queue."""
         return self._dispatcher.next_hop(account, targets)
 
-    def admit(self, size_bytes: int, queue_key: str) -> bool:
-        """Whether a message of this size may be handed on in memory."""
+    def admit(self, held_bytes: int, queue_key: str) -> bool:
+        """Whether a message that takes so much (`envelope.message_bytes`) may be handed on in memory."""
         account, next_hop = split_queue_key(queue_key)
         used, capacity = self.counters.window_bytes, self._window_bytes
         if self._stopping or not (
             # Nobody asks whose it is while one could hold all of it.
-            may_hold(used, size_bytes, used, capacity)
-            or may_hold(self._dispatcher.held_bytes(account), size_bytes, used, capacity)
+            may_hold(used, held_bytes, used, capacity)
+            or may_hold(self._dispatcher.held_bytes(account), held_bytes, used, capacity)
         ):
             return False
         if not next_hop:
@@ -237,7 +237,8 @@ class DeliveryEngine:
         """Deliver a message whose rows are committed as `sending`, attempt 1."""
         addresses = tuple([row.address for row in recipients])
         # Ingress counted the line ends of what it hands over.
-        message = Message(envelope, content, addresses, reported=False, canonical=True)
+        held_bytes = message_bytes(len(content), addresses)
+        message = Message(envelope, content, addresses, reported=False, canonical=True, held_bytes=held_bytes)
         plan = make_plan(self._config, envelope, recipients, self._clock.wall_ms())
         if plan.held is not None or self._stopping:
             self._reporter.watch(message)
@@ -285,7 +286,7 @@ class DeliveryEngine:
         return pool.window + AHEAD - under_way
 
     def window_open(self) -> bool:
-        """Whether more content may be read into memory."""
+        """Whether more messages may be read into memory."""
         return self.counters.window_bytes < self._window_bytes
 
     def crowded(self, account: str) -> bool:
@@ -320,8 +321,15 @@ class DeliveryEngine:
         message_id = stored.envelope.message_id
         reported = stored.reported or self._reporter.is_reported(message_id)
         self._reporter.take(message_id)
-        addresses = () if reported else tuple([row.address for row in stored.recipients])
-        return Message(stored.envelope, stored.content, addresses, reported, canonical=stored.canonical)
+        addresses = tuple([row.address for row in stored.recipients])
+        return Message(
+            stored.envelope,
+            stored.content,
+            () if reported else addresses,
+            reported,
+            canonical=stored.canonical,
+            held_bytes=message_bytes(len(stored.content), addresses),
+        )
 
     def _expire(
         self, stored: StoredMessage, rows: Sequence[RecipientRow], plan: Plan, moment: Moment, reason: Verdict

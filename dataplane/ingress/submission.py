@@ -10,6 +10,8 @@ configuration pinned at MAIL until the transaction ends, and looks at denials an
     accept       checks the content, builds the envelope, and lets the spool commit it; `answer` is called once, with
                  250 after the commit or with the refusal, whether or not the client is still there
 
+Each recipient is counted as content in memory: from its 250 until the transaction ends, is dropped, or is committed.
+
 The commit belongs to the spool: nothing here cancels it. A fault of ours is a 4xx, never a 5xx.
 
     checks at MAIL, in order            refusal
@@ -29,7 +31,14 @@ from functools import partial
 from dataplane.core import replies
 from dataplane.core.address import Mailbox
 from dataplane.core.config import NodeSettings, Target
-from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
+from dataplane.core.envelope import (
+    COMMITTING_BYTES,
+    MESSAGE_BYTES,
+    Envelope,
+    RecipientRow,
+    make_queue_key,
+    recipient_bytes,
+)
 from dataplane.core.headers import HeaderScan, Receipt, format_date, head_of, prepare, received_line, scan
 from dataplane.core.ids import MessageId, format_message_id, new_message_id
 from dataplane.core.policy import CompiledAccount, denied, secret_matches, split_username
@@ -135,6 +144,7 @@ class Submitter:
         "_parameters",
         "_permit",
         "_pinned",
+        "_recipient_bytes",
         "_recipients",
         "_sender",
         "_shared",
@@ -153,6 +163,7 @@ class Submitter:
         self._sender = ""
         self._parameters = MailParameters()
         self._recipients: list[str] = []
+        self._recipient_bytes = 0
         self._large: _Large | None = None
         self._limits = _NO_LIMITS
         self._limits_for: tuple[NodeSettings | None, CompiledAccount | None] = (None, None)
@@ -212,19 +223,24 @@ class Submitter:
         return None
 
     def recipient(self, address: Mailbox) -> Reply | None:
-        """Decide about a recipient: some rule must be able to match."""
-        if not may_match(self._account().rules, self._sender, address.text):
+        """Decide about a recipient: some rule must be able to match, and there must be memory to keep it."""
+        text = address.text
+        if not may_match(self._account().rules, self._sender, text):
             return replies.NO_ROUTE
-        self._recipients.append(address.text)
+        shared = self._shared
+        size_bytes = recipient_bytes(text)
+        if shared.counters.content_bytes + size_bytes > shared.max_content_bytes:
+            return replies.OVERLOADED
+        shared.counters.content_bytes += size_bytes
+        self._recipient_bytes += size_bytes
+        self._recipients.append(text)
         return None
 
     def reset(self) -> None:
         """Forget the transaction."""
         self._pinned = None
         self._sender = ""
-        if self._recipients:
-            self._recipients = []
-        if self._large is not None or self._permit is not None:
+        if self._recipients or self._large is not None or self._permit is not None:
             self.drop()
 
     def forget(self) -> None:
@@ -320,7 +336,11 @@ class Submitter:
         return self._large.write(pieces, added)
 
     def drop(self) -> None:
-        """Forget what `spill` has put into a file, and give back what was granted."""
+        """Forget recipients and what `spill` has put into a file, and give back what was counted and granted."""
+        if self._recipients:
+            self._recipients = []
+            self._shared.counters.content_bytes -= self._recipient_bytes
+            self._recipient_bytes = 0
         large, self._large = self._large, None
         if large is not None:
             large.incoming.discard()
@@ -379,8 +399,9 @@ class Submitter:
         rows, handed_over = self._rows(keys, envelope)
         failpoint("accept.received")
         future = shared.spool.accept(envelope, stored, rows)
+        handed_content = stored if handed_over else b""
         future.add_done_callback(
-            partial(self._stored, envelope, identifier, stored if handed_over else b"", rows, answer)
+            partial(self._stored, envelope, identifier, handed_content, rows, self._part_with_recipients(), answer)
         )
 
     def _accept_large(self, large: _Large, content: bytes, hello: Hello, answer: Answer) -> None:
@@ -408,7 +429,9 @@ class Submitter:
         self._large = None
         future = large.incoming.accept(envelope, rows)
         identifier = format_message_id(large.message_id)
-        future.add_done_callback(partial(self._stored, envelope, identifier, b"", rows, answer))
+        future.add_done_callback(
+            partial(self._stored, envelope, identifier, b"", rows, self._part_with_recipients(), answer)
+        )
 
     def _envelope(
         self,
@@ -491,7 +514,8 @@ class Submitter:
         account = envelope.account
         keys = {hop: make_queue_key(account, hop) for hop in hops}
         admit = self._shared.handover.admit
-        handed_over = in_memory and all(admit(envelope.size_bytes, key) for key in keys.values())
+        held_bytes = MESSAGE_BYTES + envelope.size_bytes + self._recipient_bytes
+        handed_over = in_memory and all(admit(held_bytes, key) for key in keys.values())
         state, attempt = (State.SENDING, 1) if handed_over else (State.QUEUED, 0)
         rows = [
             RecipientRow(index, address, state, attempt, envelope.accepted_ms, 0, keys[hop])
@@ -499,17 +523,27 @@ class Submitter:
         ]
         return rows, handed_over
 
+    def _part_with_recipients(self) -> int:
+        """Leave the recipients to the commit, and return what they count until its end, whoever still waits for it."""
+        added_bytes = COMMITTING_BYTES * len(self._recipients)
+        self._shared.counters.content_bytes += added_bytes
+        size_bytes, self._recipient_bytes = self._recipient_bytes + added_bytes, 0
+        self._recipients = []
+        return size_bytes
+
     def _stored(
         self,
         envelope: Envelope,
         identifier: str,
         content: bytes,
         rows: list[RecipientRow],
+        counted_bytes: int,
         answer: Answer,
         future: asyncio.Future[None],
     ) -> None:
         """The commit is over: hand the message on and answer. Runs without the client too."""
         shared = self._shared
+        shared.counters.content_bytes -= counted_bytes
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
         if error is not None:
             answer(self.storage_refusal(error))

@@ -13,6 +13,7 @@ import pytest
 
 from dataplane.adapters.spool_ram import RamIncoming, RamSpool
 from dataplane.adapters.spool_sqlite import SpoolLimits, SqliteSpool
+from dataplane.core.envelope import recipient_bytes
 from dataplane.core.ids import MessageId
 from dataplane.ingress.submission import SPILL_BYTES
 from dataplane.ports import SpoolFullError
@@ -278,7 +279,7 @@ async def test_octets_on_their_way_to_the_disk_count_after_their_client_has_left
         again = await node.greeted()
         assert (await open_data(again, 10 * MIB)).startswith(b"452 4.3.1")
         spool.writes[0][1].set_result(None)
-        await until(lambda: node.counters.content_bytes == 0)
+        await until(lambda: node.counters.content_bytes == recipient_bytes("someone@example.net"))
         assert (await again.ask(b"DATA\r\n")).startswith(b"354")
 
 

@@ -11,7 +11,7 @@ from dataplane.core.envelope import RecipientRow, make_queue_key
 from dataplane.core.policy import compile_account
 from dataplane.core.queue import State
 from dataplane.delivery.scheduler import READ_COUNT
-from support.delivery import ACCOUNT, ACCOUNT_UID, CONTENT, KEY_A, A, B, Bench, delivery_bench
+from support.delivery import ACCOUNT, ACCOUNT_UID, CONTENT, HELD_BYTES, KEY_A, A, B, Bench, delivery_bench
 from support.next_hop import STALL, Behaviour, next_hop
 
 KEY_B = make_queue_key(ACCOUNT, B)
@@ -88,7 +88,7 @@ async def test_a_queued_message_is_recorded_and_read_back_when_there_is_room() -
 
 
 async def test_the_window_bounds_what_is_handed_over_and_what_is_read_back() -> None:
-    size = len(CONTENT)
+    size = HELD_BYTES
     async with next_hop() as hop, delivery_bench(window_bytes=2 * size) as bench:
         bench.config.add_provider(A, hop.port)
         bench.config.route_to(A)

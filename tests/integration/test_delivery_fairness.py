@@ -10,7 +10,7 @@ import pytest
 
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.core.config import Account, Rule, Target
-from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
+from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key, message_bytes
 from dataplane.core.policy import compile_account
 from dataplane.core.queue import State
 from dataplane.delivery.engine import HANDED_OVER_LIMIT, DeliveryEngine
@@ -18,6 +18,7 @@ from support.delivery import ACCOUNT_UID, CONTENT, A, B, Bench, delivery_bench
 from support.next_hop import STALL, Behaviour, NextHop, next_hop
 
 FLOOD, SMALL = "accounts/flood", "accounts/small"
+HELD_BYTES = message_bytes(len(CONTENT), ("0@small.test",))
 
 
 def add_account(bench: Bench, name: str, *targets: str, weight: int = 1) -> None:
@@ -117,15 +118,15 @@ async def test_a_flood_leaves_others_their_share_of_a_providers_line() -> None:
         await hop.stalled.wait()
         key = make_queue_key(FLOOD, A)
         count = 0
-        while bench.engine.admit(len(CONTENT), key) and count <= HANDED_OVER_LIMIT:
+        while bench.engine.admit(HELD_BYTES, key) and count <= HANDED_OVER_LIMIT:
             await submit(bench, FLOOD)
             count += 1
         assert count == pytest.approx(HANDED_OVER_LIMIT * 4 / 5, abs=2)
-        assert bench.engine.admit(len(CONTENT), make_queue_key(SMALL, A))
+        assert bench.engine.admit(HELD_BYTES, make_queue_key(SMALL, A))
 
 
 async def test_a_flood_leaves_others_their_share_of_memory_and_takes_all_but_that() -> None:
-    size = len(CONTENT)
+    size = HELD_BYTES
     async with next_hop(Behaviour(final=lambda _: STALL)) as hop, delivery_bench(window_bytes=100 * size) as bench:
         bench.config.add_provider(A, hop.port, max_connections=1)
         for name in (FLOOD, SMALL):
@@ -141,7 +142,7 @@ async def test_a_flood_leaves_others_their_share_of_memory_and_takes_all_but_tha
 
 
 async def test_what_a_flood_read_back_does_not_keep_others_from_being_read_back() -> None:
-    size = len(CONTENT)
+    size = HELD_BYTES
     stalled = Behaviour(final=lambda _: STALL)
     async with (
         next_hop(stalled) as slow,

@@ -15,7 +15,7 @@ from benchmarks.engine import PROVIDER, account_names
 from dataplane.adapters.spool_sqlite import SqliteSpool, reader, schema
 from dataplane.clock import SystemClock
 from dataplane.core.config import Account, Rule, Target
-from dataplane.core.envelope import make_queue_key
+from dataplane.core.envelope import make_queue_key, message_bytes
 from dataplane.core.policy import compile_account
 from dataplane.delivery.scheduler import READ_COUNT
 from support.delivery import ACCOUNT_UID, Config, delivery_bench
@@ -115,7 +115,7 @@ async def test_a_start_takes_up_the_backlog_of_a_killed_process_and_keeps_keys_o
             await bench.until(lambda: bench.engine.counters.sent >= 10 * KEYS)
             sizes = [len(value) for value in vars(bench.engine._scheduler).values() if isinstance(value, (dict, list))]
             assert max(sizes) <= KEYS
-            assert bench.engine.counters.window_bytes <= READ_COUNT * 300
+            assert bench.engine.counters.window_bytes <= READ_COUNT * message_bytes(300, ("x" * 64,))
             sent = Counter(record.account for record in bench.records if "SENT" in [e.type.name for e in record.events])
             assert min(sent[name] for name in account_names(KEYS)) >= 5
     await spool.close()

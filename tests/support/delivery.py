@@ -21,7 +21,7 @@ from dataplane.core.config import (
     Target,
     TlsPolicy,
 )
-from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
+from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key, message_bytes
 from dataplane.core.ledger import AttemptEvent, LedgerRecord, RecipientUpdate
 from dataplane.core.policy import CompiledAccount, compile_account
 from dataplane.core.queue import EventType, State
@@ -35,6 +35,8 @@ ACCOUNT_UID = make_envelope().account_uid
 CONTENT = b"Subject: hello\r\n\r\n.leading dot\r\nbody\r\n"
 A, B = "providers/a", "providers/b"
 KEY_A = make_queue_key(ACCOUNT, A)
+HELD_BYTES = message_bytes(len(CONTENT), ("b@example.net",))
+"""What a message of `Bench.submit` takes of the window."""
 
 
 @dataclass
@@ -109,11 +111,12 @@ class Bench:
     ) -> Envelope:
         """Accept a message as ingress does: handed over where the engine admits it, else queued."""
         envelope = envelope or self.envelope(content)
-        admitted = self.engine.admit(len(content), key)
+        recipients = recipients or ("b@example.net",)
+        admitted = self.engine.admit(message_bytes(len(content), recipients), key)
         state, attempt = (State.SENDING, 1) if admitted else (State.QUEUED, 0)
         rows = [
             RecipientRow(index, address, state, attempt, self.clock.wall_ms(), 0, key)
-            for index, address in enumerate(recipients or ("b@example.net",))
+            for index, address in enumerate(recipients)
         ]
         await self.spool.accept(envelope, content, rows)
         if admitted:

@@ -146,7 +146,7 @@ class Delivery:
     def next_hop(self, account: str, targets: Sequence[Target]) -> str:
         return next((target.provider for target in targets if target.provider not in self.dead), targets[0].provider)
 
-    def admit(self, size_bytes: int, queue_key: str) -> bool:
+    def admit(self, held_bytes: int, queue_key: str) -> bool:
         return self.open
 
     def deliver(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> None:
