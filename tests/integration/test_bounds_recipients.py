@@ -144,6 +144,16 @@ async def test_recipients_count_until_their_commit_is_over_though_the_client_has
         assert len(node.delivery.delivered) == 1
 
 
+async def test_delivery_is_asked_for_room_for_what_it_will_count() -> None:
+    async with running(make_node()) as node:
+        peer = await begin(node)
+        await add(peer, 10)
+        assert (await peer.ask(b"DATA\r\n")).startswith(b"354 ")
+        assert (await peer.ask(BODY)).startswith(TAKEN)
+        _, content, rows = node.delivery.delivered[0]
+        assert node.delivery.asked_bytes == [message_bytes(len(content), [row.address for row in rows])]
+
+
 async def test_small_messages_with_many_recipients_fill_the_window_and_the_others_go_by_the_spool() -> None:
     addresses = [f"{number}@example.net" for number in range(100)]
     each = message_bytes(len(CONTENT), addresses)

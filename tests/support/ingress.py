@@ -139,6 +139,7 @@ class Delivery:
 
     open: bool = True
     dead: frozenset[str] = frozenset()
+    asked_bytes: list[int] = field(default_factory=list)
     delivered: list[tuple[Envelope, bytes, list[RecipientRow]]] = field(default_factory=list)
     waiting: list[tuple[Envelope, list[RecipientRow]]] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -147,6 +148,7 @@ class Delivery:
         return next((target.provider for target in targets if target.provider not in self.dead), targets[0].provider)
 
     def admit(self, held_bytes: int, queue_key: str) -> bool:
+        self.asked_bytes.append(held_bytes)
         return self.open
 
     def deliver(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> None:
