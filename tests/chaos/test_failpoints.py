@@ -125,7 +125,8 @@ async def test_sigterm_in_a_conversation_drains_and_refuses_nothing_for_good(tmp
 
         code = await node.submit_once(Message("m", ("to-m@example.net",), b"body\r\n"), listen)
         assert await node.process.ended() == 0
-        assert code in {0, 250, 421}
+        # A drain leaves time for content that is on its way, and never a client without a reply.
+        assert code in ({250, 421} if step == "MAIL" else {250})
         async with node.again():
             # What was accepted in the last moment goes out now.
             await node.judged()
