@@ -269,7 +269,11 @@ class Spool(Protocol):
 
 
 class Take(NamedTuple):
-    """A wish of `cost` tokens from a bucket of `capacity` that refills with `rate_per_s` tokens a second."""
+    """A wish of `cost` tokens from a bucket of `capacity` that refills with `rate_per_s` tokens a second.
+
+    Granted when the bucket holds the cost, or is full, and then taken whole: a cost above the capacity leaves a debt,
+    and nothing is granted before time has paid for it. A capacity of 0 is no limit.
+    """
 
     key: str
     tag: str
@@ -317,7 +321,7 @@ class Limiter(Protocol):
     def refund(self, takes: Sequence[Take]) -> None:
         """Give back what was granted and not used, never above the capacity; lost when the server is away.
 
-        A negative cost takes what was used beyond what was granted, down to nothing, and is never refused.
+        A negative cost takes what was used beyond what was granted, into debt where need be, and is never refused.
         """
         ...
 

@@ -8,6 +8,7 @@ bucket or slots to look at for a subject.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -179,17 +180,17 @@ def look_of(limit: Limit, subject: str) -> Look:
 
 
 def bucket_state(subject: str, look: Look, level: float) -> SubjectState:
-    """Return the state of a bucket that holds `level` tokens."""
-    available = int(level)
+    """Return the state of a bucket that holds `level` tokens; a debt, below 0, counts as used and is paid first."""
+    whole = math.floor(level)
     if level >= look.capacity:
         return SubjectState(subject, look.capacity, 0, look.capacity)
     return SubjectState(
         subject=subject,
-        available=available,
-        used=look.capacity - available,
+        available=max(0, whole),
+        used=look.capacity - whole,
         capacity=look.capacity,
-        next_s=(available + 1 - level) / look.rate_per_s,
-        full_s=(look.capacity - level) / look.rate_per_s,
+        next_s=min((max(0, whole) + 1 - level) / look.rate_per_s, core.LONGEST_WAIT_S),
+        full_s=min((look.capacity - level) / look.rate_per_s, core.LONGEST_WAIT_S),
     )
 
 

@@ -2,11 +2,12 @@
 
 Contract. A `Limiter` of `dataplane.ports`, and `take_now` and `hold_now` for those who cannot wait. Each bucket has its
 share of the limit: capacity and rate divided by `share()` (nodes times workers), but room for one token at least, so
-that small limits still let one through at a time; of slots, too, one at least. A cost above the capacity empties the
-bucket, and a capacity of 0 is no limit. A clock that goes back counts as no time. Nothing raises.
+that small limits still let one through at a time; of slots, too, one at least. A bucket grants when it holds the cost
+or is full, and goes into debt by what it does not hold, at most MAX_TOKENS. A capacity of 0 is no limit. A clock that
+goes back counts as no time. Nothing raises.
 
 Memory is bounded: with `max_keys` buckets the one that was touched longest ago is forgotten, which lets at most one
-share of its capacity pass once more; the same for keys of slots.
+share of its capacity pass once more, and forgives its debt; the same for keys of slots.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from dataplane.core.limits import LONGEST_WAIT_S, MAX_TOKENS
 from dataplane.ports import Grant, Slot, Take
 
 MICRO = 1_000_000
-MAX_TOKENS = 4_000_000_000
-"""Above it a bucket's level in micro-tokens would be no exact number in Lua, which has doubles only."""
-
 DAY_S = 86_400.0
+_DEEPEST = -MAX_TOKENS * MICRO
 _HOLD_AGAIN_S = 1.0
 _GRANTED = Grant(allowed=True, wait_s=0.0, refused_key="", local=True)
 
@@ -40,7 +40,7 @@ def micro_take(take: Take, share: int = 1) -> MicroTake:
     whole = min(max(take.capacity, 0), MAX_TOKENS) * MICRO
     capacity = max(whole // share, min(whole, MICRO))
     rate = min(max(take.rate_per_s, 0.0), MAX_TOKENS) * MICRO / share
-    return MicroTake(capacity, rate, min(max(take.cost, 0) * MICRO, capacity))
+    return MicroTake(capacity, rate, min(max(take.cost, 0), MAX_TOKENS) * MICRO)
 
 
 class LocalLimiter:
@@ -81,12 +81,14 @@ class LocalLimiter:
         wait_s, refused_key = 0.0, ""
         for take in takes:
             wish = micro_take(take, share)
+            if not wish.capacity:
+                continue
             key = take.tag + take.key
-            if key not in levels:
-                levels[key] = self._level(key, wish, now_us)
-            levels[key] -= wish.cost
-            if levels[key] < 0:
-                needs_s = min(DAY_S, -levels[key] / wish.rate_per_s) if wish.rate_per_s else DAY_S
+            level = levels[key] if key in levels else self._level(key, wish, now_us)
+            levels[key] = level - wish.cost
+            missing = min(wish.cost, wish.capacity) - level
+            if missing > 0:
+                needs_s = min(LONGEST_WAIT_S, missing / wish.rate_per_s) if wish.rate_per_s else DAY_S
                 if needs_s > wait_s:
                     wait_s, refused_key = needs_s, take.key
         if refused_key:
@@ -107,15 +109,15 @@ class LocalLimiter:
         return min(wish.capacity, level + int(elapsed_us * wish.rate_per_s / MICRO))
 
     def refund(self, takes: Sequence[Take]) -> None:
-        """Give back, never above the capacity; a negative cost takes more, down to nothing."""
+        """Give back, never above the capacity; a negative cost takes more, and goes into debt."""
         now_us = int(self._clock() * MICRO)
         share = max(1, self._share())
         for take in takes:
             key = take.tag + take.key
-            if key in self._buckets or take.cost < 0:
-                wish = micro_take(take, share)
+            wish = micro_take(take, share)
+            if wish.capacity and (key in self._buckets or take.cost < 0):
                 level = self._level(key, wish, now_us) + take.cost * MICRO
-                self._buckets[key] = (max(0, min(wish.capacity, level)), now_us)
+                self._buckets[key] = (max(_DEEPEST, min(wish.capacity, level)), now_us)
 
     def hold_now(self, slots: Sequence[Slot]) -> Grant:
         """Hold all or none."""

@@ -11,7 +11,11 @@ what lies there.
 
 Over-admission. Of a limit never more than this is granted, all workers together:
 
-    capacity x (1 + failovers) + rate x time + one for each worker
+    (capacity + largest cost) x (1 + failovers) + rate x time + one for each worker
+
+The largest cost counts where it is above the capacity (a worker's share of it, once for each worker, while shares
+decide): it passes when a bucket is full, and is paid whole before anything else passes. What is charged afterwards
+comes on top of it, and is paid likewise.
 
 A failover is each time that workers go over to their local shares, and each time that a server lost its buckets
 (restart, FLUSHALL, promotion of a replica that lags); time counts twice while both, shares and buckets, refill. What

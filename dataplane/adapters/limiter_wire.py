@@ -14,7 +14,7 @@ from typing import NamedTuple
 from redis.crc import key_slot
 
 from dataplane.adapters.limiter_local import micro_take
-from dataplane.core.limits import server_key
+from dataplane.core.limits import MAX_TOKENS, server_key
 from dataplane.ports import Slot, Take
 
 LONG_FILL_S = 300
@@ -81,35 +81,35 @@ class Packer:
                     sizes.append(known.sizes)
                     if known.is_long:
                         long_ones[known.name] = known
-                rest += (number, _number(max(0, take.cost)))
+                rest += (number, _number(min(max(0, take.cost), MAX_TOKENS)))
         count = len(keys)
         asked = _number(epoch) if long_ones else _EMPTY
-        head = _head(b"postroad_take_1", count + 1, 2 + 2 * count + len(rest))
+        head = _head(b"postroad_take_2", count + 1, 2 + 2 * count + len(rest))
         return b"".join((head, _epoch_key(lot), *keys, asked, _number(count), *sizes, *rest))
 
     def refund(self, takes: Sequence[Take]) -> bytes:
         """Pack a refund; a negative cost charges."""
         keys = [self.known(take).key for take in takes]
         words = [part for take in takes for part in (self.known(take).sizes, _number(take.cost))]
-        return b"".join((_head(b"postroad_refund_1", len(keys), 3 * len(keys)), *keys, *words))
+        return b"".join((_head(b"postroad_refund_2", len(keys), 3 * len(keys)), *keys, *words))
 
 
 def pack_epoch(lot: str, epoch: int) -> bytes:
     """Pack the question whether the epoch is still this one."""
-    head = _head(b"postroad_take_1", 1, 2)
+    head = _head(b"postroad_take_2", 1, 2)
     return b"".join((head, _epoch_key(lot), _number(epoch), _number(0)))
 
 
 def pack_seed(levels: Sequence[tuple[Known, int]]) -> bytes:
-    """Pack what buckets must not be above, in micro-tokens."""
+    """Pack what buckets must not be above, in micro-tokens; below 0 for a debt."""
     words = [part for known, level in levels for part in (known.sizes, _number(level))]
     keys = [known.key for known, _ in levels]
-    return b"".join((_head(b"postroad_seed_1", len(keys), 3 * len(keys)), *keys, *words))
+    return b"".join((_head(b"postroad_seed_2", len(keys), 3 * len(keys)), *keys, *words))
 
 
 def pack_peek(buckets: Sequence[Known]) -> bytes:
     """Pack a look at levels."""
-    head = _head(b"postroad_peek_1", len(buckets), 2 * len(buckets))
+    head = _head(b"postroad_peek_2", len(buckets), 2 * len(buckets))
     return b"".join((head, *(known.key for known in buckets), *(known.sizes for known in buckets)))
 
 
@@ -176,8 +176,8 @@ def _number(number: int) -> bytes:
     return _SMALL[number] if 0 <= number < len(_SMALL) else _packed_number(number)
 
 
-PROBE = pack_command("FCALL", "postroad_take_1", "0", "", "0")
+PROBE = pack_command("FCALL", "postroad_take_2", "0", "", "0")
 """Whether the library is there; every server of a cluster answers it."""
 
-CLUSTER_PROBE = pack_command("FCALL", "postroad_take_1", "2", server_key("a", ""), server_key("b", ""), "", "0")
+CLUSTER_PROBE = pack_command("FCALL", "postroad_take_2", "2", server_key("a", ""), server_key("b", ""), "", "0")
 """Two keys of two slots, nothing decided: refused by a server of a cluster, and by nobody else."""

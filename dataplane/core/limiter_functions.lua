@@ -6,30 +6,35 @@
 -- Capacities and levels are whole micro-tokens, rates micro-tokens a second, with a fraction where there is one; costs
 -- and refunds are whole tokens. Time is this server's. A clock that went back counts as no time.
 --
+-- A bucket goes into debt: what costs more than the capacity passes when the bucket is full, and is paid whole. A level
+-- below nothing grants nothing until time has paid for it. A debt ends at MOST, which a double still counts exactly. A
+-- capacity of 0 is no limit, and nothing is kept of it.
+--
 --   what          value                                missing means                           expires
---   bucket        "<level> <microseconds of that>"     full; unless a seed says better         when it would be full
+--   bucket        "<level> <microseconds of that>",    full; unless a seed says better         when it would be full
+--                 the level below 0 for a debt
 --   slots         sorted set: holder, end in us        nobody holds one                        with the last holder
 --   epoch         when it was made, in us              what lay here was lost: a new epoch     after 40 days
 --
---   postroad_take_1    KEYS epoch, bucket...                    FCALL
+--   postroad_take_2    KEYS epoch, bucket...                    FCALL
 --                      ARGS epoch the caller knows, empty when it does not care; number of buckets; capacity and rate
 --                      of each; for each group: how many takes, then number of the bucket (from 1) and cost of each
---     Decides the groups one after the other, each all or nothing. A cost above the capacity empties a full bucket.
+--     Decides the groups one after the other, each all or nothing. A bucket grants when it holds the cost, or is full.
 --     Returns the epoch (0 when nobody cares) and for each group that was refused three numbers: which group,
 --     microseconds to wait, which of its takes refused. When the epoch is another than the caller knows nothing is
 --     decided and only the epoch returned: the caller seeds what it remembers and asks again.
---   postroad_seed_1    KEYS bucket...   ARGS capacity, rate, level of each            FCALL
+--   postroad_seed_2    KEYS bucket...   ARGS capacity, rate, level of each            FCALL
 --     Lowers buckets to the level given; what is lower stays. Returns 0.
---   postroad_refund_1  KEYS bucket...   ARGS capacity, rate, tokens of each           FCALL
---     Gives tokens back, never above the capacity; less than none takes more, down to nothing. Returns 0.
+--   postroad_refund_2  KEYS bucket...   ARGS capacity, rate, tokens of each           FCALL
+--     Gives tokens back, never above the capacity; less than none takes more, and goes into debt. Returns 0.
 --   postroad_hold_1    KEYS slots...    ARGS for each group: how many slots, then capacity, milliseconds, holder of each
 --                                                                                     FCALL
 --     Each group holds all its slots until the milliseconds are over, or none; what the holder has is renewed. A refusal
 --     writes nothing. Returns two numbers a group: microseconds to wait and which slot refused; 0 and 0 when held.
 --   postroad_release_1 KEYS slots...    ARGS holder of each                           FCALL
 --     Returns 0.
---   postroad_peek_1    KEYS bucket...   ARGS capacity, rate of each                   FCALL or FCALL_RO
---     Returns the level of each now; a missing bucket is full.
+--   postroad_peek_2    KEYS bucket...   ARGS capacity, rate of each                   FCALL or FCALL_RO
+--     Returns the level of each now, below 0 for a debt; a missing bucket is full.
 --   postroad_count_1   KEYS slots...    no ARGS                                       FCALL or FCALL_RO
 --     Returns how many slots of each are held now.
 --
@@ -38,6 +43,8 @@
 
 local MICRO = 1000000
 local DAY_US = 86400 * MICRO
+local LONGEST_US = 3650 * DAY_US
+local MOST = 4000000000 * MICRO
 local EPOCH_MS = 40 * 86400 * 1000
 local HOLD_AGAIN_US = MICRO
 
@@ -51,7 +58,7 @@ local function level_of(key, capacity, rate, now)
   if not value then
     return capacity, true
   end
-  local level, since = string.match(value, '^(%d+) (%d+)$')
+  local level, since = string.match(value, '^(%-?%d+) (%d+)$')
   if not level then
     return capacity, true
   end
@@ -62,7 +69,7 @@ end
 local function store(key, level, capacity, rate, now)
   local until_full_us = DAY_US
   if rate > 0 then
-    until_full_us = (capacity - level) * MICRO / rate
+    until_full_us = math.min((capacity - level) * MICRO / rate, LONGEST_US)
   end
   local expire_ms = math.max(1, math.ceil(until_full_us / 1000))
   redis.call('SET', key, string.format('%.0f %.0f', level, now), 'PX', string.format('%.0f', expire_ms))
@@ -97,25 +104,30 @@ local function take(keys, args)
   local at, group = 3 + 2 * bucket_count, 0
   while args[at] do
     local count = tonumber(args[at])
-    local wait, refused = 0, 0
+    local wait, refused, before = 0, 0, {}
     group = group + 1
     for number = 1, count do
       local bucket = tonumber(args[at + 2 * number - 1])
-      local level = levels[bucket] - math.min(tonumber(args[at + 2 * number]) * MICRO, capacities[bucket])
-      levels[bucket] = level
-      if level < 0 then
-        local needs = rates[bucket] > 0 and math.ceil(-level * MICRO / rates[bucket]) or DAY_US
-        if needs > wait then
-          wait, refused = needs, number
+      local cost, capacity, level = tonumber(args[at + 2 * number]) * MICRO, capacities[bucket], levels[bucket]
+      before[number] = level
+      if capacity > 0 then
+        local needs_level = math.min(cost, capacity)
+        if level < needs_level then
+          local rate = rates[bucket]
+          local needs = rate > 0 and math.min(math.ceil((needs_level - level) * MICRO / rate), LONGEST_US) or DAY_US
+          if needs > wait then
+            wait, refused = needs, number
+          end
         end
+        levels[bucket] = level - cost
       end
     end
-    for number = 1, count do
+    for number = count, 1, -1 do
       local bucket = tonumber(args[at + 2 * number - 1])
-      if refused == 0 then
+      if refused > 0 then
+        levels[bucket] = before[number]
+      elseif capacities[bucket] > 0 then
         touched[bucket] = true
-      else
-        levels[bucket] = levels[bucket] + math.min(tonumber(args[at + 2 * number]) * MICRO, capacities[bucket])
       end
     end
     if refused > 0 then
@@ -137,7 +149,7 @@ local function seed(keys, args)
   local now = now_us()
   for bucket, key in ipairs(keys) do
     local capacity, rate = tonumber(args[3 * bucket - 2]), tonumber(args[3 * bucket - 1])
-    local level = math.max(0, tonumber(args[3 * bucket]))
+    local level = math.max(-MOST, tonumber(args[3 * bucket]))
     if level < level_of(key, capacity, rate, now) then
       store(key, level, capacity, rate, now)
     end
@@ -151,8 +163,8 @@ local function refund(keys, args)
     local capacity, rate = tonumber(args[3 * bucket - 2]), tonumber(args[3 * bucket - 1])
     local level, missing = level_of(key, capacity, rate, now)
     local change = tonumber(args[3 * bucket]) * MICRO
-    if not missing or change < 0 then
-      store(key, math.max(0, math.min(capacity, level + change)), capacity, rate, now)
+    if capacity > 0 and (not missing or change < 0) then
+      store(key, math.max(-MOST, math.min(capacity, level + change)), capacity, rate, now)
     end
   end
   return 0
@@ -227,10 +239,10 @@ local function count(keys)
   return counts
 end
 
-redis.register_function('postroad_take_1', take)
-redis.register_function('postroad_seed_1', seed)
-redis.register_function('postroad_refund_1', refund)
+redis.register_function('postroad_take_2', take)
+redis.register_function('postroad_seed_2', seed)
+redis.register_function('postroad_refund_2', refund)
 redis.register_function('postroad_hold_1', hold)
 redis.register_function('postroad_release_1', release)
-redis.register_function{function_name='postroad_peek_1', callback=peek, flags={'no-writes'}}
+redis.register_function{function_name='postroad_peek_2', callback=peek, flags={'no-writes'}}
 redis.register_function{function_name='postroad_count_1', callback=count, flags={'no-writes'}}

@@ -2,8 +2,8 @@
 
 Contract. `limit_problems` yields every problem of a limit as field and description, and never raises. `bucket_of` names
 the bucket of a limit and a subject: nodes draw from it and the control plane looks at it under the same name. A limit
-with a period is a token bucket of `burst` tokens that refills with `rate_per_s`; one without is a number of connections
-at once, held as slots.
+with a period is a token bucket of `burst` tokens that refills with `rate_per_s`; what costs more than the burst passes
+when it is full, and leaves a debt. A limit without a period is a number of connections at once, held as slots.
 
     scope        subject                         tag (keys of one tag lie on one server of a cluster)
     account      accounts/a                      a:accounts/a
@@ -30,6 +30,9 @@ from typing import NamedTuple
 
 MAX_TOKENS = 4_000_000_000
 """Above it a bucket's level in micro-tokens would be no exact number in Lua, which has doubles only."""
+
+LONGEST_WAIT_S = 3_650 * 86_400.0
+"""No answer says more: a debt may take longer, and nobody waits for that."""
 
 LEAST_BURST = 10
 LONGEST_PERIOD_S = 31 * 86_400.0
@@ -161,6 +164,17 @@ def bucket_of(scope: LimitScope, unit: LimitUnit, subject: str) -> Bucket:
             return Bucket(f"d:{subject}", f"destination:{name}")
 
 
+def destination_of(host: str) -> str:
+    """Return the subject that a host is counted under, in whatever way it is written."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host.lower().removesuffix(".")
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return str(address)
+
+
 def slots_of(scope: LimitScope, subject: str) -> Bucket:
     """Return where connections at once are held; `scope` is PROVIDER or DESTINATION."""
     tag = bucket_of(scope, LimitUnit.CONNECTION, subject).tag
@@ -225,7 +239,7 @@ def _is_subject(limit: Limit, account: str) -> bool:
         case LimitScope.ADDRESS:
             return _is_counted_address(subject)
         case LimitScope.DESTINATION:
-            return _HOST.fullmatch(subject) is not None
+            return _HOST.fullmatch(subject) is not None and destination_of(subject) == subject
 
 
 def _is_counted_address(text: str) -> bool:

@@ -28,6 +28,7 @@ from dataplane.core.limits import (
     LimitUnit,
     bucket_of,
     counting_limit,
+    destination_of,
     slots_of,
 )
 from dataplane.core.policy import CompiledAccount
@@ -195,7 +196,7 @@ class DeliveryLimits:
             self._shared = LimitTable(settings.limits)
         if len(self._kept) >= _MAX_COMPILED:
             self._kept.clear()
-        compiled = self._compile(provider.name, host.lower(), LimitTable(_limits_of(owner)))
+        compiled = self._compile(provider.name, destination_of(host), LimitTable(_limits_of(owner)))
         self._kept[provider.name, host] = _Kept(provider, settings, owner, compiled)
         return compiled
 

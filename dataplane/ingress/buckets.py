@@ -13,8 +13,8 @@ ask.
     credential  message, recipient, byte    at DATA, where there is one
 
 Octets are those that SIZE declares. Without SIZE, and where it was wrong, the difference is settled when the message
-is accepted: what is missing is taken then whatever is left, since the content is here already. A bucket that is empty
-lets no content come, declared or not.
+is accepted: what is missing is taken then whatever is left, since the content is here already, and leaves a debt. A
+bucket that is empty lets no content come, declared or not.
 """
 
 from __future__ import annotations

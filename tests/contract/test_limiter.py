@@ -140,9 +140,71 @@ async def test_a_key_asked_for_twice_in_one_take_pays_twice(harness: Harness) ->
     assert not (await harness.limiter.take([bucket(cost=1)])).allowed
 
 
-async def test_a_cost_above_the_capacity_empties_a_full_bucket(harness: Harness) -> None:
-    assert (await harness.limiter.take([bucket(cost=1_000)])).allowed
-    assert not (await harness.limiter.take([bucket(cost=1)])).allowed
+async def test_a_cost_above_the_capacity_needs_a_full_bucket(harness: Harness) -> None:
+    await harness.limiter.take([bucket(cost=1, rate_per_s=0.5)])
+    grant = await harness.limiter.take([bucket(cost=1_000, rate_per_s=0.5)])
+    assert not grant.allowed
+    assert 1.0 < grant.wait_s <= 2.0
+    harness.age(2.0)
+    assert (await harness.limiter.take([bucket(cost=1_000, rate_per_s=0.5)])).allowed
+
+
+async def test_a_cost_above_the_capacity_is_paid_whole(harness: Harness) -> None:
+    hourly = bucket(rate_per_s=10.0)
+    assert (await harness.limiter.take([hourly._replace(cost=1_000)])).allowed
+    grant = await harness.limiter.take([hourly])
+    assert (grant.allowed, grant.refused_key) == (False, "messages")
+    assert 95.0 < grant.wait_s <= 99.1
+    assert 95.0 < (await harness.limiter.take([hourly._replace(cost=1_000)])).wait_s <= 100.0
+    harness.age(90.0)
+    assert not (await harness.limiter.take([hourly])).allowed
+    harness.age(11.0)
+    assert (await harness.limiter.take([hourly._replace(cost=10)])).allowed
+
+
+async def test_costs_above_the_capacity_stay_within_rate_and_time_and_one_cost(harness: Harness) -> None:
+    granted = 0
+    for _ in range(40):
+        grant = await harness.limiter.take([bucket(rate_per_s=1.0, cost=100)])
+        granted += 100 * grant.allowed
+        harness.age(10.0)
+    assert 400 <= granted <= 10 + 400 + 100
+
+
+async def test_debts_of_several_buckets_are_all_or_nothing(harness: Harness) -> None:
+    await harness.limiter.take([bucket("one", cost=25)])
+    for _ in range(3):
+        grant = await harness.limiter.take([bucket("other", cost=1_000), bucket("one")])
+        assert (grant.allowed, grant.refused_key) == (False, "one")
+    assert (await harness.limiter.take([bucket("other", cost=10)])).allowed
+
+
+async def test_a_debt_grants_nothing_not_even_what_costs_nothing(harness: Harness) -> None:
+    await harness.limiter.take([bucket(cost=15)])
+    assert not (await harness.limiter.take([bucket(cost=0)])).allowed
+
+
+async def test_what_was_taken_beyond_the_capacity_comes_back_and_no_more(harness: Harness) -> None:
+    await harness.limiter.take([bucket(cost=1_000)])
+    harness.limiter.refund([bucket(cost=993)])
+    assert (await harness.limiter.take([bucket(cost=3)])).allowed
+    assert not (await harness.limiter.take([bucket()])).allowed
+
+
+async def test_a_debt_ends_at_as_much_as_a_bucket_can_hold(harness: Harness) -> None:
+    most, rate_per_s = 4_000_000_000, 1_000_000.0
+    for _ in range(3):
+        harness.limiter.refund([bucket(rate_per_s=rate_per_s, cost=-most)])
+    assert 3_900.0 < (await harness.limiter.take([bucket(rate_per_s=rate_per_s)])).wait_s <= 4_000.1
+    await harness.limiter.take([bucket("taken", rate_per_s=rate_per_s, cost=10 * most)])
+    assert 3_900.0 < (await harness.limiter.take([bucket("taken", rate_per_s=rate_per_s)])).wait_s <= 4_000.1
+    harness.age(4_001.0)
+    assert (await harness.limiter.take([bucket(rate_per_s=rate_per_s, cost=10)])).allowed
+
+
+async def test_no_wait_is_longer_than_ten_years(harness: Harness) -> None:
+    await harness.limiter.take([bucket(rate_per_s=1e-9, cost=1_000)])
+    assert (await harness.limiter.take([bucket(rate_per_s=1e-9)])).wait_s == 10 * 365 * 86_400.0
 
 
 async def test_a_bucket_that_never_refills_says_a_day(harness: Harness) -> None:
@@ -213,12 +275,23 @@ async def test_a_refund_makes_room_and_never_more_than_the_capacity(harness: Har
     assert not (await harness.limiter.take([bucket("other")])).allowed
 
 
-async def test_a_charge_takes_what_is_there_and_is_never_refused(harness: Harness) -> None:
+async def test_a_charge_is_never_refused_and_goes_into_debt(harness: Harness) -> None:
     await harness.limiter.take([bucket(cost=2)])
     harness.limiter.refund([bucket(cost=-3), bucket("fresh", cost=-4), bucket("small", cost=-1_000)])
-    for key, is_left in (("messages", 5), ("fresh", 6), ("small", 0)):
+    for key, is_left in (("messages", 5), ("fresh", 6)):
         assert (await harness.limiter.take([bucket(key, cost=is_left)])).allowed
         assert not (await harness.limiter.take([bucket(key)])).allowed
+    harness.age(989_000.0)
+    assert not (await harness.limiter.take([bucket("small")])).allowed
+    harness.age(2_500.0)
+    assert (await harness.limiter.take([bucket("small")])).allowed
+    assert not (await harness.limiter.take([bucket("small")])).allowed
+
+
+async def test_a_capacity_of_0_keeps_no_debt(harness: Harness) -> None:
+    harness.limiter.refund([bucket(capacity=0, cost=-5)])
+    await harness.limiter.take([bucket(capacity=0, cost=5)])
+    assert (await harness.limiter.take([bucket(cost=10)])).allowed
 
 
 async def test_a_rate_of_one_a_month_refills_by_one_a_month(harness: Harness) -> None:

@@ -394,7 +394,7 @@ async def test_the_library_answers_who_only_looks(limiter: RedisLimiter, valkey_
     with server(valkey_url) as client:
         keys = [server_key("a:demo", "messages"), server_key("a:demo", "never")]
         sizes = [12_000_000, 1_000] * 2
-        levels = client.execute_command("FCALL_RO", "postroad_peek_1", 2, *keys, *sizes)
+        levels = client.execute_command("FCALL_RO", "postroad_peek_2", 2, *keys, *sizes)
         assert 7_000_000 <= levels[0] < 7_100_000
         assert levels[1] == 12_000_000
         slots = [server_key("d:mx", "slots"), server_key("d:mx", "never")]
@@ -420,6 +420,28 @@ async def test_a_long_bucket_is_not_full_after_flushall(limiter: RedisLimiter, v
     assert [grant.allowed for grant in grants] == [True, True, False, False]
     assert not any(grant.local for grant in grants)
     assert limiter.counters.lost == 1
+
+
+async def test_a_debt_lasts_as_long_in_redis_as_it_takes_to_pay(limiter: RedisLimiter, valkey_url: str) -> None:
+    take = Take("messages", "a:demo", 10, 10.0, 1_000)
+    assert (await limiter.take([take])).allowed
+    with server(valkey_url) as client:
+        key = server_key("a:demo", "messages")
+        level, _ = client.get(key).split()
+        assert int(level) == -990_000_000
+        assert 95_000 < client.pttl(key) <= 100_000
+        (level,) = client.execute_command("FCALL_RO", "postroad_peek_2", 1, key, 10_000_000, 10_000_000)
+        assert -990_000_000 <= level < -900_000_000
+
+
+async def test_a_debt_is_remembered_after_flushall(limiter: RedisLimiter, valkey_url: str) -> None:
+    await limiter.take([bucket(cost=100)])
+    await look(limiter)
+    with server(valkey_url) as client:
+        client.flushall()
+    grant = await limiter.take([bucket()])
+    assert (grant.allowed, grant.local) == (False, False)
+    assert 88_000.0 < grant.wait_s <= 89_000.0
 
 
 async def test_the_lowest_level_that_any_worker_remembers_holds(valkey_url: str, start: Start) -> None:

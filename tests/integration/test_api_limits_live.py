@@ -112,6 +112,18 @@ async def test_what_a_node_takes_is_missing_from_the_bucket(stack: ApiStack, val
     assert 50 <= used.full_delay.ToTimedelta().total_seconds() <= 60
 
 
+async def test_a_debt_shows_as_nothing_left_and_the_time_until_it_is_paid(stack: ApiStack, valkey_url: str) -> None:
+    name = await make(stack, "hourly", limit_of(LimitScope.ACCOUNT, LimitUnit.MESSAGE, 3_600, burst=100))
+    async with node(valkey_url) as limiter:
+        assert (await limiter.take([take(LimitScope.ACCOUNT, "accounts/acme", 3_600, 300, burst=100)])).allowed
+    (owed,) = (await state_of(stack.operator, name)).subjects
+    # One comes back each second.
+    assert (owed.available, owed.capacity) == (0, 100)
+    assert 290 <= owed.used <= 300
+    assert 191 <= owed.next_delay.ToTimedelta().total_seconds() <= 201
+    assert 290 <= owed.full_delay.ToTimedelta().total_seconds() <= 300
+
+
 async def test_connections_that_a_node_holds_are_counted(stack: ApiStack, valkey_url: str) -> None:
     limit = limit_of(LimitScope.PROVIDER, LimitUnit.CONNECTION, 2, 0, subject="accounts/acme/providers/relay")
     name = await make(stack, "at-once", limit)

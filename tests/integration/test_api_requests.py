@@ -213,7 +213,7 @@ async def test_a_user_with_the_rights_that_the_settings_name_can_do_all_of_it(va
 
 async def take_one(functions: RedisFunctions) -> Any:
     keys = (server_key("k:a", "epoch"), server_key("k:a", "request"))
-    return await functions.call("k:a", "postroad_take_1", keys, ("", 1, 5, 1, 1, 1, 1), only_looks=False)
+    return await functions.call("k:a", "postroad_take_2", keys, ("", 1, 5, 1, 1, 1, 1), only_looks=False)
 
 
 # --- the whole program -----------------------------------------------------------------------------------------------

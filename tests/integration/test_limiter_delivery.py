@@ -428,3 +428,28 @@ async def test_a_refused_recipient_leaves_the_tokens_spent() -> None:
         await bench.events_come(1)
         assert bench.types() == ["BOUNCED"]
         assert bench.limiter.refunded == []
+
+
+async def test_a_destination_is_one_in_whatever_way_its_address_is_written() -> None:
+    limit = shared(LimitScope.DESTINATION, LimitUnit.MESSAGE, 3, subject="2001:db8::1")
+    async with limited(limit) as bench:
+        bench.config.add_provider(A, 25)
+        provider = bench.config.provider(A)
+        assert provider is not None
+        takes = [bench.limits.takes(provider, host, 1, 1) for host in ("2001:db8::1", "2001:DB8:0::1", "2001:db8::2")]
+        assert [[take.tag for take in every] for every in takes] == [["d:2001:db8::1"]] * 2 + [[]]
+
+
+async def test_an_attempt_above_the_burst_is_paid_whole_before_the_next() -> None:
+    limit = replace(shared(LimitScope.DESTINATION, LimitUnit.RECIPIENT, 3_600, 3_600.0, HOST), burst=2)
+    async with next_hop() as hop, limited(limit) as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        for _ in range(2):
+            await bench.submit(*[f"to-{number}@example.net" for number in range(12)])
+        await bench.until(lambda: bench.engine.counters.limited > 0)
+        await bench.until(lambda: bench.engine.counters.window_bytes == 0)
+        assert len(hop.messages) == 1
+        # 10 are owed and 2 make the bucket full: that is for long, so that the second message does not wait in memory.
+        again = await bench.limiter.take([bench.limiter.asked[0][0]])
+        assert (again.allowed, again.wait_s) == (False, 12.0)

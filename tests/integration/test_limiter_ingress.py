@@ -96,9 +96,43 @@ async def test_octets_that_were_not_declared_are_taken_when_they_came() -> None:
         assert (await offer(peer)).startswith(b"354")
         assert left(node, "byte") == 99
         assert (await peer.ask(body + b".\r\n")).startswith(TAKEN)
-        assert left(node, "byte") == 0
+        assert left(node, "byte") == 100 - len(body)
         # An empty bucket lets nothing come, whatever is declared.
         assert (await offer(peer)).startswith(b"450 4.7.1")
+
+
+async def test_a_size_declared_too_large_lifts_no_limit() -> None:
+    async with running(limited(own(LimitUnit.BYTE, 200))) as node:
+        peer = await session(node)
+        mail = b"MAIL FROM:<app@example.com> SIZE=500000\r\n"
+        sent = 0
+        while sent < 20 and (await offer(peer, mail=mail)).startswith(b"354"):
+            assert (await peer.ask(BODY + b".\r\n")).startswith(TAKEN)
+            sent += 1
+            assert left(node, "byte") == 200 - sent * len(BODY)
+        # Less than the whole bucket is there now, and so much more was declared.
+        assert sent == 1
+
+
+async def test_what_a_size_holds_back_is_owed_while_the_content_comes() -> None:
+    async with running(limited(own(LimitUnit.BYTE, 200))) as node:
+        first, second = await session(node), await session(node)
+        assert (await offer(first, mail=b"MAIL FROM:<app@example.com> SIZE=1200\r\n")).startswith(b"354")
+        # 1,001 are missing of 200 a minute.
+        assert await offer(second) == b"450 4.7.1 Limit reached, try again in 301 s\r\n"
+        assert (await first.ask(BODY + b".\r\n")).startswith(TAKEN)
+        await second.ask(b"RSET\r\n")
+        assert (await offer(second)).startswith(b"354")
+
+
+async def test_recipients_above_the_burst_are_paid_for_before_the_next_message() -> None:
+    limit = replace(own(LimitUnit.RECIPIENT, 36_000, 3_600.0), burst=10)
+    async with running(limited(limit)) as node:
+        peer = await session(node)
+        assert (await offer(peer, recipients=50)).startswith(b"354")
+        assert (await peer.ask(BODY + b".\r\n")).startswith(TAKEN)
+        assert left(node, "recipient") == -40
+        assert await offer(peer) == b"450 4.7.1 Limit reached, try again in 5 s\r\n"
 
 
 async def test_octets_of_a_content_that_went_to_its_file_are_all_counted() -> None:

@@ -20,13 +20,14 @@ from dataplane.ports import Slot, Take
 
 CAPACITIES = (0, 1, 5, 12)
 keys = st.integers(0, len(CAPACITIES) - 1)
-costs = st.integers(0, 15)
+costs = st.one_of(st.integers(0, 15), st.sampled_from((40, 1_000, 4_000_000_000, 9_000_000_000)))
+refunds = costs.flatmap(lambda cost: st.sampled_from((cost, -cost)))
 takes = st.lists(st.tuples(keys, costs), min_size=1, max_size=4)
 slots = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=3)
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("take"), takes),
-        st.tuples(st.just("refund"), st.lists(st.tuples(keys, st.integers(-15, 15)), min_size=1, max_size=3)),
+        st.tuples(st.just("refund"), st.lists(st.tuples(keys, refunds), min_size=1, max_size=3)),
         st.tuples(st.just("hold"), slots),
         st.tuples(st.just("release"), slots),
     ),

@@ -68,6 +68,15 @@ def test_a_level_that_is_owed_is_not_overwritten_by_a_look() -> None:
     assert levels.take_seeds(LOT, [], 10) == [(one, 2_000_000)]
 
 
+def test_a_debt_is_remembered_and_paid_by_the_rate() -> None:
+    clock = Clock()
+    levels, one = Levels(clock), known("one")
+    levels.learn(LOT, [one], [-5_000_000_000])
+    levels.changed(LOT, 7)
+    clock.now_s += 2.0
+    assert levels.take_seeds(LOT, [], 10) == [(one, -5_000_000_000 + int(2 * one.rate_per_s))]
+
+
 def test_memory_is_bounded_and_the_longest_unseen_goes_first() -> None:
     levels = Levels(Clock(), max_keys=3)
     every = [known(f"key-{number}") for number in range(4)]

@@ -61,10 +61,14 @@ def test_a_share_that_changes_holds_from_then_on() -> None:
     assert not limiter.take_now([take()]).allowed
 
 
-def test_a_cost_above_the_share_empties_it_instead_of_being_refused_for_ever() -> None:
-    limiter = LocalLimiter(Clock(), lambda: 10)
+def test_a_cost_above_the_share_passes_when_it_is_full_and_is_paid_whole() -> None:
+    clock = Clock()
+    limiter = LocalLimiter(clock, lambda: 10)
     assert limiter.take_now([take(cost=50)]).allowed
-    assert not limiter.take_now([take()]).allowed
+    # 40 are owed and one is wanted, of which the share brings a tenth a second.
+    assert limiter.take_now([take()]).wait_s == 410.0
+    clock.now_s = 410.0
+    assert limiter.take_now([take()]).allowed
 
 
 def test_a_capacity_of_0_is_no_limit() -> None:

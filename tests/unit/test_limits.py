@@ -19,6 +19,7 @@ from dataplane.core.limits import (
     counting_limit,
     default_burst,
     default_limit,
+    destination_of,
     limit_problems,
     precedence,
     server_key,
@@ -176,7 +177,25 @@ def test_a_good_limit_has_no_problem(value: Limit, account: str) -> None:
         (limit(LimitScope.ADDRESS, subject="192.0.2.01"), "", "subject"),
         (limit(LimitScope.ADDRESS, subject="mx.example.net"), "", "subject"),
         (limit(LimitScope.DESTINATION, subject="MX.example.net"), "", "subject"),
+        (limit(LimitScope.DESTINATION, subject="2001:db8:0::1"), "", "subject"),
+        (limit(LimitScope.DESTINATION, subject="mx.example.net."), "", "subject"),
     ],
 )
 def test_a_bad_limit_names_the_field(value: Limit, account: str, field: str) -> None:
     assert field in [path for path, _ in limit_problems(value, account)]
+
+
+@pytest.mark.parametrize(
+    ("host", "subject"),
+    [
+        ("MX.Example.net", "mx.example.net"),
+        ("mx.example.net.", "mx.example.net"),
+        ("2001:DB8:0:0::1", "2001:db8::1"),
+        ("2001:0db8::0001", "2001:db8::1"),
+        ("::FFFF:192.0.2.1", "192.0.2.1"),
+        ("::ffff:c000:201", "192.0.2.1"),
+        ("192.0.2.1", "192.0.2.1"),
+    ],
+)
+def test_a_host_is_one_destination_in_whatever_way_it_is_written(host: str, subject: str) -> None:
+    assert destination_of(host) == subject

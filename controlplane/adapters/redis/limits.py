@@ -17,7 +17,7 @@ from controlplane.ports import LiveStateUnknownError
 from dataplane.core.limits import server_key
 
 MICRO = 1_000_000
-_PEEK, _COUNT = "postroad_peek_1", "postroad_count_1"
+_PEEK, _COUNT = "postroad_peek_2", "postroad_count_1"
 
 
 class RedisLiveLimits:

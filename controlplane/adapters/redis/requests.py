@@ -32,7 +32,7 @@ class RedisRequestBudget:
         arguments = ("", 1, *self._sizes, 1, 1, 1)
         try:
             answer = await self._functions.within(
-                lambda: self._functions.call(tag, "postroad_take_1", keys, arguments, only_looks=False)
+                lambda: self._functions.call(tag, "postroad_take_2", keys, arguments, only_looks=False)
             )
         except RedisAwayError:
             return await self._local.spend(key)

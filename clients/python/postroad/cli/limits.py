@@ -65,7 +65,15 @@ Subject = Annotated[
 Period = Annotated[
     str | None, typer.Option("--per", help="In which it may pass: `minute`, `hour`, `day` or as `90s`, `10m`, `2h`")
 ]
-Burst = Annotated[int | None, typer.Option("--burst", min=0, help="At once after a silence; 0: a tenth, at least 10")]
+Burst = Annotated[
+    int | None,
+    typer.Option(
+        "--burst",
+        min=0,
+        help="At once after a silence; 0: a tenth, at least 10. What costs more passes when all of it is there, and"
+        " nothing after it until the rest is paid",
+    ),
+]
 DisplayName = Annotated[str | None, typer.Option("--display-name", help="For people")]
 
 

@@ -575,7 +575,9 @@ class Limit(_message.Message):
     amount: _builtins.int
     """Tokens a period, or connections at once; at least 1."""
     burst: _builtins.int
-    """Capacity of the bucket, filled in; 0 without a period."""
+    """Capacity of the bucket, filled in; 0 without a period. What costs more
+    passes when the bucket is full, and leaves a debt.
+    """
     @_builtins.property
     def period(self) -> _duration_pb2.Duration:
         """Absent: connections at once."""

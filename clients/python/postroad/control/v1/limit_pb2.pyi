@@ -169,7 +169,10 @@ class Limit(_message.Message):
     """Tokens a period, or connections at once; 1 to 4,000,000,000."""
     burst: _builtins.int
     """Tokens that may pass at once after a silence, 1 to `amount`; 0 is a tenth of
-    it, but 10 where it allows that many. 0 without a period.
+    it, but 10 where it allows that many. 0 without a period. What costs more
+    passes when all are there, and nothing after it until the rest is paid, so
+    that never more passes than this, the amount for the time, and the cost of
+    one message.
     """
     origin: Global___Limit.Origin.ValueType
     """Where it comes from."""
@@ -240,17 +243,17 @@ class LimitState(_message.Message):
         subject: _builtins.str
         """As `Limit.subject`."""
         available: _builtins.int
-        """Tokens, or free places for connections."""
+        """Tokens, or free places for connections; 0 while there is a debt."""
         used: _builtins.int
         """What is missing of the capacity: tokens that have not come back yet, or
-        connections at once.
+        connections at once. More than the capacity while there is a debt.
         """
         capacity: _builtins.int
         """Tokens that the bucket holds, or connections at once."""
         @_builtins.property
         def next_delay(self) -> _duration_pb2.Duration:
-            """Until one more token is there; absent for a full bucket and for
-            connections at once.
+            """Until one more token is there, a debt paid before; absent for a full
+            bucket and for connections at once.
             """
 
         @_builtins.property
