@@ -44,6 +44,7 @@ def send(
     """Submit a message over SMTP with TLS and AUTH, and watch it until it is sent.
 
     Status 0 when every copy was sent to every recipient (with --no-follow: accepted), 1 when one ended otherwise.
+    When a copy is refused, the ids of those before it are printed, and the rest is not submitted.
     The server is the one of `postroad up`, or POSTROAD_SMTP_SERVER, _USERNAME, _PASSWORD and _CA_FILE.
     """
     session = session_of(context)
@@ -58,18 +59,28 @@ def send(
     else:
         text = _read(body_file).decode("utf-8") if body_file is not None else body
         content = compose(sender, to, subject, text)
-    ids = submit(settings, implicit_tls=implicit_tls, sender=sender, recipients=to, content=content, count=count)
+    ids: list[str] = []
+    try:
+        submit(settings, ids, implicit_tls=implicit_tls, sender=sender, recipients=to, content=content, count=count)
+    except (CommandError, KeyboardInterrupt):
+        if ids:
+            _tell_accepted(session, ids)
+        raise
     if not follow_:
-        if session.printer.is_json:
-            session.printer.json({"messages": [{"id": one} for one in ids]})
-        for one in ids:
-            session.printer.say(f"Accepted {one}")
+        _tell_accepted(session, ids)
         return
     messages = _watch(session, ids, timeout_s)
     if session.printer.is_json:
         session.printer.json({"messages": [MessageToDict(message) for message in messages]})
     if not all(is_sent(message) for message in messages):
         raise typer.Exit(FAILED)
+
+
+def _tell_accepted(session: Session, ids: Sequence[str]) -> None:
+    if session.printer.is_json:
+        session.printer.json({"messages": [{"id": one} for one in ids]})
+    for one in ids:
+        session.printer.say(f"Accepted {one}")
 
 
 def _watch(session: Session, ids: Sequence[str], timeout_s: float) -> list[Message]:

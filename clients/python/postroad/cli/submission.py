@@ -1,8 +1,8 @@
 """Submitting over SMTP as an application would: TLS verified by the local CA, AUTH, and the id from the 250.
 
-Contract. `compose` builds a message, `submit` sends copies of one over one connection and returns the ids in the
-order of the `250`s. Every refusal is a `CommandError` with the server's words; without TLS nothing is sent, the
-password least of all.
+Contract. `compose` builds a message, `submit` sends copies of one over one connection and notes the ids in the order of
+the `250`s, so that its caller knows them also when a later copy is refused. Every refusal is a `CommandError` with the
+server's words; without TLS nothing is sent, the password least of all.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import asyncio
 import re
 import ssl
 from collections.abc import Sequence
+from email.errors import MessageError
 from email.message import EmailMessage
 from email.policy import SMTP, SMTPUTF8
 
 import aiosmtplib
+import typer
 
 from postroad.cli.connection import SmtpSettings
 from postroad.cli.problems import NOT_ALLOWED, NOT_CONFIGURED, UNREACHABLE, CommandError
@@ -25,7 +27,15 @@ _PERMANENT = 500
 
 
 def compose(sender: str, recipients: Sequence[str], subject: str, body: str) -> bytes:
-    """A plain text message. Date and Message-ID are left to the node, as RFC 6409 section 8 lets it add them."""
+    """A plain text message. Date and Message-ID are left to the node, as RFC 6409 section 8 lets it add them.
+
+    typer.BadParameter for what is no address and for a subject of several lines.
+    """
+    for option, address in (("--from", sender), *(("--to", recipient) for recipient in recipients)):
+        if not _is_address(address):
+            raise typer.BadParameter(f"{option}: {address!r} is no address")
+    if len(subject.splitlines()) > 1:
+        raise typer.BadParameter("--subject: it is one line")
     international = not (sender + "".join(recipients)).isascii()
     message = EmailMessage(policy=SMTPUTF8 if international else SMTP)
     message["From"] = sender
@@ -35,6 +45,14 @@ def compose(sender: str, recipients: Sequence[str], subject: str, body: str) -> 
     return message.as_bytes()
 
 
+def _is_address(text: str) -> bool:
+    try:
+        addresses = SMTPUTF8.header_factory("To", text).addresses
+    except (MessageError, ValueError, IndexError):  # IndexError is how Python's parser may meet a missing domain
+        return False
+    return len(addresses) == 1 and bool(addresses[0].username and addresses[0].domain)
+
+
 def canonical(content: bytes) -> bytes:
     """The content with CRLF at the end of each line: a file on a disk usually has LF."""
     content = re.sub(rb"\r\n|\r|\n", b"\r\n", content)
@@ -42,9 +60,16 @@ def canonical(content: bytes) -> bytes:
 
 
 def submit(
-    settings: SmtpSettings, *, implicit_tls: bool, sender: str, recipients: Sequence[str], content: bytes, count: int
-) -> list[str]:
-    """Submit `count` copies; the ids from the `250`s."""
+    settings: SmtpSettings,
+    accepted: list[str],
+    *,
+    implicit_tls: bool,
+    sender: str,
+    recipients: Sequence[str],
+    content: bytes,
+    count: int,
+) -> None:
+    """Submit `count` copies, and append to `accepted` the id from each `250` when it comes."""
     server = settings.tls_server if implicit_tls else settings.server
     host, _, port = server.rpartition(":")
     if not host or not port.isdecimal():
@@ -64,7 +89,7 @@ def submit(
         timeout=_TIMEOUT_S,
     )
     try:
-        return asyncio.run(_submit(client, sender, recipients, content, count))
+        asyncio.run(_submit(client, sender, recipients, content, count, accepted))
     except aiosmtplib.SMTPAuthenticationError as error:
         if error.code < _PERMANENT:
             raise CommandError(
@@ -76,6 +101,9 @@ def submit(
             "a suspended account cannot log in either: `postroad accounts list`",
             NOT_ALLOWED,
         ) from error
+    except aiosmtplib.SMTPConnectResponseError as error:
+        # It runs, and says why it takes no connection.
+        raise CommandError(f"{server}: {error.code} {error.message}", "Try again in a moment", UNREACHABLE) from error
     except (aiosmtplib.SMTPConnectError, aiosmtplib.SMTPServerDisconnected, aiosmtplib.SMTPTimeoutError) as error:
         raise CommandError(
             f"{server}: {error.message}", "Is it running? `postroad status` looks", UNREACHABLE
@@ -90,23 +118,27 @@ def submit(
 
 
 async def _submit(
-    client: aiosmtplib.SMTP, sender: str, recipients: Sequence[str], content: bytes, count: int
-) -> list[str]:
-    ids = []
+    client: aiosmtplib.SMTP,
+    sender: str,
+    recipients: Sequence[str],
+    content: bytes,
+    count: int,
+    accepted: list[str],
+) -> None:
     async with client:
         options = ["SMTPUTF8"] if not (sender + "".join(recipients)).isascii() else []
         for _ in range(count):
             errors, reply = await client.sendmail(sender, list(recipients), content, mail_options=options)
+            found = _QUEUED.search(reply)
+            if found is not None:
+                accepted.append(found.group(1))
             if errors:
                 address, (code, text) = next(iter(errors.items()))
                 raise CommandError(
                     f"recipient {address} was refused, the others were accepted: {code} {text} ({reply})"
                 )
-            found = _QUEUED.search(reply)
             if found is None:
                 raise CommandError(f"the server accepted the message, but named no id: {reply}")
-            ids.append(found.group(1))
-    return ids
 
 
 def _tls_context(settings: SmtpSettings) -> ssl.SSLContext:

@@ -1,0 +1,145 @@
+"""`postroad send` against a server that refuses: what is said, and what is known of the copies before."""
+
+from __future__ import annotations
+
+import json
+import socketserver
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from postroad.cli import problems
+from postroad.cli.main import run
+from support.certificates import write_certificate
+
+IDS = [f"0192f0c1-2d3e-7000-8000-{number:012d}" for number in range(2)]
+LINE = ["send", "--to", "a@b.example", "--from", "c@d.example"]
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """Says the greeting and accepts the messages that there are ids for, over TLS unless the greeting refuses."""
+
+    daemon_threads = True
+
+    def __init__(self, greeting: bytes, context: ssl.SSLContext | None) -> None:
+        self.greeting = greeting
+        self.context = context
+        self.ids = iter(IDS)
+        super().__init__(("127.0.0.1", 0), Conversation)
+
+    def reply(self, line: bytes) -> bytes:
+        match line[:4].upper():
+            case b"EHLO":
+                return b"250-server\r\n250 AUTH PLAIN\r\n"
+            case b"AUTH":
+                return b"235 2.7.0 welcome\r\n"
+            case b"DATA":
+                return b"354 go on\r\n"
+            case b".\r\n":
+                found = next(self.ids, None)
+                return f"250 2.0.0 queued as {found}\r\n".encode() if found else b"452 4.3.1 no room\r\n"
+            case b"QUIT":
+                return b"221 2.0.0 bye\r\n"
+        return b"250 2.0.0 fine\r\n"
+
+
+class Conversation(socketserver.BaseRequestHandler):
+    """One connection."""
+
+    def handle(self) -> None:
+        server = self.server
+        assert isinstance(server, Server)
+        peer = server.context.wrap_socket(self.request, server_side=True) if server.context else self.request
+        with peer, peer.makefile("rb") as lines:
+            peer.sendall(server.greeting)
+            in_content = False
+            for line in lines:
+                if in_content and line != b".\r\n":
+                    continue
+                in_content = line[:4].upper() == b"DATA"
+                peer.sendall(server.reply(line))
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch, greeting: bytes, tls: Path | None = None) -> Iterator[None]:
+    context = None
+    if tls is not None:
+        certificate, key = write_certificate(tls, "localhost")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        monkeypatch.setenv("POSTROAD_SMTP_CA_FILE", str(certificate))
+    with Server(greeting, context) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("POSTROAD_SMTP_SERVER", f"localhost:{server.server_address[1]}")
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings of whoever runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("POSTROAD_SERVER", "POSTROAD_API_KEY", "POSTROAD_CONTEXT", "POSTROAD_DIR", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("POSTROAD_SMTP_SERVER", "127.0.0.1:1")
+    monkeypatch.setenv("POSTROAD_SMTP_USERNAME", "demo.app")
+    monkeypatch.setenv("POSTROAD_SMTP_PASSWORD", "prs_secret")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(
+            ("--to", address)
+            for address in ("nobody@", "nobody", "@b.example", "", "a@b.example, c@d.example", "a\n@b")
+        ),
+        ("--from", "nobody@"),
+        ("--subject", "two\nlines"),
+    ],
+)
+def test_what_cannot_be_written_into_a_header_is_a_wrong_line(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["send", "--to", "a@b.example"] if option != "--to" else ["send"]
+    words += ["--from", "c@d.example"] if option != "--from" else []
+    assert run([*words, f"{option}={value}"]) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_copies_that_were_accepted_before_a_refusal_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(monkeypatch, b"220 ready\r\n", tmp_path):
+        assert run([*LINE, "--implicit-tls", "--count", "5"]) == problems.FAILED
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"Accepted {one}" for one in IDS]
+    assert "452 4.3.1 no room" in said.err
+
+
+def test_copies_that_were_accepted_before_a_refusal_are_named_to_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(monkeypatch, b"220 ready\r\n", tmp_path):
+        assert run([*LINE, "--implicit-tls", "--count", "5", "--output", "json"]) == problems.FAILED
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"messages": [{"id": one} for one in IDS]}
+    assert "452 4.3.1 no room" in json.loads(said.err)["message"]
+
+
+def test_a_server_that_takes_no_connection_is_quoted_and_not_called_down(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(monkeypatch, b"421 4.7.0 too many connections\r\n"):
+        assert run(LINE) == problems.UNREACHABLE
+    said = capsys.readouterr().err
+    assert "421 4.7.0 too many connections" in said
+    assert "Is it running" not in said
