@@ -53,6 +53,7 @@ def parse(words: Sequence[str]) -> Options:
     add("--pipelining", action="store_true", help="MAIL, RCPT and DATA in one write; one by one without")
     add("--reconnect", action="store_true", help="a connection for every message")
     add("--flood-sessions", type=int, default=50, help="sessions of the account that floods")
+    add("--background-sessions", type=int, default=0, help="flood: sessions of a third account, in a closed loop")
     add("--flood-rate", type=float, default=0.0, help="its messages a second; 0: a closed loop")
     add("--api-rate", type=float, default=100.0, help="API requests a second")
     add("--drop-every", type=int, metavar="N", help="the sink loses every N-th message: shows that a loss is found")
@@ -82,6 +83,7 @@ def parse(words: Sequence[str]) -> Options:
         reconnect=given.reconnect,
         flood_sessions=given.flood_sessions,
         flood_rate=given.flood_rate,
+        background_sessions=given.background_sessions,
         api_rate=given.api_rate,
         sink_options=_sink_options(given),
         json_file=given.json,

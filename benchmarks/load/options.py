@@ -30,6 +30,8 @@ class Options:
     # Of the account that floods; rate 0 is a closed loop.
     flood_sessions: int = 50
     flood_rate: float = 0.0
+    # Of an account that sends in a closed loop before and beside the flood; 0: there is none.
+    background_sessions: int = 0
     api_rate: float = 100.0
     sink_options: tuple[str, ...] = ()
     json_file: Path | None = None

@@ -21,6 +21,7 @@ from benchmarks.smtp_tools import ToolError
 
 _RECIPIENT = "someone@example.net"
 _FIRST, _SECOND = Place("bench", "127.0.0.1"), Place("second", "127.0.0.2")
+_THIRD = Place("third", "127.0.0.3")
 _LARGE_BYTES = 100_000
 _RAMP_S = 60.0
 _LIMIT_PER_S = 100
@@ -189,20 +190,28 @@ class DeadTarget(Scenario):
 
 
 class Flood(Scenario):
-    """Two accounts; one floods."""
+    """Two accounts; one floods. A third may keep the server busy all the time, as in daily life."""
 
     name = "flood"
     summary = "a paced stream alone, then beside an account that floods: --messages, at once or at --flood-rate"
     defaults = Defaults(sessions=50, messages=100_000, seconds=30.0, rate=50.0)
-    needs = Needs((_FIRST, _SECOND))
+    needs = Needs((_FIRST, _SECOND, _THIRD))
 
     def phases(self, options: Options, server: Server) -> Sequence[Phase]:
-        """The quiet account sends for as many seconds as said; the flood has no bound but its messages."""
+        """Quiet account and background send for as many seconds as said; the flood has no bound but its messages."""
         quiet = Stream("quiet", replace(self.job(options, server), messages=0), 1)
         flood = _from(_SECOND, quiet.job)
         flood = replace(flood, messages=options.messages, seconds=0.0, rate=options.flood_rate)
         flood = replace(flood, sessions=options.flood_sessions)
-        return [Phase("alone", (quiet,)), Phase("disturbed", (quiet, Stream("flood", flood, options.processes)))]
+        before = (quiet, *self._background(options, quiet.job))
+        return [Phase("alone", before), Phase("disturbed", (*before, Stream("flood", flood, options.processes)))]
+
+    @staticmethod
+    def _background(options: Options, quiet: Job) -> tuple[Stream, ...]:
+        if not options.background_sessions:
+            return ()
+        job = replace(_from(_THIRD, quiet), sessions=options.background_sessions, rate=0.0)
+        return (Stream("background", job, 1),)
 
 
 class Limits(Scenario):
