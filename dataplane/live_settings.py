@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from dataplane.core.config import NodeSettings
+from dataplane.event_log import LEVELS
 from dataplane.ingress.admission import Admission
 from dataplane.ingress.protocol import Timeouts
 from dataplane.ports import EventLog
@@ -73,8 +74,10 @@ class LiveSettings:
         bounds = wished._replace(connections=min(wished.connections, self._room))
         if self._targets is None or bounds == self._in_force:
             return
+        former = bounds if self._in_force is None else self._in_force
         self._in_force = bounds
-        set_log_level(bounds.log_level)
+        # At the more talkative of both levels, so that a change of the level does not hide that it was made.
+        set_log_level(min(former.log_level, bounds.log_level, key=LEVELS.__getitem__))
         admission, service = self._targets
         admission.bound(bounds.connections, bounds.connections_per_address)
         service.timeouts = bounds.timeouts
@@ -84,6 +87,7 @@ class LiveSettings:
             connections_per_address=bounds.connections_per_address,
             log_level=bounds.log_level,
         )
+        set_log_level(bounds.log_level)
         if bounds.connections < wished.connections:
             self._log.warning(
                 "connections.lowered",

@@ -42,6 +42,7 @@ from typing import BinaryIO
 from dataplane.core import replies
 from dataplane.cores import available_cores
 from dataplane.descriptors import raise_descriptor_limit
+from dataplane.event_log import LEVELS
 from dataplane.ingress.address_counts import AddressCounts
 from dataplane.lifecycle import HELD_REPORT_INTERVAL_S, DrainPlan
 from dataplane.listening_sockets import answer_waiting, bind_listeners, turn_away
@@ -159,9 +160,11 @@ class Supervisor:
             self._log.warning("settings.not_reloaded", error=str(error))
             _say({"event": "node.reloaded", "ok": False})
             return
-        self._settings = taken.settings
-        set_log_level(taken.settings.log_level)
+        # At the more talkative of both levels, so that a change of the level does not hide that it was made.
+        set_log_level(min(self._settings.log_level, taken.settings.log_level, key=LEVELS.__getitem__))
         self._log.info("settings.reloaded", changed=taken.changed)
+        set_log_level(taken.settings.log_level)
+        self._settings = taken.settings
         if taken.kept:
             self._log.warning("settings.need_restart", settings=taken.kept)
         self._signal(self._children, signal.SIGHUP)
@@ -241,7 +244,11 @@ class Supervisor:
             if child.process is None or (code := child.process.poll()) is None:
                 continue
             ran_for_s = time.monotonic() - child.started_at
-            self._log.info("process.ended", name=child.name, code=code, ran_for_s=round(ran_for_s, 3))
+            # One that ends although nobody asked it to is news, whatever it says of itself.
+            if restart or code:
+                self._log.warning("process.ended", name=child.name, code=code, ran_for_s=round(ran_for_s, 3))
+            else:
+                self._log.info("process.ended", name=child.name, code=code, ran_for_s=round(ran_for_s, 3))
             child.process, child.ready = None, None
             if child in self._workers:
                 self._counts.clear(self._workers.index(child))
@@ -257,7 +264,7 @@ class Supervisor:
         if code == EXIT_NO_SPACE:
             # No fault of its own: to leave it out would keep its mail from going on when space returns.
             count = sum([answer_waiting(bound, reply) for bound, reply in self._farewells(child)])
-            self._log.info("process.waits_for_space", name=child.name, turned_away=count)
+            self._log.warning("process.waits_for_space", name=child.name, turned_away=count)
             child.start_due = time.monotonic() + NO_SPACE_WAIT_S
             return
         wait_s = child.restarts.ended(ran_for_s)
@@ -269,7 +276,7 @@ class Supervisor:
             self._announced = False
             return
         if child.restarts.is_failing:
-            self._log.info("process.failing", name=child.name, retry_in_s=wait_s)
+            self._log.warning("process.failing", name=child.name, retry_in_s=wait_s)
         child.start_due = time.monotonic() + wait_s
 
     def _close_to_new_connections(self, child: Child) -> None:
@@ -288,7 +295,7 @@ class Supervisor:
         try:
             for spool in child.spools:
                 quarantine_spool(Path("spool") / spool, f"{child.name} ended three times within seconds")
-                self._log.info("spool.quarantined", spool=spool, name=child.name)
+                self._log.warning("spool.quarantined", spool=spool, name=child.name)
         except OSError as error:
             self._log.warning("spool.not_quarantined", name=child.name, error=str(error))
             return False
@@ -356,7 +363,7 @@ class Supervisor:
             now = time.monotonic()
             if now >= deadline:
                 for child in left:
-                    self._log.info("process.killed", name=child.name)
+                    self._log.warning("process.killed", name=child.name)
                 self._signal(left, signal.SIGKILL)
                 self._await_dead(left)
                 return False

@@ -3,8 +3,8 @@
 /metrics   what the workers count, asked for now and waited for no longer than two seconds: of one that hangs, what
            it said last; and what the agent knows itself
 /healthz   200 while the agent's loop runs
-/readyz    200 when the node takes mail: a configuration that is not too old, and every worker there; else 503.
-           The body is JSON and names what is missing
+/readyz    200 when the node takes mail: a configuration that is not too old, and a worker at least; else 503.
+           The body is JSON and names what is missing, also of a node that is ready: workers
 """
 
 from __future__ import annotations
@@ -124,17 +124,19 @@ class MetricsServer:
 
     async def _readyz(self, request: web.Request) -> web.Response:
         del request
-        missing = list(self._missing())
-        return web.json_response({"ready": not missing, "missing": missing}, status=503 if missing else 200)
+        missing = list(self._config_missing())
+        connected, wanted = self._state.table.connected_count, self._state.worker_count
+        ready = not missing and connected > 0
+        if connected < wanted:
+            missing.append(f"{wanted - connected} of {wanted} workers")
+        return web.json_response({"ready": ready, "missing": missing}, status=200 if ready else 503)
 
-    def _missing(self) -> Iterator[str]:
+    def _config_missing(self) -> Iterator[str]:
         state = self._state
         if state.machine.config is EMPTY:
             yield "no configuration yet"
         elif state.clock.wall_ms() - state.config.last_contact_ms > state.config_max_age_s * 1000:
             yield "the configuration is too old"
-        if state.table.connected_count < state.worker_count:
-            yield f"{state.worker_count - state.table.connected_count} of {state.worker_count} workers"
 
 
 def _days_left(path: Path, now_ms: int) -> float | None:

@@ -51,6 +51,7 @@ from dataplane.settings import (
 )
 from postroad.config.v1 import bundle_pb2 as pb
 from postroad.config.v1.denials_pb2 import Denial, DenialSet
+from postroad.localstack.probe import Readiness, readiness
 from postroad.node.v1.config_stream_service_pb2 import (
     Command,
     Denials,
@@ -402,6 +403,17 @@ async def test_metrics_and_probes(node: Node) -> None:
     assert "workers_connected 1.0" in metrics
     assert 'tls_certificate_days_left{certificate="node"}' in metrics
     assert re.search(r"^tls_cert_expiry_days [0-9.]+$", metrics, re.MULTILINE)
+
+
+async def test_a_node_is_ready_while_one_worker_serves_and_names_those_that_are_missing(node: Node) -> None:
+    async with node.agent(workers=2) as port, working(PlayedWorker()) as worker:
+        stream, _ = await hello_of(node)
+        stream.send(snapshot("n1", settings_bundle()))
+        await worker.until(lambda message: isinstance(message, ContactTime))
+        status, text = await fetch(port, "/readyz")
+        assert (status, json.loads(text)) == (200, {"ready": True, "missing": ["1 of 2 workers"]})
+        found = await asyncio.to_thread(readiness, f"http://127.0.0.1:{port}")
+        assert found == Readiness(ready=True, detail="missing: 1 of 2 workers")
 
 
 async def test_counters_go_on_from_where_a_worker_ended(node: Node) -> None:

@@ -75,7 +75,24 @@ def test_caps_timers_and_level_follow_both(levels: list[str]) -> None:
     view.settings = NodeSettings(max_connections=9)
     live.apply()
     assert refused_after(admission) + 5 == 9
-    assert levels == ["debug", "debug", "warning"]
+    assert levels[-1] == "warning"
+
+
+@pytest.mark.parametrize(("former", "later"), [("warning", "info"), ("info", "warning")])
+def test_a_change_of_the_level_is_logged_by_the_more_talkative_one(levels: list[str], former: str, later: str) -> None:
+    in_force: list[str] = []
+
+    class Noting(Log):
+        def info(self, event: str, **fields: object) -> None:
+            in_force.append(levels[-1])
+            super().info(event, **fields)
+
+    view = View(log_level=former)
+    live = LiveSettings(own(), view, 100_000, Noting())
+    live.attach(Admission(1, 1), Service())
+    view.settings = NodeSettings(log_level=later)
+    live.apply()
+    assert (in_force[1:], levels[-1]) == (["info"], later)
 
 
 def test_a_cap_without_descriptors_for_it_is_lowered_and_said_once() -> None:

@@ -12,7 +12,7 @@ _TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """The answer of a `/readyz`: whether it is ready, and what it says is wrong when it is not."""
+    """The answer of a `/readyz`: whether it is ready, and what it says is wrong; a node serves without all workers."""
 
     ready: bool
     detail: str
@@ -36,5 +36,8 @@ def _detail(body: bytes) -> str:
         answer = json.loads(body)
     except ValueError:
         return ""
-    reasons = answer.get("reasons", []) if isinstance(answer, dict) else []
-    return "; ".join(map(str, reasons)) if isinstance(reasons, list) else str(reasons)
+    if not isinstance(answer, dict):
+        return ""
+    # The control plane tells of each check, a node of what is missing.
+    failed = [f"{name}: {found}" for name, found in answer.get("checks", {}).items() if found != "ok"]
+    return "; ".join([*failed, *(f"missing: {one}" for one in answer.get("missing", []))])
