@@ -252,8 +252,10 @@ class Pool:
         self._opening_count -= 1
         pools.counters.connections_now -= 1
         pools.counters.connections_failed += 1
+        was_dead = self.destination.flow is Flow.THROTTLED
         throttled = self.destination.failed(pools.clock.monotonic(), pools.random())
-        if throttled:
+        # A probe that fails finds nothing new.
+        if throttled and not was_dead:
             pools.counters.throttled += 1
             pools.log.warning(
                 "delivery.throttled",

@@ -116,6 +116,7 @@ async def test_a_dead_provider_costs_a_probe_each_time_whatever_waits_for_it(wai
             await pass_time(bench, CAP_S + 1.0)
             assert dead.connections == first + probe
             assert len(bench.events) == 1 + probe
+            assert bench.engine.counters.throttled == 1, "a probe that fails finds nothing new"
         assert bench.engine.counters.attempts == 0
         assert bench.engine.counters.put_back <= claimed + 11
 
