@@ -10,6 +10,7 @@ rules named; failing in any other way, or passing, is an error too.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -178,7 +179,17 @@ def _run(test: str, copy: Path) -> tuple[int, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0 when every build was caught."""
-    wanted = sys.argv[1:] if arguments is None else arguments
+    names = [build.name for build in BUILDS]
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos.broken",
+        description="Builds that break one promise each: the judge must catch every one.",
+        epilog="\n".join(["builds:", *(f"  {build.name:18}{build.what}" for build in BUILDS)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("builds", nargs="*", metavar="build", help="those to be tried; all of them when none is named")
+    wanted = parser.parse_args(arguments).builds
+    if unknown := [name for name in wanted if name not in names]:
+        parser.error(f"no build is named {', '.join(unknown)}; there are {', '.join(names)}")
     builds = [build for build in BUILDS if not wanted or build.name in wanted]
     missed = 0
     for build in builds:
@@ -189,4 +200,4 @@ def main(arguments: list[str] | None = None) -> int:
             said = f"NOT CAUGHT: {error}"
         sys.stdout.write(f"{build.name} ({build.what}): {said}\n")
         sys.stdout.flush()
-    return 1 if missed or not builds else 0
+    return 1 if missed else 0

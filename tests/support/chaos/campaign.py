@@ -279,11 +279,11 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; 0 when every seed was clean."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.campaign", description=__doc__)
     parser.add_argument("--seed", type=int, help="one seed")
-    parser.add_argument("--seeds", help="several: 1-20, or 1,4,7")
+    parser.add_argument("--seeds", type=read_seeds, default="1-20", help="several: 1-20, or 1,4,7")
     parser.add_argument("--steps", type=int, default=STEPS, help="faults in each campaign")
     parser.add_argument("--quiet", action="store_true", help="one line a seed")
     options = parser.parse_args(arguments)
-    seeds = [options.seed] if options.seed is not None else _numbers(options.seeds or "1-20")
+    seeds = [options.seed] if options.seed is not None else options.seeds
     failed: list[int] = []
     for seed in seeds:
         result = run_campaign(seed, options.steps, (lambda _: None) if options.quiet else _say)
@@ -293,11 +293,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _numbers(text: str) -> list[int]:
+def read_seeds(text: str) -> list[int]:
+    """`1-20` or `1,4,7` as numbers; ArgumentTypeError when it is neither, or none."""
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or not (last if dash else first).isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1-20 or 1,4,7")
         found += range(int(first), int(last or first) + 1)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names no seed")
     return found
 
 
