@@ -18,8 +18,11 @@ from postroad.cli.output import Column, Output, Printer, printable
 from postroad.cli.problems import CommandError, report
 from postroad.cli.providers import _endpoint
 from postroad.cli.send import smtp_settings
+from postroad.cli.session import Session
 from postroad.cli.submission import canonical, compose
 from postroad.control.v1.account_pb2 import Account
+from postroad.control.v1.limit_pb2 import Limit
+from postroad.control.v1.limit_service_pb2 import GetLimitRequest
 from postroad.control.v1.message_pb2 import DELIVERY_EVENT_TYPE_SENT, DeliveryEvent
 from postroad.inbox import Inbox
 from postroad.localstack import LocalStackError
@@ -259,3 +262,59 @@ def test_mail_of_the_inbox_has_names_for_programs_as_the_api_has(
 def test_a_mail_that_is_not_there_is_told_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inbox", "show", "7", "--dir", str(tmp_path)]) == problems.NOT_THERE
     assert "postroad inbox list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("--scope address --unit connection --amount 5 --per minute", "--shared"),
+        ("--scope destination --unit connection --amount 5", "--shared"),
+        ("--scope account --unit message --amount 5", "--per"),
+        ("--scope provider --unit message --amount 5", "--per"),
+        ("--scope address --unit connection --amount 5 --shared", "--per"),
+    ],
+)
+def test_a_limit_that_lacks_an_option_is_told_which(line: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["limits", "create", "one", *line.split()]) == 2
+    assert option in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ["--scope provider --unit connection", "--scope destination --unit message --shared --per hour"]
+)
+def test_a_limit_with_all_options_gets_as_far_as_the_server(line: str) -> None:
+    assert run(["limits", "create", "one", "--amount", "5", *line.split()]) == problems.NOT_CONFIGURED
+
+
+class Limits:
+    """The part of a client that is asked for one limit."""
+
+    def __init__(self, *limits: Limit) -> None:
+        self.limits = self
+        self._by_name = {limit.name: limit for limit in limits}
+
+    def GetLimit(self, request: GetLimitRequest) -> Limit:
+        if request.name not in self._by_name:
+            raise NotFoundError("none", ErrorDetails(grpc.StatusCode.NOT_FOUND, "RESOURCE_NOT_FOUND"))
+        return self._by_name[request.name]
+
+
+@pytest.fixture
+def slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server whose only limit is a shared one of connections at once."""
+    client = Limits(Limit(name="limits/slots", unit=Limit.UNIT_CONNECTION, amount=5))
+    monkeypatch.setattr(Session, "client", client)
+    monkeypatch.setenv("POSTROAD_ACCOUNT", "demo")
+
+
+@pytest.mark.usefixtures("slots")
+def test_a_limit_that_the_account_has_not_may_be_a_shared_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["limits", "get", "slots"]) == problems.NOT_THERE
+    assert "limits/slots" in capsys.readouterr().err
+    assert run(["limits", "get", "limits/slots"]) == 0
+
+
+@pytest.mark.usefixtures("slots")
+def test_connections_at_once_are_not_turned_into_a_rate_by_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["limits", "update", "limits/slots", "--per", "hour"]) == 2
+    assert "--per" in capsys.readouterr().err

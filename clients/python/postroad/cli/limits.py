@@ -31,7 +31,9 @@ _UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _DURATION = re.compile(r"(\d+)([smhd])")
 _WORDS = {1: "second", 60: "minute", 3_600: "hour", 86_400: "day"}
 
-LIMIT = Kind(noun="Limit", collection="limits", service="limits", module=limit_service_pb2, columns=())
+LIMIT = Kind(
+    noun="Limit", collection="limits", service="limits", module=limit_service_pb2, columns=(), may_be_shared=True
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -121,6 +123,7 @@ def create_limit(
     shared: Annotated[bool, typer.Option("--shared", help="For every account")] = False,
 ) -> None:
     """Create a limit; operators only. Without --per: connections at once, to a provider or destination."""
+    _check(scope, unit, has_period=bool(period), shared=shared)
     session = session_of(context)
     limit = Limit(
         display_name=display_name or "",
@@ -144,12 +147,14 @@ def update_limit(
     burst: Burst = None,
     display_name: DisplayName = None,
 ) -> None:
-    """Change what is given; operators only. What was used stays used."""
+    """Change what is given; operators only. Of a rate what was left stays left, and fills up from there."""
     session = session_of(context)
 
     def change(limit: Limit) -> list[str]:
         paths = changed(limit, amount=amount, burst=burst, display_name=display_name)
         if period:
+            if not limit.HasField("period"):
+                raise typer.BadParameter("--per: this limit is of connections at once; create another one for a rate")
             limit.period.CopyFrom(_period(period))
             paths.append("period")
         return paths
@@ -161,6 +166,15 @@ add_deletion(app, LIMIT)
 
 
 # --- inside ------------------------------------------------------------------------------------
+
+
+def _check(scope: Scope, unit: Unit, *, has_period: bool, shared: bool) -> None:
+    """Say by their options what would be refused by the names of fields."""
+    if scope in (Scope.ADDRESS, Scope.DESTINATION) and not shared:
+        raise typer.BadParameter(f"--scope {scope}: belongs to no account, give --shared as well")
+    at_once = unit is Unit.CONNECTION and scope in (Scope.PROVIDER, Scope.DESTINATION)
+    if not has_period and not at_once:
+        raise typer.BadParameter("--per is missing: only connections to a provider or destination are counted at once")
 
 
 def _rows(limit: Limit) -> list[tuple[Limit, LimitState.Subject | None]]:

@@ -112,7 +112,7 @@ def report(error: Exception, printer: Printer) -> int:
 
 def _texts(error: Exception) -> tuple[str, str]:
     if isinstance(error, PostroadError):
-        advice = ADVICE.get(error.reason, "")
+        advice = ADVICE.get(error.reason, "") or " ".join(getattr(error, "__notes__", ()))
         if not advice and error.code is grpc.StatusCode.UNAVAILABLE:
             advice = _UNREACHABLE
         # One line is enough where the fields are listed below it.

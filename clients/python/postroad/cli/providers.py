@@ -26,6 +26,7 @@ PROVIDER = Kind(
     collection="providers",
     service="providers",
     module=provider_service_pb2,
+    may_be_shared=True,
     columns=(
         Column("PROVIDER", lambda one: short(one.name)),
         Column("STATE", lambda one: enum_text(one, "state")),

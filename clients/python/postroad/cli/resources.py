@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import typer
 from google.protobuf.message import Message
 
-from postroad.cli.output import Column
+from postroad.cli.output import Column, short
 from postroad.cli.session import Session, session_of
+from postroad.sdk import NotFoundError
 
 _PAGE_SIZE = 500
 
@@ -39,6 +40,7 @@ class Kind:
     columns: Sequence[Column]
     in_account: bool = True
     hidden: frozenset[str] = frozenset({"uid", "etag"})
+    may_be_shared: bool = False
 
     @property
     def field(self) -> str:
@@ -63,7 +65,12 @@ def call(session: Session, kind: Kind, verb: str, **fields: Any) -> Any:
 
 def fresh(session: Session, kind: Kind, name: str) -> Any:
     """The resource as it is now."""
-    return call(session, kind, f"Get{kind.noun}", name=name)
+    try:
+        return call(session, kind, f"Get{kind.noun}", name=name)
+    except NotFoundError as error:
+        if kind.may_be_shared and name.startswith("accounts/"):
+            error.add_note(f"One of all accounts is named in full: {kind.collection}/{short(name)}")
+        raise
 
 
 def create(session: Session, kind: Kind, identifier: str, resource: Message, parent: str | None = None) -> Any:
