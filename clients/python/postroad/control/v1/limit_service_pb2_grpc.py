@@ -110,7 +110,7 @@ class LimitServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateLimit(self, request, context):
-        """Changes the fields in the mask. What was used stays used. ABORTED when the
+        """Changes the fields in the mask. What was left stays left. ABORTED when the
         etag is stale; FAILED_PRECONDITION as for CreateLimit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -54,7 +54,7 @@ class LimitServiceStub:
     with their live state for this account. NOT_FOUND.
     """
     UpdateLimit: _grpc.UnaryUnaryMultiCallable[_limit_service_pb2.UpdateLimitRequest, _limit_pb2.Limit]
-    """Changes the fields in the mask. What was used stays used. ABORTED when the
+    """Changes the fields in the mask. What was left stays left. ABORTED when the
     etag is stale; FAILED_PRECONDITION as for CreateLimit.
     """
     DeleteLimit: _grpc.UnaryUnaryMultiCallable[_limit_service_pb2.DeleteLimitRequest, _empty_pb2.Empty]
@@ -84,7 +84,7 @@ class LimitServiceAsyncStub(LimitServiceStub):
     with their live state for this account. NOT_FOUND.
     """
     UpdateLimit: _aio.UnaryUnaryMultiCallable[_limit_service_pb2.UpdateLimitRequest, _limit_pb2.Limit]  # type: ignore[assignment]
-    """Changes the fields in the mask. What was used stays used. ABORTED when the
+    """Changes the fields in the mask. What was left stays left. ABORTED when the
     etag is stale; FAILED_PRECONDITION as for CreateLimit.
     """
     DeleteLimit: _aio.UnaryUnaryMultiCallable[_limit_service_pb2.DeleteLimitRequest, _empty_pb2.Empty]  # type: ignore[assignment]
@@ -141,7 +141,7 @@ class LimitServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _limit_service_pb2.UpdateLimitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_limit_pb2.Limit, _abc.Awaitable[_limit_pb2.Limit]]:
-        """Changes the fields in the mask. What was used stays used. ABORTED when the
+        """Changes the fields in the mask. What was left stays left. ABORTED when the
         etag is stale; FAILED_PRECONDITION as for CreateLimit.
         """
 
