@@ -53,6 +53,7 @@ class Timeouts:
     data_bytes_per_s: int = 500
 
 
+_MAX_SET_ASIDE_OCTETS = 65_536
 # As clients write it; one that writes it otherwise is not set aside.
 _MAIL = frozenset({b"MAIL ", b"mail "})
 
@@ -145,6 +146,11 @@ class SmtpProtocol(asyncio.Protocol, Timed):
             if len(self._early) > _MAX_EARLY_OCTETS:
                 self.abort()
             return
+        if self._set_aside:
+            self._set_aside += data
+            if len(self._set_aside) > _MAX_SET_ASIDE_OCTETS:
+                self._pause_reading()
+            return
         session = self.session
         if session.action is not Action.NONE:
             # Somebody must be waited for: this joins the batch behind a commit, or broke the rules.
@@ -167,7 +173,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         turnstile = self._service.turnstile
         if turnstile is None or not turnstile.holds() or self.session.in_transaction:
             return False
-        self._pause_reading()
+        # Reading goes on: most clients send nothing before the reply, and to stop and start costs system calls.
         self._set_aside = data
         turnstile.set_aside(self._submitter.account_name, self)
         return True
@@ -186,7 +192,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         if not self._closing:
             # Behind our own end it says nothing of what the client has heard.
             self._half_closed = True
-        return not self._tls and self.session.action in {Action.COMMIT, Action.MORE}
+        return not self._tls and (self.session.action in {Action.COMMIT, Action.MORE} or bool(self._set_aside))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything but a commit. A client that ends with nothing said since a 250 may not have heard it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from dataplane.ingress.turnstile import MARK, Turnstile
@@ -43,6 +44,34 @@ async def test_a_message_that_leaves_lets_the_next_mail_in() -> None:
         busy.turnstile.one_left()
         assert [(await peer.line())[:3] for _ in range(3)] == [b"250", b"250", b"354"]
         assert (await peer.ask(BODY)).startswith(b"250 2.0.0 queued as ")
+
+
+async def test_a_client_that_says_no_more_behind_its_batch_is_answered() -> None:
+    busy = Busy()
+    async with running(make_node(turnstile=busy.turnstile)) as node:
+        peer = await node.greeted()
+        await set_aside(peer, busy)
+        peer.writer.write(BODY)
+        peer.writer.write_eof()
+        await asyncio.sleep(0)
+        busy.turnstile.open()
+        # What came behind DATA, before its reply, is a fault of the client, which is told so.
+        assert (await peer.end()).endswith(b"503 5.5.1 Nothing may follow that command before its reply\r\n")
+
+
+async def test_what_follows_a_mail_that_waits_is_bounded() -> None:
+    busy = Busy()
+    async with running(make_node(turnstile=busy.turnstile)) as node:
+        peer = await node.greeted()
+        await set_aside(peer, busy)
+        sent_bytes = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                while sent_bytes < 64 * 1024 * 1024:
+                    peer.writer.write(b"NOOP\r\n" * 10_000)
+                    await peer.writer.drain()
+                    sent_bytes += 60_000
+        assert sent_bytes < 64 * 1024 * 1024
 
 
 async def test_a_client_that_left_gives_its_turn_away() -> None:
