@@ -50,12 +50,12 @@ async def test_a_client_that_says_no_more_behind_its_batch_is_answered() -> None
     busy = Busy()
     async with running(make_node(turnstile=busy.turnstile)) as node:
         peer = await node.greeted()
-        await set_aside(peer, busy)
-        peer.writer.write(BODY)
+        await peer.ask(EHLO)
+        # In one write, so that it is one read: what stands behind DATA is a fault of the client, which is told so.
+        peer.writer.write(BATCH + BODY)
         peer.writer.write_eof()
-        await asyncio.sleep(0)
+        await until(lambda: busy.turnstile.waiting_count == 1)
         busy.turnstile.open()
-        # What came behind DATA, before its reply, is a fault of the client, which is told so.
         assert (await peer.end()).endswith(b"503 5.5.1 Nothing may follow that command before its reply\r\n")
 
 
