@@ -29,6 +29,7 @@ from dataplane.core.session import Session
 from dataplane.core.session_contract import Action, Limits, Timer
 from dataplane.ingress.submission import Hello, Submitter
 from dataplane.ingress.timers import Timed
+from dataplane.ingress.turnstile import Pass
 from dataplane.ports import Grant, Take
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         "_early",
         "_half_closed",
         "_handshaking",
+        "_inside",
         "_lost",
         "_passed_over_bytes",
         "_progress",
@@ -113,6 +115,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         self._delayed: tuple[int, float, Reply] | None = None
         self._stored_last = False
         self._set_aside = b""
+        self._inside: Pass | None = None
         self.session = Session(
             submitter,
             limits,
@@ -171,7 +174,10 @@ class SmtpProtocol(asyncio.Protocol, Timed):
     def _must_wait(self, data: bytes) -> bool:
         """Set a MAIL aside while the worker has enough in hand."""
         turnstile = self._service.turnstile
-        if turnstile is None or not turnstile.holds() or self.session.in_transaction:
+        if turnstile is None or self.session.in_transaction:
+            return False
+        if not turnstile.holds(self._submitter.account_name):
+            self._enter()
             return False
         # Reading goes on: most clients send nothing before the reply, and to stop and start costs system calls.
         self._set_aside = data
@@ -183,9 +189,21 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         data, self._set_aside = self._set_aside, b""
         if self._lost or self.session.action is not Action.NONE:
             return False
+        self._enter()
         self.session.receive(data)
         self._react()
         return True
+
+    def _enter(self) -> None:
+        """A MAIL is let in; `_leave` follows when its transaction is over, or there was none."""
+        turnstile = self._service.turnstile
+        if turnstile is not None and self._inside is None:
+            self._inside = turnstile.entered(self._submitter.account_name)
+
+    def _leave(self) -> None:
+        turnstile, begun, self._inside = self._service.turnstile, self._inside, None
+        if turnstile is not None and begun is not None:
+            turnstile.left(begun)
 
     def eof_received(self) -> bool:
         """Keep the way back open while a commit owes the client its reply; TLS has no half that stays open."""
@@ -310,6 +328,8 @@ class SmtpProtocol(asyncio.Protocol, Timed):
             return
 
     def _await_octets(self) -> None:
+        if self._inside is not None and not self.session.in_transaction:
+            self._leave()
         if self._half_closed:
             # Nothing more can come, and everything that came was answered.
             self._close()
@@ -331,6 +351,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
     def _close(self) -> None:
         """Say no more, and read on for a while: to close on unread octets would reset the connection and our reply."""
         self._charge(0)
+        self._leave()
         transport = self._transport
         if transport is None or self._closing or transport.is_closing():
             return
@@ -356,6 +377,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
             self._charge(0)
             self._submitter.drop()
             self.answer_delayed()
+            self._leave()
             if self.opened:
                 self._service.closed(self)
 

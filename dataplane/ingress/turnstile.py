@@ -2,8 +2,11 @@
 
 A sender in a closed loop is served faster than its mail leaves, for to accept is less work than to deliver. Without a
 brake the surplus goes to the disk and is read back, is recorded twice, and costs half as much again. So from `mark`
-messages in hand (accepted, and on their way in memory) a session that says MAIL is set aside, and each message that
-leaves the hand lets one go on: accounts in turn, so that no account's sessions wait behind all of another's.
+messages in hand (on their way in, or accepted and on their way out in memory) a session that says MAIL is set aside,
+and each one that leaves the hand lets one go on: accounts in turn, so that no account's sessions wait behind all of
+another's. An account that has less than its share inside, while only others' sessions wait, goes on at once: who sends
+little does not wait for those who send as fast as they can. A transaction counts for PERIOD_S to twice that: a client
+that is slow takes nobody's place.
 
 That is right only while the loop itself is what is short. A timer looks whether it is: when the loop was idle for a
 part of the time, a few go on; when that is so IDLE_LOOKS times in a row, it is the next hops that are slow. Then all go
@@ -24,13 +27,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-MARK = 256
+MARK = 128
+PERIOD_S = 1.0
 LOOK_S = 0.005
 BUSY_SHARE = 0.7
 IDLE_LOOKS = 4
 REST_S = 1.0
 LONGEST_S = 5.0
 _AT_ONCE = 16
+
+# The account of a transaction that has begun, and the period in which it did.
+Pass = tuple[str, int]
 
 
 class Waiting(Protocol):
@@ -78,14 +85,27 @@ class Turnstile:
         self._looked = (0.0, 0.0)  # clock and busy time at the last look
         self._will_look = False
         self._idle_looks = 0  # in a row
+        # Sessions between their MAIL and the answer to their dot, by when they came in: this period, the one before.
+        self._inside = [0, 0]
+        self._inside_by_account: dict[str, int] = {}
+        self._period = 1
+        self._period_ends_s = 0.0
         self.waiting_count = 0
         self.waited_count = 0
 
-    def holds(self) -> bool:
-        """Whether a MAIL must be set aside now."""
-        if self._in_hand() < self._mark and not self.waiting_count:
+    def holds(self, account: str) -> bool:
+        """Whether a MAIL of this account must be set aside now."""
+        self._turn_period()
+        if self.waiting_count:
+            if account not in self._waiting and self._inside_by_account.get(account, 0) < self._share():
+                return False
+        elif self._held() < self._mark:
             return False
         return self._clock() >= self._rest_ends_s
+
+    def _share(self) -> int:
+        """How many transactions of an account go on at once, so that those of all are half the mark at the most."""
+        return self._mark // (2 * (len(self._inside_by_account) + len(self._waiting)))
 
     def set_aside(self, account: str, session: Waiting) -> None:
         """Let this session wait for its turn."""
@@ -95,10 +115,41 @@ class Turnstile:
         if not self._will_look:
             self._look_later()
 
+    def entered(self, account: str) -> Pass:
+        """A transaction has begun; returns what `left` wants to have of it."""
+        self._turn_period()
+        self._inside[0] += 1
+        self._inside_by_account[account] = self._inside_by_account.get(account, 0) + 1
+        return account, self._period
+
+    def _turn_period(self) -> None:
+        now_s = self._clock()
+        if now_s >= self._period_ends_s:
+            is_next = now_s < self._period_ends_s + PERIOD_S
+            self._inside = [0, self._inside[0] if is_next else 0]
+            self._period += 1 if is_next else 2
+            self._period_ends_s = now_s + PERIOD_S
+
+    def left(self, begun: Pass) -> None:
+        """A transaction is over; its message, if there is one, is in hand by now."""
+        account, period = begun
+        remaining = self._inside_by_account[account] - 1
+        if remaining:
+            self._inside_by_account[account] = remaining
+        else:
+            del self._inside_by_account[account]
+        age = self._period - period
+        if age < len(self._inside):
+            self._inside[age] -= 1
+            self.one_left()
+
     def one_left(self) -> None:
         """A message is in hand no more: somebody may go on in its place."""
-        if self.waiting_count and self._in_hand() < self._mark:
+        if self.waiting_count and self._held() < self._mark:
             self._let_go(1)
+
+    def _held(self) -> int:
+        return self._in_hand() + sum(self._inside)
 
     def open(self) -> None:
         """Let everybody go on, a few in each turn of the loop, and nobody wait for a while."""
@@ -139,8 +190,7 @@ class Turnstile:
             self._idle_looks = 0
             self.open()
             return
-        # Places get lost: with transactions that end without a message, and messages that wait on the disk.
-        if is_idle or self._in_hand() < self._mark // 2 or self._oldest_s() < now_s - LONGEST_S:
+        if is_idle or self._oldest_s() < now_s - LONGEST_S:
             self._let_go(_AT_ONCE)
         if self.waiting_count:
             self._look_later()

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
+import pytest
+
 from dataplane.ingress.turnstile import MARK, Turnstile
 from support.ingress import Peer, make_node, running, until
 
@@ -17,9 +19,9 @@ BODY = b"From: App <app@example.com>\r\n\r\nbody\r\n.\r\n"
 class Busy:
     """A worker that has `in_hand` messages in hand, and a loop that is never idle."""
 
-    def __init__(self) -> None:
-        self.in_hand = MARK
-        self.turnstile = Turnstile(lambda: self.in_hand, lambda: 0.0, lambda: 0.0, self)
+    def __init__(self, in_hand: int = MARK, mark: int = MARK) -> None:
+        self.in_hand = in_hand
+        self.turnstile = Turnstile(lambda: self.in_hand, lambda: 0.0, lambda: 0.0, self, mark)
 
     def call_soon(self, callback: Callable[[], None], /) -> None:
         asyncio.get_running_loop().call_soon(callback)
@@ -96,3 +98,40 @@ async def test_a_drain_keeps_nobody_waiting() -> None:
             group.create_task(node.ingress.drain(0.5))
             assert (await peer.end()).startswith((b"250 ", b"421 "))
         assert busy.turnstile.waiting_count == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "replies"),
+    [
+        (b"RSET\r\n", [b"250"]),
+        (b"EHLO again.example\r\n", [b"250"]),
+        (b"RCPT TO:<someone@example.net>\r\nDATA\r\n", [b"250", b"354"]),
+        (b"QUIT\r\n", [b"221"]),
+        (b"", []),
+    ],
+)
+async def test_a_transaction_counts_until_it_is_over_however_it_ends(said: bytes, replies: list[bytes]) -> None:
+    busy = Busy(in_hand=0, mark=1)
+    async with running(make_node(turnstile=busy.turnstile)) as node:
+        peer = await node.greeted()
+        await peer.ask(EHLO)
+        assert (await peer.ask(b"MAIL FROM:<app@example.com>\r\n")).startswith(b"250 ")
+        assert busy.turnstile.holds("another")
+        if said:
+            peer.writer.write(said)
+            assert [(await peer.line())[:3] for _ in replies] == replies
+            if replies[-1] == b"354":
+                assert busy.turnstile.holds("another")
+                assert (await peer.ask(BODY)).startswith(b"250 2.0.0 queued as ")
+        else:
+            await peer.close()
+        await until(lambda: not busy.turnstile.holds("another"))
+
+
+async def test_a_mail_that_is_refused_does_not_count() -> None:
+    busy = Busy(in_hand=0, mark=1)
+    async with running(make_node(turnstile=busy.turnstile)) as node:
+        peer = await node.greeted()
+        await peer.ask(EHLO)
+        assert (await peer.ask(b"MAIL FROM:<app@elsewhere.example>\r\n")).startswith(b"5")
+        assert not busy.turnstile.holds("another")
