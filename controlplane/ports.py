@@ -93,9 +93,6 @@ class AuthenticatedKey(NamedTuple):
 class ApiKeys(Protocol):
     """api_keys."""
 
-    async def find(self, lookup: str) -> AuthenticatedKey | None:
-        """Only in a transaction without an account: finds the key that is presented, whosever it is."""
-
     async def mark_use(self, lookup: str, time: datetime) -> None:
         """Remember when the key was last used, unless another replica did within the minute."""
 
@@ -362,6 +359,9 @@ class Database(Protocol):
 
     def transaction(self, scope: Scope) -> AbstractAsyncContextManager[Work]:
         """Begin a transaction that may write."""
+
+    async def find_api_key(self, lookup: str) -> AuthenticatedKey | None:
+        """Find the key with this readable part, whosever it is."""
 
     def authentication(self, lookup: str) -> AbstractAsyncContextManager[Work]:
         """Begin a transaction that sees nothing but the API key with this readable part."""

@@ -37,15 +37,15 @@ class Authenticator:
         if lookup is None:
             raise _refused()
         now = self._now()
-        async with self._database.authentication(lookup) as work:
-            found = await work.api_keys.find(lookup)
-            good = secrets.matches(presented, _NO_SECRET if found is None else found.secret_sha256)
-            if found is None or not good:
-                raise _refused()
-            key = found.key
-            if key.revoke_time is not None or (key.expire_time is not None and key.expire_time <= now):
-                raise _refused()
-            if key.last_use_time is None or now - key.last_use_time >= _USE_STEP:
+        found = await self._database.find_api_key(lookup)
+        good = secrets.matches(presented, _NO_SECRET if found is None else found.secret_sha256)
+        if found is None or not good:
+            raise _refused()
+        key = found.key
+        if key.revoke_time is not None or (key.expire_time is not None and key.expire_time <= now):
+            raise _refused()
+        if key.last_use_time is None or now - key.last_use_time >= _USE_STEP:
+            async with self._database.authentication(lookup) as work:
                 await work.api_keys.mark_use(lookup, now)
         scopes = frozenset(Scope(scope) for scope in key.scopes)
         return Caller(names.api_key_name(key.account, key.api_key), key.account, scopes)

@@ -1,7 +1,8 @@
 """API keys and SMTP credentials.
 
-Contract. Implement `controlplane.ports.ApiKeys` and `SmtpCredentials`. Only hashes and verifiers are stored. In a
-transaction of `Database.authentication` row-level security shows the one key whose readable part is presented.
+Contract. Implement `controlplane.ports.ApiKeys` and `SmtpCredentials`. Only hashes and verifiers are stored. To
+`find_api_key`, and in a transaction of `Database.authentication`, row-level security shows the one key whose readable
+part is presented.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ _KEY_MATCHES = "account IS NOT DISTINCT FROM $1 AND api_key = $2 AND left(uid::t
 _CREDENTIAL_MATCHES = "account = $1 AND smtp_credential = $2 AND left(uid::text, 8) = $3 AND version = $4"
 
 
+async def find_api_key(session: Session, lookup: str) -> AuthenticatedKey | None:
+    """As `controlplane.ports.Database.find_api_key`; outside of a transaction."""
+    row = await session.row("api_key_find", "SELECT * FROM postroad.find_api_key($1)", lookup)
+    return None if row is None else AuthenticatedKey(_api_key(row), row["secret_sha256"])
+
+
 class ApiKeysRepository:
     """`controlplane.ports.ApiKeys`."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-
-    async def find(self, lookup: str) -> AuthenticatedKey | None:
-        """As the port says."""
-        row = await self._session.row("api_key_find", "SELECT * FROM postroad.api_keys WHERE lookup = $1", lookup)
-        return None if row is None else AuthenticatedKey(_api_key(row), row["secret_sha256"])
 
     async def mark_use(self, lookup: str, time: datetime) -> None:
         """As the port says."""

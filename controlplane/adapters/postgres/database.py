@@ -23,7 +23,7 @@ import asyncpg
 from controlplane.adapters.postgres.accounts import AccountsRepository
 from controlplane.adapters.postgres.bundles import BundlesRepository
 from controlplane.adapters.postgres.constraints import domain_error
-from controlplane.adapters.postgres.credentials import ApiKeysRepository, SmtpCredentialsRepository
+from controlplane.adapters.postgres.credentials import ApiKeysRepository, SmtpCredentialsRepository, find_api_key
 from controlplane.adapters.postgres.fleet_database import AWAY
 from controlplane.adapters.postgres.idempotency import IdempotencyRepository
 from controlplane.adapters.postgres.limits import LimitsRepository
@@ -36,6 +36,7 @@ from controlplane.domain.errors import AbortedError, ControlPlaneError, Reason, 
 from controlplane.ports import (
     Accounts,
     ApiKeys,
+    AuthenticatedKey,
     Bundles,
     Idempotency,
     Limits,
@@ -133,6 +134,11 @@ class PostgresDatabase:
         async with self._transaction(settings) as session:
             yield PostgresWork(session, scope.principal)
 
+    async def find_api_key(self, lookup: str) -> AuthenticatedKey | None:
+        """As `controlplane.ports.Database.find_api_key`."""
+        async with self._session() as session:
+            return await find_api_key(session, lookup)
+
     @asynccontextmanager
     async def authentication(self, lookup: str) -> AsyncIterator[Work]:
         """As `controlplane.ports.Database.authentication`."""
@@ -141,18 +147,18 @@ class PostgresDatabase:
 
     @asynccontextmanager
     async def _transaction(self, settings: dict[str, str]) -> AsyncIterator[Session]:
+        async with self._session() as session:
+            await session.run("begin", _begin(settings))
+            yield session
+            await session.run("commit", "COMMIT")
+
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[Session]:
         session: Session | None = None
         try:
             async with self._connection() as connection, asyncio.timeout(self._transaction_timeout_s):
                 session = Session(connection, self._observe)
-                await session.run("begin", "BEGIN")
-                await session.run(
-                    "scope",
-                    "SELECT set_config(name, value, true) FROM unnest($1::text[], $2::text[]) AS s (name, value)",
-                    *(list(settings), list(settings.values())),
-                )
                 yield session
-                await session.run("commit", "COMMIT")
         except ControlPlaneError:
             raise
         except _LOST_RACES as error:
@@ -192,6 +198,15 @@ class PostgresDatabase:
                 with suppress(asyncpg.InterfaceError):
                     connection.terminate()
             await self._pool.release(connection)
+
+
+def _begin(settings: dict[str, str]) -> str:
+    """Begin a transaction and tell it its settings in one round trip, which takes no arguments: values go as hex."""
+    values = ", ".join(
+        rf"set_config('{name}', convert_from('\x{value.encode().hex()}', 'UTF8'), true)"
+        for name, value in settings.items()
+    )
+    return f"BEGIN; SELECT {values}"
 
 
 async def _roll_back(connection: Connection) -> bool:

@@ -1,0 +1,1 @@
+DROP FUNCTION postroad.find_api_key(text);
