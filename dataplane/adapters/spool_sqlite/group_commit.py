@@ -3,6 +3,9 @@
 Inputs are operations with their futures; a future is done after the commit that holds its write. Statements run on the
 loop's thread in turns of a millisecond, COMMIT and checkpoint in the committer's thread.
 
+A commit costs the same for one message as for a few, so outcomes, for which nobody waits, wait themselves: for
+PATIENCE_S, for a write that is not as patient, or until there are PATIENT_COUNT of them.
+
     state           who uses the writing connection    what a write does           what comes next
     idle            nobody                             begins a batch              writing
     writing         the loop, turn by turn             waits for the next batch    committing; idle after a rollback
@@ -37,6 +40,8 @@ from dataplane.core.ids import MessageId
 from dataplane.failpoints import failpoint
 from dataplane.ports import Clock, SpoolError, SpoolFailedError, SpoolFullError
 
+PATIENCE_S = 0.005
+PATIENT_COUNT = 32
 _TURN_S = 0.001
 _BATCH_OPERATIONS = 512
 _BATCH_BYTES = 8 * 1024 * 1024
@@ -79,6 +84,7 @@ class GroupCommit:
         self._state = _State.IDLE
         self._failure: SpoolFailedError | None = None
         self._scheduled = False
+        self._patience: asyncio.TimerHandle | None = None
         self._pending: deque[Operation] = deque()
         self._batch: list[Operation] = []
         self._steps: Iterator[None] = iter(())
@@ -115,7 +121,7 @@ class GroupCommit:
             return
         self._pending.append(operation)
         if self._state is _State.IDLE and not self._scheduled:
-            self._schedule()
+            self._schedule(at_once=not operation.is_patient)
 
     def wal_has_room(self) -> bool:
         """Whether the WAL is below its cap; above it tries to checkpoint, at most once a second."""
@@ -130,6 +136,8 @@ class GroupCommit:
     async def drain(self) -> None:
         """Wait until nothing gathers, is written or is checkpointed. Cancelling it changes nothing."""
         while self._pending or self._scheduled or self._state not in _RESTING:
+            if self._state is _State.IDLE and not self._scheduled:
+                self._schedule()
             self._drained = self._loop.create_future()
             await self._drained
 
@@ -164,9 +172,15 @@ class GroupCommit:
 
     # --- a batch on the loop's thread ---
 
-    def _schedule(self) -> None:
-        self._scheduled = True
-        self._loop.call_soon(self._begin)
+    def _schedule(self, *, at_once: bool = True) -> None:
+        if at_once or len(self._pending) >= PATIENT_COUNT:
+            if self._patience is not None:
+                self._patience.cancel()
+                self._patience = None
+            self._scheduled = True
+            self._loop.call_soon(self._begin)
+        elif self._patience is None:
+            self._patience = self._loop.call_later(PATIENCE_S, self._schedule)
 
     def _begin(self) -> None:
         self._scheduled = False
@@ -294,7 +308,7 @@ class GroupCommit:
     def _rest(self) -> None:
         self._state = _State.IDLE
         if self._pending and not self._scheduled:
-            self._schedule()
+            self._schedule(at_once=not all(operation.is_patient for operation in self._pending))
         self._wake_drain()
 
     def _wake_drain(self) -> None:

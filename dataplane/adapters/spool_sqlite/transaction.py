@@ -105,6 +105,11 @@ class Operation:
         """Roughly what the operation adds to the transaction."""
         return 64
 
+    @property
+    def is_patient(self) -> bool:
+        """Whether nobody waits for the commit to go on."""
+        return False
+
 
 @dataclass(slots=True, eq=False)
 class Accept(Operation):
@@ -136,6 +141,11 @@ class Settle(Operation):
 
     settlement: Settlement
 
+    @property
+    def is_patient(self) -> bool:
+        """What has a record tells an outcome; what has none is claimed or moved, and then it is sent."""
+        return self.settlement.record is not None
+
 
 @dataclass(slots=True, eq=False)
 class WriteRecord(Operation):
@@ -154,6 +164,11 @@ class Acknowledge(Operation):
     """The mark of what is stored elsewhere."""
 
     number: int
+
+    @property
+    def is_patient(self) -> bool:
+        """Until then the records are kept."""
+        return True
 
 
 @dataclass(slots=True, eq=False)
