@@ -31,6 +31,7 @@ from dataplane.adapters.config_view import MappedConfigView
 from dataplane.adapters.ledger_codec import encode_record
 from dataplane.adapters.limiter_link import Server
 from dataplane.adapters.limiter_local import LocalLimiter
+from dataplane.adapters.limiter_memory import LimiterMemory
 from dataplane.adapters.limiter_redis import RedisLimiter
 from dataplane.adapters.lkg import open_files
 from dataplane.adapters.resolver import CheckingResolver
@@ -205,7 +206,10 @@ class _Worker:
     async def serve(self, listener_fds: Sequence[int], signals: ProcessSignals) -> None:
         """Serve until told to end, then drain."""
         self._stack.push_async_callback(self._limiter.close)
+        memory = None
         if self._limits is not None:
+            memory = LimiterMemory(Path(), self._index, self._limits, self._clock, self._log)
+            memory.recall()
             await self._limits.start()
         room = connection_room(descriptor_limit(), open_descriptors())
         live = LiveSettings(self._settings, self._view, room, self._log)
@@ -219,6 +223,7 @@ class _Worker:
                     self._lag.run(),
                     self._watch_tls(ingress),
                     self._follow_settings(live, signals),
+                    *(() if memory is None else (memory.run(),)),
                 )
             ]
             failures = [self._ended, *(engine.failed for engine in self._engines.values())]

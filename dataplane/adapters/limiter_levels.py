@@ -7,6 +7,9 @@ its seeds: each an upper bound of the true level, aged by the bucket's rate. Tho
 the others with the calls that follow, and the lowest that any worker knows holds. What nobody remembers is full: a
 bucket that was never drawn from, or only in the last second.
 
+What a worker before this one remembered (`recalled`, by lot) becomes seeds when the epoch of its lot is first heard of:
+all workers may have ended together with Redis.
+
 Bounded: `max_keys` buckets, those learnt longest ago are forgotten first.
 """
 
@@ -18,21 +21,28 @@ from typing import NamedTuple
 from dataplane.adapters.limiter_wire import Known
 
 
-class _Level(NamedTuple):
+class Level(NamedTuple):
+    """What a bucket held when it was last looked at, in micro-tokens, and when that was."""
+
     known: Known
     level: int
     seen_s: float
 
 
-class Levels:
-    """See the module. `clock` is monotonic, in seconds; levels are micro-tokens."""
+Recalled = dict[str, dict[str, Level]]
+"""Levels by lot and name."""
 
-    def __init__(self, clock: Callable[[], float], *, max_keys: int = 10_000) -> None:
+
+class Levels:
+    """See the module. `clock` is monotonic, in seconds; levels are micro-tokens. Use empties `recalled`."""
+
+    def __init__(self, clock: Callable[[], float], recalled: Recalled | None = None, *, max_keys: int = 10_000) -> None:
         self._clock = clock
+        self._recalled = {} if recalled is None else recalled
         self._max_keys = max_keys
-        self._levels: dict[str, dict[str, _Level]] = {}
+        self._levels: Recalled = {}
         self._count = 0
-        self._seeds: dict[str, dict[str, _Level]] = {}
+        self._seeds: Recalled = {}
         self._epochs: dict[str, int] = {}
         self._touched: dict[str, dict[str, Known]] = {}
 
@@ -49,9 +59,18 @@ class Levels:
         self._epochs[lot] = epoch
         if len(self._epochs) > self._max_keys:
             del self._epochs[next(iter(self._epochs))]
+        if recalled := self._recalled.pop(lot, None):
+            kept = self._levels.get(lot, {})
+            self._levels[lot] = {**recalled, **kept}
+            self._count += len(self._levels[lot]) - len(kept)
         if lot in self._levels:
             self._seeds[lot] = dict(self._levels[lot])
         return lost
+
+    @property
+    def remembered(self) -> Recalled:
+        """What is known now; not for keeps."""
+        return self._levels
 
     # --- looking
 
@@ -82,7 +101,7 @@ class Levels:
         for known, level in zip(buckets, levels, strict=True):
             if known.name not in owed:
                 kept.pop(known.name, None)
-                kept[known.name] = _Level(known, level, now_s)
+                kept[known.name] = Level(known, level, now_s)
         if kept:
             self._levels[lot] = kept
             self._count += len(kept)
@@ -115,7 +134,7 @@ class Levels:
         if not owed:
             del self._seeds[lot]
         now_s = self._clock()
-        return [(level.known, _aged(level, now_s)) for level in chosen]
+        return [(level.known, aged(level, now_s)) for level in chosen]
 
     def owe_again(self, lot: str, names: Sequence[str]) -> None:
         """These seeds did not arrive."""
@@ -125,6 +144,7 @@ class Levels:
             self._seeds[lot] = {**found, **self._seeds.get(lot, {})}
 
 
-def _aged(level: _Level, now_s: float) -> int:
+def aged(level: Level, now_s: float) -> int:
+    """What it holds now at the most."""
     known = level.known
     return min(known.capacity, level.level + int(max(0.0, now_s - level.seen_s) * known.rate_per_s))

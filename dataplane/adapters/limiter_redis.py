@@ -35,6 +35,7 @@ from typing import Any
 
 from redis.exceptions import AskError, MovedError, RedisError, ResponseError
 
+from dataplane.adapters.limiter_levels import Level, Recalled, aged
 from dataplane.adapters.limiter_link import CONNECT_TIMEOUT_S, Link, Server
 from dataplane.adapters.limiter_local import LocalLimiter
 from dataplane.adapters.limiter_shard import LOOK_S, Counters, Shard, Tools, Wish
@@ -75,7 +76,9 @@ class RedisLimiter:
         self._timeout_s = timeout_s
         self._look_s = look_s
         self._sleep = sleep
-        self._tools = Tools(local, clock, Packer(), self.counters, self._changed, self._moved, sleep)
+        self._clock = clock
+        self._recalled: Recalled = {}
+        self._tools = Tools(local, clock, Packer(), self.counters, self._changed, self._moved, sleep, self._recalled)
         self._first = self._make_shard(None)
         self._shards: dict[_Address, Shard] = {}
         self._slots: list[_Address | None] = []  # of a cluster: who keeps which
@@ -93,6 +96,19 @@ class RedisLimiter:
     def is_cluster(self) -> bool:
         """Whether there are several servers, each with tags of its own."""
         return bool(self._slots)
+
+    def remembered(self) -> list[tuple[str, Level]]:
+        """Levels of long buckets as they were last seen, each with its lot."""
+        known = [self._recalled, *(shard.levels.remembered for shard in (self._first, *self._shards.values()))]
+        return [(lot, level) for lots in known for lot, levels in lots.items() for level in levels.values()]
+
+    def recall(self, lot: str, level: Level) -> None:
+        """Before the start: a worker saw this. Of several the one that says less holds."""
+        levels = self._recalled.setdefault(lot, {})
+        known = levels.get(level.known.name)
+        now_s = self._clock()
+        if known is None or aged(level, now_s) < aged(known, now_s):
+            levels[level.known.name] = level
 
     async def start(self) -> None:
         """Connect, in at most two seconds each; when that fails the local limiter decides until a probe succeeds."""

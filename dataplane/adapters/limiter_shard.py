@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from redis.exceptions import AskError, ClusterDownError, RedisError, ResponseError, TryAgainError
 
-from dataplane.adapters.limiter_levels import Levels
+from dataplane.adapters.limiter_levels import Levels, Recalled
 from dataplane.adapters.limiter_link import CONNECT_TIMEOUT_S, Link
 from dataplane.adapters.limiter_local import MICRO, LocalLimiter
 from dataplane.adapters.limiter_wire import (
@@ -91,7 +91,8 @@ class Counters:
 class Tools(NamedTuple):
     """What servers share. `clock` is monotonic; `on_change` hears a server come (True) and go (False), with the reason.
 
-    `moved` takes wishes that belong to another server, with the error that says where.
+    `moved` takes wishes that belong to another server, with the error that says where. `recalled` has levels of long
+    buckets from before the worker started, for whichever server keeps them.
     """
 
     local: LocalLimiter
@@ -101,6 +102,7 @@ class Tools(NamedTuple):
     on_change: Callable[[bool, str], None]
     moved: Callable[[Sequence[Wish], ResponseError], None]
     sleep: Callable[[float], Awaitable[None]]
+    recalled: Recalled
 
 
 class _Call(NamedTuple):
@@ -115,8 +117,8 @@ class Shard:
         self.link = link
         self.timeout_s = timeout_s
         self.is_cluster = False
-        self._local, self._clock, self._packer, self._counters, self._on_change, self._moved, self._sleep = tools
-        self._levels = Levels(self._clock)
+        self._local, self._clock, self._packer, self._counters, self._on_change, self._moved, self._sleep, _ = tools
+        self.levels = Levels(self._clock, tools.recalled)
         self._look_s = look_s
         self._pending: list[Wish] = []
         self._refunds: list[tuple[str, Sequence[Take]]] = []
@@ -207,7 +209,7 @@ class Shard:
 
     def _seeds_are_owed(self) -> bool:
         # In a cluster a lot's seeds all leave with the first wish of that lot.
-        return self.link.is_open and not self.is_cluster and bool(self._levels.lots_to_seed)
+        return self.link.is_open and not self.is_cluster and bool(self.levels.lots_to_seed)
 
     async def _send(self, batch: list[Wish]) -> None:
         is_settled = False
@@ -262,10 +264,10 @@ class Shard:
 
     def _seeds(self, batch: Sequence[Wish]) -> list[_Call]:
         calls = []
-        for lot in {wish.lot for wish in batch} if self.is_cluster else self._levels.lots_to_seed:
+        for lot in {wish.lot for wish in batch} if self.is_cluster else self.levels.lots_to_seed:
             wishes = [wish for wish in batch if wish.lot == lot]
             names = [self._packer.known(take).name for wish in wishes for take in wish.takes]
-            seeds = self._levels.take_seeds(lot, names, _SEEDS_A_ROUND)
+            seeds = self.levels.take_seeds(lot, names, _SEEDS_A_ROUND)
             if seeds:
                 calls.append(_Call(pack_seed(seeds), self._seeded(lot, seeds)))
         return calls
@@ -273,11 +275,11 @@ class Shard:
     def _seeded(self, lot: str, seeds: Sequence[tuple[Known, int]]) -> Callable[[Any], None]:
         names = [known.name for known, _ in seeds]
         # Owed until it is known that they arrived.
-        self._levels.owe_again(lot, names)
+        self.levels.owe_again(lot, names)
 
         def settle(answer: Any) -> None:
             if not isinstance(answer, ResponseError):
-                self._levels.take_seeds(lot, names, 0)
+                self.levels.take_seeds(lot, names, 0)
 
         return settle
 
@@ -291,7 +293,7 @@ class Shard:
         for (lot, asking), wishes in takes.items():
             calls += self._asked(asking)
             long_ones: dict[str, Known] = {}
-            epoch = self._levels.epoch(lot)
+            epoch = self.levels.epoch(lot)
             packed = self._packer.take(lot, epoch, [wish.takes for wish in wishes], long_ones)
             calls.append(_Call(packed, self._taken(lot, wishes, long_ones)))
         for (_, asking), wishes in holds.items():
@@ -307,8 +309,8 @@ class Shard:
             if isinstance(answer, ResponseError):
                 self._refused(wishes, answer)
                 return
-            if long_ones and answer[0] != self._levels.epoch(lot):
-                self._counters.lost += self._levels.changed(lot, answer[0])
+            if long_ones and answer[0] != self.levels.epoch(lot):
+                self._counters.lost += self.levels.changed(lot, answer[0])
                 self._again += wishes
                 return
             refusals = {answer[at] - 1: (answer[at + 1], answer[at + 2]) for at in range(1, len(answer), 3)}
@@ -316,7 +318,7 @@ class Shard:
                 wait_us, refused = refusals.get(number, (0, 0))
                 self._answer(wish, _grant(wish.takes, wait_us, refused) if refused else _GRANTED)
             if long_ones:
-                self._levels.touch(lot, long_ones)
+                self.levels.touch(lot, long_ones)
                 self._look_later()
 
         return settle
@@ -366,11 +368,11 @@ class Shard:
             return []
         self._look_due = False
         calls = []
-        for lot, buckets in self._levels.take_touched(_LOOKS_A_ROUND).items():
+        for lot, buckets in self.levels.take_touched(_LOOKS_A_ROUND).items():
             every = list(buckets.values())
             for at in range(0, len(every), _KEYS_A_LOOK):
                 calls += self._look_at(lot, every[at : at + _KEYS_A_LOOK])
-        if self._levels.anything_touched:
+        if self.levels.anything_touched:
             self._look_later()
         return calls
 
@@ -382,10 +384,10 @@ class Shard:
             peeked = seen[0]
             if isinstance(answer, ResponseError) or isinstance(peeked, ResponseError):
                 return
-            if answer[0] == self._levels.epoch(lot):
-                self._levels.learn(lot, buckets, peeked)
+            if answer[0] == self.levels.epoch(lot):
+                self.levels.learn(lot, buckets, peeked)
 
-        return [_Call(pack_peek(buckets), seen.append), _Call(pack_epoch(lot, self._levels.epoch(lot)), settle)]
+        return [_Call(pack_peek(buckets), seen.append), _Call(pack_epoch(lot, self.levels.epoch(lot)), settle)]
 
     # --- connecting
 

@@ -136,12 +136,16 @@ def pack_command(*words: str) -> bytes:
     return b"".join((b"*%d\r\n" % len(words), *map(_text, words)))
 
 
+def make_known(name: str, capacity: int, rate_per_s: float) -> Known:
+    """Pack a bucket by its key and its sizes in micro-tokens."""
+    is_long = capacity > rate_per_s * LONG_FILL_S
+    packed = _number(capacity) + _text(repr(float(rate_per_s)))
+    return Known(name, _text(name), packed, capacity, rate_per_s, is_long)
+
+
 def _make_known(take: Take) -> Known:
     sizes = micro_take(take)
-    name = redis_key(take)
-    is_long = sizes.capacity > sizes.rate_per_s * LONG_FILL_S
-    packed = _number(sizes.capacity) + _text(repr(float(sizes.rate_per_s)))
-    return Known(name, _text(name), packed, sizes.capacity, sizes.rate_per_s, is_long)
+    return make_known(redis_key(take), sizes.capacity, sizes.rate_per_s)
 
 
 def _head(name: bytes, key_count: int, argument_count: int) -> bytes:

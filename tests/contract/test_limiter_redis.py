@@ -14,12 +14,14 @@ import pytest
 import redis
 
 from dataplane.adapters.limiter_local import LocalLimiter
+from dataplane.adapters.limiter_memory import KEEP_S, LimiterMemory
 from dataplane.adapters.limiter_redis import RedisLimiter
 from dataplane.adapters.limiter_shard import Shard
 from dataplane.adapters.limiter_wire import function_library
 from dataplane.core.limits import server_key
 from dataplane.ports import Slot, Take
 from postroad.localstack import ValkeyServer
+from support.ingress import Log, until
 
 PATIENT_S = 5.0
 
@@ -134,9 +136,12 @@ async def start(local: LocalLimiter) -> AsyncIterator[Start]:
     """Starts limiters, and closes them whatever the test comes to: uvloop waits for ever for an open transport."""
     started: list[RedisLimiter] = []
 
-    async def start(url: str, **options: Any) -> RedisLimiter:
+    async def start(
+        url: str, *, before: Callable[[RedisLimiter], None] = lambda _: None, **options: Any
+    ) -> RedisLimiter:
         limiter = RedisLimiter(url, local, **{"timeout_s": PATIENT_S, **options})
         started.append(limiter)
+        before(limiter)
         await limiter.start()
         return limiter
 
@@ -530,7 +535,7 @@ async def test_seeds_that_did_not_arrive_are_owed_again(valkey_url: str, start: 
             other = await start(valkey_url)
             await other.take([bucket("another")])
             # As if the answer had come that says so, and then the connection had died with the seeds.
-            limiter._first._levels.changed("", other._first._levels.epoch(""))
+            limiter._first.levels.changed("", other._first.levels.epoch(""))
         proxy.stop()
         limiter._first.timeout_s = 0.03
         assert (await limiter.take([bucket(cost=0)])).local
@@ -643,3 +648,124 @@ async def test_a_replica_that_is_promoted_goes_on_with_library_and_levels(passab
     finally:
         primary.destroy()
         replica.destroy()
+
+
+# --- what is kept on disk
+
+
+class Machine:
+    """The clock of a machine, and the workers that run there one after the other."""
+
+    def __init__(self, data_dir: Path, url: str, start: Start) -> None:
+        self.now_s = 1_000.0
+        self._data_dir = data_dir
+        self._url = url
+        self._start = start
+        self.log = Log()
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def wall_ms(self) -> int:
+        return round(self.now_s * 1000)
+
+    def memory(self, limiter: RedisLimiter, index: int = 0, gate: Gate | None = None) -> LimiterMemory:
+        return LimiterMemory(self._data_dir, index, limiter, self, self.log, (gate or Gate()).sleep)
+
+    async def worker(self, index: int = 0) -> RedisLimiter:
+        """Begin as a worker does."""
+        return await self._start(self._url, clock=self.monotonic, before=lambda one: self.memory(one, index).recall())
+
+    async def end(self, limiter: RedisLimiter, index: int = 0) -> None:
+        """End as a worker does."""
+        await look(limiter)
+        task = asyncio.create_task(self.memory(limiter, index).run())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@pytest.fixture
+def machine(tmp_path: Path, valkey_url: str, start: Start) -> Machine:
+    return Machine(tmp_path, valkey_url, start)
+
+
+async def allowed(limiter: RedisLimiter, *takes: Take) -> list[bool]:
+    return [(await limiter.take([take])).allowed for take in takes]
+
+
+async def test_a_long_bucket_is_not_full_when_workers_and_redis_start_anew(machine: Machine, valkey_url: str) -> None:
+    first = await machine.worker()
+    assert await allowed(first, bucket(cost=10))
+    await machine.end(first)
+    with server(valkey_url) as client:
+        client.flushall()
+    second = await machine.worker()
+    assert await allowed(second, *[bucket()] * 4) == [True, True, False, False]
+
+
+async def test_what_was_kept_is_older_by_the_time_that_has_passed(machine: Machine, valkey_url: str) -> None:
+    first = await machine.worker()
+    assert await allowed(first, bucket(cost=12))
+    await machine.end(first)
+    with server(valkey_url) as client:
+        client.flushall()
+    # A token in a thousand seconds.
+    machine.now_s += 3_500.0
+    second = await machine.worker()
+    assert await allowed(second, *[bucket()] * 4) == [True, True, True, False]
+
+
+async def test_what_any_worker_of_the_node_kept_is_taken_up_and_kept_on(machine: Machine, valkey_url: str) -> None:
+    for index in range(2):
+        worker = await machine.worker(index)
+        assert await allowed(worker, bucket(f"key-{index}", cost=12))
+        await machine.end(worker, index)
+    with server(valkey_url) as client:
+        client.flushall()
+    # One that draws from neither keeps what it knows of both.
+    third = await machine.worker(0)
+    await machine.end(third, 0)
+    fourth = await machine.worker(0)
+    assert await allowed(fourth, bucket("key-0"), bucket("key-1"), bucket("key-2")) == [False, False, True]
+
+
+async def test_what_was_kept_takes_nothing_from_a_server_that_lost_nothing(machine: Machine) -> None:
+    first = await machine.worker()
+    assert await allowed(first, bucket(cost=10))
+    await machine.end(first)
+    second = await machine.worker()
+    assert await allowed(second, *[bucket()] * 3) == [True, True, False]
+
+
+async def test_it_is_kept_every_few_seconds_as_well(machine: Machine, tmp_path: Path, valkey_url: str) -> None:
+    first, gate = await machine.worker(), Gate()
+    assert await allowed(first, bucket(cost=12))
+    await look(first)
+    running = asyncio.create_task(machine.memory(first, gate=gate).run())
+    await gate.asleep.wait()
+    gate.open()
+    await until(lambda: len(gate.asked_s) == 2)
+    assert gate.asked_s == [KEEP_S, KEEP_S]
+    kept = (tmp_path / "limits" / "worker-0.json").read_bytes()
+    running.cancel()
+    await asyncio.wait([running])
+    assert server_key("a:demo", "messages").encode() in kept
+    assert (tmp_path / "limits" / "worker-0.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"seen_ms": 1, "levels": [["", "x"]]}', b'{"levels": []}'])
+async def test_a_file_that_cannot_be_read_is_passed_over(machine: Machine, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "limits").mkdir()
+    (tmp_path / "limits" / "worker-3.json").write_bytes(content)
+    worker = await machine.worker()
+    assert await allowed(worker, bucket())
+    assert machine.log.events() == ["limiter.memory_unreadable"]
+
+
+async def test_a_disk_that_takes_nothing_ends_nobody(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "limits").write_text("in the way")
+    worker = await machine.worker()
+    assert await allowed(worker, bucket(cost=10))
+    await machine.end(worker)
+    assert machine.log.events() == ["limiter.memory_not_written"]

@@ -28,7 +28,7 @@ def say(word: str) -> None:
 
 def remembers_little(limiter: RedisLimiter) -> bool:
     """Whether the limiter has seen the bucket with less than a tenth in it."""
-    seen = [level for lot in limiter._first._levels._levels.values() for level in lot.values()]
+    seen = [level for lot in limiter._first.levels.remembered.values() for level in lot.values()]
     return any(level.level * 10 < level.known.capacity for level in seen)
 
 
