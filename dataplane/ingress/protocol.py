@@ -27,6 +27,7 @@ from dataplane.core import replies
 from dataplane.core.replies import Reply
 from dataplane.core.session import Session
 from dataplane.core.session_contract import Action, Limits, Timer
+from dataplane.ingress.reading_turns import LARGE_READ_BYTES
 from dataplane.ingress.submission import Hello, Submitter
 from dataplane.ingress.timers import Timed
 from dataplane.ingress.turnstile import Pass
@@ -75,6 +76,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         "_passed_over_bytes",
         "_progress",
         "_reading_paused",
+        "_resting",
         "_service",
         "_set_aside",
         "_spilling_bytes",
@@ -106,6 +108,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         self._half_closed = False
         self._lost = False
         self._reading_paused = False
+        self._resting = False
         self._writing_paused = False
         self._progress = -1
         self._window_bytes = 0
@@ -144,15 +147,8 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         if self._closing:
             self._pass_over(data)
             return
-        if self._handshaking:
-            self._early += data
-            if len(self._early) > _MAX_EARLY_OCTETS:
-                self.abort()
-            return
-        if self._set_aside:
-            self._set_aside += data
-            if len(self._set_aside) > _MAX_SET_ASIDE_OCTETS:
-                self._pause_reading()
+        if self._handshaking or self._set_aside:
+            self._keep(data)
             return
         session = self.session
         if session.action is not Action.NONE:
@@ -170,6 +166,31 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         else:
             session.receive(data)
         self._react()
+        if len(data) >= LARGE_READ_BYTES and self.session.action is Action.NONE and not self._spilling_bytes:
+            self._rest()
+
+    def _keep(self, data: bytes) -> None:
+        """Keep what comes while a handshake runs, or a MAIL is set aside; both bounded."""
+        if self._handshaking:
+            self._early += data
+            if len(self._early) > _MAX_EARLY_OCTETS:
+                self.abort()
+            return
+        self._set_aside += data
+        if len(self._set_aside) > _MAX_SET_ASIDE_OCTETS:
+            self._pause_reading()
+
+    def _rest(self) -> None:
+        if not self._resting:
+            self._resting = True
+            self._pause_reading()
+            self._service.reading_turns.rest(self)
+
+    def read_on(self) -> None:
+        """Go on reading a large content."""
+        self._resting = False
+        if self.session.action is Action.NONE and not self._lost and not self._closing:
+            self._react()
 
     def _must_wait(self, data: bytes) -> bool:
         """Set a MAIL aside while the worker has enough in hand."""
@@ -335,7 +356,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
             self._close()
             return
         self._arm()
-        if not self._writing_paused and not self._spilling_bytes:
+        if not self._writing_paused and not self._spilling_bytes and not self._resting:
             self._resume_reading()
 
     def _next_turn(self) -> None:
@@ -471,7 +492,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         if error is not None:
             self._shed(self._submitter.storage_refusal(error))
         if self.session.action is Action.NONE:
-            self._react()
+            self._rest()
 
     # --- the commit ----------------------------------------------------------------------------------------------
 

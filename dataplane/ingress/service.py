@@ -24,6 +24,7 @@ from dataplane.core import replies
 from dataplane.core.config import NodeSettings
 from dataplane.core.session_contract import Limits
 from dataplane.ingress.protocol import SmtpProtocol, Timeouts
+from dataplane.ingress.reading_turns import ReadingTurns
 from dataplane.ingress.submission import LEAST_SPILL_BYTES, Submission
 from dataplane.ingress.timers import TimerWheel
 from dataplane.ingress.tls import TlsHolder
@@ -43,6 +44,7 @@ class Service:
         self.timeouts = timeouts
         self.least_spill_bytes = min(LEAST_SPILL_BYTES, submission.spill_bytes)
         self.turnstile = submission.turnstile
+        self.reading_turns = ReadingTurns()
         self.wheel = TimerWheel(submission.clock.monotonic)
         self.draining = False
         self._sessions: set[SmtpProtocol] = set()
