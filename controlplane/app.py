@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -114,6 +114,7 @@ async def _serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    failure: StartError | None = None
     try:
         async with running(settings, stop) as ports:
             if ports is not None:
@@ -122,8 +123,19 @@ async def _serve(settings: Settings) -> int:
                 sys.stdout.flush()
                 await stop.wait()
     except* StartError as group:
-        raise group.exceptions[0] from None
+        failure = next(_leaves(group))
+    if failure is not None:
+        # Not inside `except*`, which would wrap it again.
+        raise failure from None
     return 0
+
+
+def _leaves(group: BaseExceptionGroup[StartError]) -> Iterator[StartError]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 @asynccontextmanager

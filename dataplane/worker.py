@@ -233,7 +233,7 @@ class _Worker:
             for failure in failures:
                 if failure.done():
                     failure.result()
-            side.draining = True
+            side.begin_draining()
             await self._drain(ingress, side, DrainPlan.of(live.settings.drain_timeout_s), signals)
             await close_behind((*services, draining), self._spools.values())
             self._log.info("drain.ended")
@@ -384,6 +384,7 @@ class _Worker:
             return {**ingress.held(), **summed, "records": await side.unstored()}
 
         reporter = loop.create_task(report_held(held, self._log))
+        hurrying = loop.create_task(self._hurry(signals))
         try:
             await _unless_hurried(ingress.drain(plan.sessions_s), signals)
             left_s = max(0.0, began + plan.deliveries_s - loop.time())
@@ -397,6 +398,12 @@ class _Worker:
             await _unless_hurried(side.flush(max(LEAST_FLUSH_S, began + plan.ledger_s - loop.time())), signals)
         finally:
             reporter.cancel()
+            hurrying.cancel()
+
+    async def _hurry(self, signals: ProcessSignals) -> None:
+        await signals.hurry.wait()
+        for engine in self._engines.values():
+            engine.hurry()
 
 
 def _calm_collector() -> None:

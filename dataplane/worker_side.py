@@ -44,6 +44,7 @@ from dataplane.telemetry import SampleRow
 
 FLUSH_LOOK_S = 0.02
 LEDGER_LOOK_S = 1.0
+_UNASKED = 0  # number of a status that nobody has asked for; requests count from 1
 
 
 class SwappableView(ConfigView, Protocol):
@@ -229,6 +230,11 @@ class WorkerSide:
                     stats = await spool.stats()
                     self._lags[name].note(stats.outbox_last, stats.acknowledged, loop.time())
             await asyncio.sleep(LEDGER_LOOK_S)
+
+    def begin_draining(self) -> None:
+        """Tell the agent, without being asked, that this worker takes no more mail."""
+        self.draining = True
+        self._status_requests.put_nowait(_UNASKED)
 
     # --- to the agent ----------------------------------------------------------------------------------------
 

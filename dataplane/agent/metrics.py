@@ -3,7 +3,8 @@
 /metrics   what the workers count, asked for now and waited for no longer than two seconds: of one that hangs, what
            it said last; and what the agent knows itself
 /healthz   200 while the agent's loop runs
-/readyz    200 when the node takes mail: a configuration that is not too old, and a worker at least; else 503.
+/readyz    200 when the node takes mail: it does not drain, has a configuration that is not too old, and a worker at
+           least; else 503.
            The body is JSON and names what is missing, also of a node that is ready: workers
 """
 
@@ -125,6 +126,8 @@ class MetricsServer:
     async def _readyz(self, request: web.Request) -> web.Response:
         del request
         missing = list(self._config_missing())
+        if self._state.hub.draining:
+            missing.append("new mail, since the node drains")
         connected, wanted = self._state.table.connected_count, self._state.worker_count
         ready = not missing and connected > 0
         if connected < wanted:

@@ -137,6 +137,11 @@ class WorkerHub:
                 del self._waiting[number]
         return [status for index, status in self._statuses.items() if index in self._links]
 
+    @property
+    def draining(self) -> bool:
+        """Whether a worker takes no more mail because it was told to end."""
+        return any(status.draining for index, status in self._statuses.items() if index in self._links)
+
     # --- what is known of processes ----------------------------------------------------------------------------
 
     def look_for_absent(self) -> None:

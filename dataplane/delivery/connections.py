@@ -253,7 +253,8 @@ class Pool:
         pools.counters.connections_now -= 1
         pools.counters.connections_failed += 1
         was_dead = self.destination.flow is Flow.THROTTLED
-        throttled = self.destination.failed(pools.clock.monotonic(), pools.random())
+        # A dial that our own end cuts says nothing of the next hop.
+        throttled = not pools.stopping and self.destination.failed(pools.clock.monotonic(), pools.random())
         # A probe that fails finds nothing new.
         if throttled and not was_dead:
             pools.counters.throttled += 1

@@ -137,6 +137,7 @@ class DeliveryEngine:
             spool, self._settler, concluder, self.counters, log, self.moment, random, self._dispatcher.retry_policy
         )
         self._quiet = asyncio.Event()
+        self._grace: asyncio.Timeout | None = None  # of a stop that waits
         self.on_message_left: Callable[[], None] = _nobody  # set by who yields to delivery
         self.pools.follow(PoolsFollower(self._scheduler.release, self._found_dead, self._quiet.set, self._fail))
         self._dispatcher.follower = Follower(
@@ -161,12 +162,13 @@ class DeliveryEngine:
         for job in self.pools.stop():
             job.rerouted()
         try:
-            async with asyncio.timeout(grace_s):
+            async with asyncio.timeout(grace_s) as self._grace:
                 while self.pools.busy_count:
                     self._quiet.clear()
                     await self._quiet.wait()
         except TimeoutError:
             self.pools.abort()
+        self._grace = None
         await self.pools.join()
         self._reporter.close()
         try:
@@ -176,6 +178,11 @@ class DeliveryEngine:
             self._settler.close()
         self.pools.abort()
         self._deadlines.close()
+
+    def hurry(self) -> None:
+        """Let a `stop` that runs wait no longer for what is under way."""
+        if self._grace is not None and not self._grace.expired():
+            self._grace.reschedule(asyncio.get_running_loop().time())
 
     def held(self) -> Mapping[str, int]:
         """What keeps `stop` waiting, by label."""

@@ -608,6 +608,32 @@ async def test_stop_lets_a_transaction_finish_and_puts_back_what_had_not_begun()
         }
 
 
+async def test_a_dial_that_our_own_end_cuts_says_nothing_of_the_next_hop() -> None:
+    async with next_hop(Behaviour(greeting=STALL)) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit()
+        await hop.stalled.wait()
+        await bench.engine.stop(0.01)
+        assert bench.engine.counters.throttled == 0
+        assert await waiting(bench) == [State.QUEUED]
+
+
+async def test_haste_ends_a_stop_that_waits() -> None:
+    async with next_hop(Behaviour(final=lambda _: STALL)) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        bench.engine.hurry()
+        await bench.submit()
+        await hop.stalled.wait()
+        stopping = asyncio.create_task(bench.engine.stop(3_600.0))
+        await bench.until(lambda: bench.engine._grace is not None)
+        bench.engine.hurry()
+        async with asyncio.timeout(20):
+            await stopping
+        assert bench.types() == ["UNCERTAIN"]
+
+
 async def test_a_forbidden_address_is_never_dialled() -> None:
     async with next_hop() as hop, delivery_bench(allowed=()) as bench:
         bench.config.add_provider(A, hop.port)

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from support.node_mail import Sink, configure, connect, listening_sink, send
@@ -63,6 +64,39 @@ async def test_a_drain_that_is_held_up_says_by_what_and_ends_in_time_with_nothin
     assert not log_events(settings_file, "ledger.unreadable")
     (waited,) = log_events(settings_file, "node.waiting")
     assert waited["processes"]
+    sink.open.set()
+    async with running(settings_file) as node:
+        assert b"Subject: held" in await sink.next()
+        assert await node.stop() == 0
+
+
+async def readyz(port: int) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/readyz") as response:
+        return response.status, await response.text()
+
+
+async def test_a_node_that_drains_is_not_ready_and_a_second_signal_does_not_wait_for_deliveries(
+    tmp_path: Path, plane: ControlPlane, sink: Sink
+) -> None:
+    plane.pki.write_identity(tmp_path / "data")
+    settings_file = write_settings(tmp_path, plane.address, drain_timeout_s=600)
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        sink.open.clear()
+        await send(node, "held")
+        assert b"Subject: held" in await sink.next()
+        assert (await readyz(node.metrics_port))[0] == 200
+        node.process.send_signal(signal.SIGTERM)
+        await node.wait_said("node.draining")
+        async with asyncio.timeout(DRAIN_S):
+            status, text = await readyz(node.metrics_port)
+            while status == 200:
+                status, text = await readyz(node.metrics_port)
+        assert "the node drains" in text
+        node.process.send_signal(signal.SIGTERM)
+        assert await node.ended() == 0
+    # What was cut says nothing of the next hop.
+    assert not log_events(settings_file, "delivery.throttled")
     sink.open.set()
     async with running(settings_file) as node:
         assert b"Subject: held" in await sink.next()

@@ -51,6 +51,7 @@ async def _run(layout: Layout, stack: Stack, progress: Progress) -> None:
         if not stopping.is_set():
             stopped_at = loop.time()
             stopping.set()
+            progress.remark("Stopping: what is being delivered gets half a minute; Ctrl-C again does not wait for it")
         # One wish to stop may come as two signals at once: from a terminal and from whoever started us.
         elif loop.time() - stopped_at > _SAME_WISH_S:
             progress.remark("Hurrying")
