@@ -8,11 +8,12 @@ refused at once. The last use is written at most once a minute and its failure n
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 from controlplane.domain import names, secrets
 from controlplane.domain.access import Caller, Scope
-from controlplane.domain.errors import Reason, UnauthenticatedError
+from controlplane.domain.errors import AbortedError, Reason, UnauthenticatedError, UnavailableError
 from controlplane.ports import Database
 
 _USE_STEP = timedelta(minutes=1)
@@ -45,8 +46,10 @@ class Authenticator:
         if key.revoke_time is not None or (key.expire_time is not None and key.expire_time <= now):
             raise _refused()
         if key.last_use_time is None or now - key.last_use_time >= _USE_STEP:
-            async with self._database.authentication(lookup) as work:
-                await work.api_keys.mark_use(lookup, now)
+            # What could not be noted is noted at the next call.
+            with suppress(UnavailableError, AbortedError):
+                async with self._database.authentication(lookup) as work:
+                    await work.api_keys.mark_use(lookup, now)
         scopes = frozenset(Scope(scope) for scope in key.scopes)
         return Caller(names.api_key_name(key.account, key.api_key), key.account, scopes)
 

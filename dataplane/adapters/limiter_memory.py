@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from dataplane.ports import Clock, EventLog
 
 KEEP_S = 10.0
 LIMITS_FOLDER = "limits"
+_MAX_FILE_BYTES = 16 * 1024 * 1024
+# Above every debt, capacity and time; what is not below it is damage.
+_MOST = 10**16
 
 
 class LimiterMemory:
@@ -45,21 +49,29 @@ class LimiterMemory:
         self._clock = clock
         self._log = log
         self._sleep = sleep
+        self._writing = threading.Lock()
 
     def recall(self) -> None:
         """Before the limiter starts: give it what this node's workers knew."""
         for file in sorted(self._folder.glob("worker-*.json")):
             try:
-                self._take_up(json.loads(file.read_bytes()))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                levels = self._levels_of(json.loads(_read(file)))
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with a file, the worker starts without it
                 self._log.warning("limiter.memory_unreadable", file=file.name, error=type(error).__name__)
+            else:
+                for lot, level in levels:
+                    self._limiter.recall(lot, level)
 
-    def _take_up(self, kept: dict[str, Any]) -> None:
+    def _levels_of(self, kept: dict[str, Any]) -> list[tuple[str, Level]]:
+        """Return the levels of a file. Whatever exception when one of them cannot be."""
         now_s = self._clock.monotonic()
-        passed_s = max(0.0, (self._clock.wall_ms() - int(kept["seen_ms"])) / 1000)
+        passed_s = max(0.0, (self._clock.wall_ms() - _within(kept["seen_ms"], 0, _MOST)) / 1000)
+        levels = []
         for lot, name, capacity, rate_per_s, held, before_s in kept["levels"]:
-            known = make_known(str(name), int(capacity), float(rate_per_s))
-            self._limiter.recall(str(lot), Level(known, int(held), now_s - passed_s - max(0.0, float(before_s))))
+            known = make_known(str(name), int(_within(capacity, 0, _MOST)), float(_within(rate_per_s, 0, _MOST)))
+            seen_s = now_s - passed_s - _within(before_s, 0, _MOST)
+            levels.append((str(lot), Level(known, int(_within(held, -_MOST, _MOST)), seen_s)))
+        return levels
 
     async def run(self) -> None:
         """Write now and then."""
@@ -81,8 +93,22 @@ class LimiterMemory:
 
     def _write(self, kept: dict[str, Any]) -> None:
         try:
-            if kept["levels"] or self._file.exists():
-                self._folder.mkdir(mode=0o700, exist_ok=True)
-                write_durably(self._file, [json.dumps(kept).encode()])
+            with self._writing:
+                if kept["levels"] or self._file.exists():
+                    self._folder.mkdir(mode=0o700, exist_ok=True)
+                    write_durably(self._file, [json.dumps(kept).encode()])
         except OSError as error:
             self._log.warning("limiter.memory_not_written", error=type(error).__name__)
+
+
+def _read(file: Path) -> bytes:
+    if file.stat().st_size > _MAX_FILE_BYTES:
+        raise ValueError("too large")
+    return file.read_bytes()
+
+
+def _within(number: Any, least: int, most: int) -> int | float:
+    """Return the number; ValueError for one that is none, or out of range (which NaN is)."""
+    if not isinstance(number, int | float) or not least <= number <= most:
+        raise ValueError("no number that can be")
+    return number

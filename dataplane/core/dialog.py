@@ -50,6 +50,7 @@ class Dialog:
         "_hostname",
         "_idle_commands",
         "_in_transaction",
+        "_let_in",
         "_limits",
         "_login",
         "_network_authorized",
@@ -61,6 +62,7 @@ class Dialog:
         "authenticated",
         "authorized",
         "esmtp",
+        "gate",
         "helo",
         "parameters",
         "tls_active",
@@ -94,6 +96,9 @@ class Dialog:
         self._errors = 0
         self._auth_failures = 0
         self._idle_commands = 0
+        self._let_in = False  # the MAIL that comes now has waited
+        # Asked before a transaction begins: whether it must wait.
+        self.gate: Callable[[], bool] | None = None
 
     @property
     def recipient_count(self) -> int:
@@ -174,6 +179,8 @@ class Dialog:
             self._reply(replies.NEEDS_SMTPUTF8)
         elif parameters.size_bytes > self._limits.max_message_bytes:
             self._reply(replies.TOO_BIG)
+        elif self._must_wait():
+            self.action = Action.WAIT
         else:
             try:
                 refusal = self._policy.mail(sender, parameters)
@@ -183,6 +190,10 @@ class Dialog:
                 self._in_transaction = True
                 self.parameters = parameters
             self._reply(refusal or replies.SENDER_OK)
+
+    def _must_wait(self) -> bool:
+        let_in, self._let_in = self._let_in, False
+        return not let_in and self.gate is not None and self.gate()
 
     def _recipient(self, argument: str) -> bool:
         if argument[:3].upper() != "TO:":

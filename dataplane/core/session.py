@@ -7,6 +7,7 @@ written at once. After each call `action` says what the driver owes the machine 
     action     the driver                                              then calls
     NONE       reads on
     MORE       turns to others first: a batch was longer than a turn   resume()
+    WAIT       lets the client wait: `gate` held a MAIL back           resume(), which lets this MAIL in
     START_TLS  writes, shakes hands                                    tls_started()
     PERMIT     asks the limiter, reading paused                        permit(None or a refusal)
     COMMIT     stores `take_content()`, reading paused                 committed(reply)
@@ -124,17 +125,18 @@ class Session(Dialog):
         action = self.action
         if action is Action.NONE:
             self._run(self._buffer + data if self._buffer else data)
-        elif action in {Action.COMMIT, Action.MORE}:
+        elif action in {Action.COMMIT, Action.MORE, Action.WAIT}:
             # A batch may go on behind the final dot (RFC 2920); the driver pauses reading, so this is one read at most.
             self._buffer += data
-            if len(self._buffer) > self._limits.pending_bytes and action is Action.MORE:
+            if len(self._buffer) > self._limits.pending_bytes and action is not Action.COMMIT:
                 self.refuse(replies.TOO_MANY_ERRORS)
         elif action is not Action.CLOSE:
             self.refuse(replies.NOTHING_MAY_FOLLOW)
 
     def resume(self) -> None:
-        """Go on after MORE."""
-        if self.action is Action.MORE:
+        """Go on after MORE or WAIT."""
+        if self.action in {Action.MORE, Action.WAIT}:
+            self._let_in = self.action is Action.WAIT
             self.action = Action.NONE
             self._run(self._buffer)
 
@@ -192,10 +194,13 @@ class Session(Dialog):
                 if line_end == position or data[line_end - 1] != _CR or b"\r" in line:
                     self._refuse_stray(data[position:line_end])
                     return
-                position = line_end + 1
+                begin, position = position, line_end + 1
                 must_be_last = self._take_line(line)
                 if must_be_last and position < len(data):
                     self.refuse(replies.NOTHING_MAY_FOLLOW)
+                elif self.action is Action.WAIT:
+                    # The same line comes again when it is let in.
+                    position = begin
             if self.action is not Action.NONE:
                 break
         else:

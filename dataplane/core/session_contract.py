@@ -20,10 +20,11 @@ class Action(IntEnum):
 
     NONE = 0
     MORE = 1
-    START_TLS = 2
-    PERMIT = 3
-    COMMIT = 4
-    CLOSE = 5
+    WAIT = 2
+    START_TLS = 3
+    PERMIT = 4
+    COMMIT = 5
+    CLOSE = 6
 
 
 class Timer(IntEnum):

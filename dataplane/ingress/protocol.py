@@ -6,6 +6,7 @@ pauses while the client does not read our replies, and as soon as octets come th
 
     the machine asks   done here                                       meanwhile the client may
     MORE               resume on the loop's next turn                  send: kept, bounded
+    WAIT               its turn (`turnstile`)                          the same
     START_TLS          handshake with a deadline; failure closes       send only TLS
     PERMIT             limiter; nothing to ask: answered at once       not send (RFC 2920): closes
     COMMIT             spool; over its deadline 451                    send the next batch, half-close or leave
@@ -55,11 +56,6 @@ class Timeouts:
     data_bytes_per_s: int = 500
 
 
-_MAX_SET_ASIDE_OCTETS = 65_536
-# As clients write it; one that writes it otherwise is not set aside.
-_MAIL = frozenset({b"MAIL ", b"mail "})
-
-
 class SmtpProtocol(asyncio.Protocol, Timed):
     """One connection. Counted by its `Service` from `connection_made` to `connection_lost`."""
 
@@ -78,7 +74,6 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         "_reading_paused",
         "_resting",
         "_service",
-        "_set_aside",
         "_spilling_bytes",
         "_stored_last",
         "_submitter",
@@ -117,7 +112,6 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         self._commit = 0
         self._delayed: tuple[int, float, Reply] | None = None
         self._stored_last = False
-        self._set_aside = b""
         self._inside: Pass | None = None
         self.session = Session(
             submitter,
@@ -127,6 +121,8 @@ class SmtpProtocol(asyncio.Protocol, Timed):
             tls_active=tls_active,
             authorized=submitter.bound_by_network,
         )
+        if service.turnstile is not None:
+            self.session.gate = self._must_wait
 
     # --- what the transport tells --------------------------------------------------------------------------------
 
@@ -147,8 +143,10 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         if self._closing:
             self._pass_over(data)
             return
-        if self._handshaking or self._set_aside:
-            self._keep(data)
+        if self._handshaking:
+            self._early += data
+            if len(self._early) > _MAX_EARLY_OCTETS:
+                self.abort()
             return
         session = self.session
         if session.action is not Action.NONE:
@@ -161,24 +159,11 @@ class SmtpProtocol(asyncio.Protocol, Timed):
             return
         if self._service.draining and not session.in_transaction:
             session.refuse(replies.SHUTTING_DOWN)
-        elif data[:5] in _MAIL and self._must_wait(data):
-            return
         else:
             session.receive(data)
         self._react()
         if len(data) >= LARGE_READ_BYTES and self.session.action is Action.NONE and not self._spilling_bytes:
             self._rest()
-
-    def _keep(self, data: bytes) -> None:
-        """Keep what comes while a handshake runs, or a MAIL is set aside; both bounded."""
-        if self._handshaking:
-            self._early += data
-            if len(self._early) > _MAX_EARLY_OCTETS:
-                self.abort()
-            return
-        self._set_aside += data
-        if len(self._set_aside) > _MAX_SET_ASIDE_OCTETS:
-            self._pause_reading()
 
     def _rest(self) -> None:
         if not self._resting:
@@ -192,36 +177,41 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         if self.session.action is Action.NONE and not self._lost and not self._closing:
             self._react()
 
-    def _must_wait(self, data: bytes) -> bool:
-        """Set a MAIL aside while the worker has enough in hand."""
+    # --- whose turn it is ----------------------------------------------------------------------------------------
+
+    def _must_wait(self) -> bool:
+        """Asked before a transaction begins: whether it waits while the worker has enough in hand."""
         turnstile = self._service.turnstile
-        if turnstile is None or self.session.in_transaction:
+        if turnstile is None:
             return False
-        if not turnstile.holds(self._submitter.account_name):
-            self._enter()
-            return False
+        self._leave()
+        account = self._submitter.account_name
+        if turnstile.holds(account):
+            return True
+        self._inside = turnstile.entered(account)
+        return False
+
+    def _wait_for_turn(self) -> None:
         # Reading goes on: most clients send nothing before the reply, and to stop and start costs system calls.
-        self._set_aside = data
-        turnstile.set_aside(self._submitter.account_name, self)
-        return True
+        self._service.wheel.arm(self, self._service.timeouts.command_s)
+        if self._service.turnstile is not None:
+            self._service.turnstile.set_aside(self._submitter.account_name, self)
 
     def go_on(self) -> bool:
         """Take up the MAIL that was set aside; False when the client has left or the session has ended."""
-        data, self._set_aside = self._set_aside, b""
-        if self._lost or self.session.action is not Action.NONE:
+        session, turnstile = self.session, self._service.turnstile
+        if self._lost or session.action is not Action.WAIT or turnstile is None:
             return False
-        self._enter()
-        self.session.receive(data)
+        if self._service.draining:
+            session.refuse(replies.SHUTTING_DOWN)
+        else:
+            self._inside = turnstile.entered(self._submitter.account_name)
+            session.resume()
         self._react()
         return True
 
-    def _enter(self) -> None:
-        """A MAIL is let in; `_leave` follows when its transaction is over, or there was none."""
-        turnstile = self._service.turnstile
-        if turnstile is not None and self._inside is None:
-            self._inside = turnstile.entered(self._submitter.account_name)
-
     def _leave(self) -> None:
+        """The transaction is over, or there was none."""
         turnstile, begun, self._inside = self._service.turnstile, self._inside, None
         if turnstile is not None and begun is not None:
             turnstile.left(begun)
@@ -231,7 +221,7 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         if not self._closing:
             # Behind our own end it says nothing of what the client has heard.
             self._half_closed = True
-        return not self._tls and (self.session.action in {Action.COMMIT, Action.MORE} or bool(self._set_aside))
+        return not self._tls and self.session.action in {Action.COMMIT, Action.MORE, Action.WAIT}
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of everything but a commit. A client that ends with nothing said since a 250 may not have heard it."""
@@ -336,6 +326,9 @@ class SmtpProtocol(asyncio.Protocol, Timed):
                 return
             if action is Action.COMMIT:
                 self._begin_commit()
+                return
+            if action is Action.WAIT:
+                self._wait_for_turn()
                 return
             if action is Action.MORE:
                 self._pause_reading()

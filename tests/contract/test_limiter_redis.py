@@ -754,7 +754,27 @@ async def test_it_is_kept_every_few_seconds_as_well(machine: Machine, tmp_path: 
     assert (tmp_path / "limits" / "worker-0.json").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"seen_ms": 1, "levels": [["", "x"]]}', b'{"levels": []}'])
+def kept(*numbers: str, seen_ms: str = "1000000", twice: bool = False) -> bytes:
+    """A file with one level: capacity, rate, level, seconds before."""
+    row = f'["", "postroad:{{a:demo}}messages", {", ".join(numbers)}]'
+    return f'{{"seen_ms": {seen_ms}, "levels": [{", ".join([row] * (2 if twice else 1))}]}}'.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b'{"seen_ms": 1, "levels": [["", "x"]]}', b'{"levels": []}', b"[" * 200_000),
+        kept("12000000", "1000", "0", "1", seen_ms="Infinity"),
+        kept("12000000", "1000", "0", "1", seen_ms="9" * 400),
+        kept("Infinity", "1000", "0", "1"),
+        kept("12000000", "1e999", "0", "1"),
+        kept("12000000", "9" * 400, "0", "1"),
+        kept("12000000", "NaN", "0", "1", twice=True),
+        kept("12000000", "1000", "-Infinity", "1"),
+        kept("12000000", "1000", "0", "Infinity", twice=True),
+        kept("12000000", '"1000"', "0", "1"),
+    ],
+)
 async def test_a_file_that_cannot_be_read_is_passed_over(machine: Machine, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "limits").mkdir()
     (tmp_path / "limits" / "worker-3.json").write_bytes(content)

@@ -19,7 +19,7 @@ BODY = b"From: App <app@example.com>\r\n\r\nbody\r\n.\r\n"
 class Busy:
     """A worker that has `in_hand` messages in hand, and a loop that is never idle."""
 
-    def __init__(self, in_hand: int = MARK, mark: int = MARK) -> None:
+    def __init__(self, in_hand: int = 2 * MARK, mark: int = MARK) -> None:
         self.in_hand = in_hand
         self.turnstile = Turnstile(lambda: self.in_hand, lambda: 0.0, lambda: 0.0, self, mark)
 
@@ -30,10 +30,10 @@ class Busy:
         """Never: what sets the sessions free is what the tests say."""
 
 
-async def set_aside(peer: Peer, busy: Busy) -> None:
+async def set_aside(peer: Peer, busy: Busy, batch: bytes = BATCH) -> None:
     waiting = busy.turnstile.waiting_count
     await peer.ask(EHLO)
-    peer.writer.write(BATCH)
+    peer.writer.write(batch)
     await until(lambda: busy.turnstile.waiting_count == waiting + 1)
 
 
@@ -42,7 +42,7 @@ async def test_a_message_that_leaves_lets_the_next_mail_in() -> None:
     async with running(make_node(turnstile=busy.turnstile)) as node:
         peer = await node.greeted()
         await set_aside(peer, busy)
-        busy.in_hand -= 1
+        busy.in_hand = MARK - 1
         busy.turnstile.one_left()
         assert [(await peer.line())[:3] for _ in range(3)] == [b"250", b"250", b"354"]
         assert (await peer.ask(BODY)).startswith(b"250 2.0.0 queued as ")
@@ -101,6 +101,61 @@ async def test_a_drain_keeps_nobody_waiting() -> None:
 
 
 @pytest.mark.parametrize(
+    "before",
+    [b"NOOP\r\n", b"RSET\r\nNOOP\r\n", b"mAIL FROM:<>\r\nRSET\r\n"],
+)
+async def test_no_way_of_writing_it_leads_past(before: bytes) -> None:
+    busy = Busy()
+    async with running(make_node(turnstile=busy.turnstile)) as node:
+        peer = await node.greeted()
+        await set_aside(peer, busy, before + BATCH.replace(b"MAIL", b"Mail"))
+        busy.turnstile.open()
+        answers = [(await peer.line())[:3] for _ in range(before.count(b"\n") + 3)]
+        assert answers[-3:] == [b"250", b"250", b"354"]
+        assert (await peer.ask(BODY)).startswith(b"250 2.0.0 queued as ")
+
+
+async def test_a_mail_behind_a_final_dot_waits_too() -> None:
+    busy = Busy(in_hand=0)
+    async with running(make_node(turnstile=busy.turnstile)) as node:
+        peer = await node.greeted()
+        await peer.ask(EHLO)
+        await peer.ask(BATCH, 3)
+        busy.in_hand = 2 * MARK
+        peer.writer.write(BODY + BATCH)
+        assert (await peer.line()).startswith(b"250 2.0.0 queued as ")
+        await until(lambda: busy.turnstile.waiting_count == 1)
+        busy.turnstile.open()
+        assert [(await peer.line())[:3] for _ in range(3)] == [b"250", b"250", b"354"]
+
+
+async def test_who_may_not_send_is_told_at_once() -> None:
+    busy = Busy()
+    async with running(make_node(turnstile=busy.turnstile, networks=())) as node:
+        peer = await node.greeted()
+        await peer.ask(EHLO)
+        assert (await peer.ask(b"MAIL FROM:<app@example.com>\r\n")).startswith(b"5")
+        assert busy.turnstile.waiting_count == 0
+
+
+async def test_hundreds_of_mails_that_are_refused_at_once_do_no_harm() -> None:
+    busy = Busy()
+    async with running(make_node(turnstile=busy.turnstile)) as node:
+        peers = [await node.greeted() for _ in range(300)]
+        for peer in peers:
+            await peer.ask(EHLO)
+            peer.writer.write(b"MAIL FROM:<app@elsewhere.example>\r\nRSET\r\n")
+        await until(lambda: busy.turnstile.waiting_count == len(peers))
+        busy.in_hand = 0
+        busy.turnstile.one_left()
+        for peer in peers:
+            assert (await peer.line()).startswith(b"5")
+            assert (await peer.line()).startswith(b"250 ")
+        busy.in_hand = MARK - 1
+        assert not busy.turnstile.holds("accounts/another")
+
+
+@pytest.mark.parametrize(
     ("said", "replies"),
     [
         (b"RSET\r\n", [b"250"]),
@@ -111,7 +166,7 @@ async def test_a_drain_keeps_nobody_waiting() -> None:
     ],
 )
 async def test_a_transaction_counts_until_it_is_over_however_it_ends(said: bytes, replies: list[bytes]) -> None:
-    busy = Busy(in_hand=0, mark=1)
+    busy = Busy(in_hand=1, mark=1)
     async with running(make_node(turnstile=busy.turnstile)) as node:
         peer = await node.greeted()
         await peer.ask(EHLO)
@@ -129,7 +184,7 @@ async def test_a_transaction_counts_until_it_is_over_however_it_ends(said: bytes
 
 
 async def test_a_mail_that_is_refused_does_not_count() -> None:
-    busy = Busy(in_hand=0, mark=1)
+    busy = Busy(in_hand=1, mark=1)
     async with running(make_node(turnstile=busy.turnstile)) as node:
         peer = await node.greeted()
         await peer.ask(EHLO)
