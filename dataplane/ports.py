@@ -102,13 +102,24 @@ class Settlement(NamedTuple):
     """Changes of one message and the ledger record that tells them, in one transaction.
 
     `record` is the encoded record or None for a change that nobody needs to hear of (a claim). `reported` marks the
-    message's envelope as recorded. When no recipient is left the message and its content go too.
+    message's envelope as recorded. When no recipient is left the message and its content go too. `whole`: nothing is
+    done unless every change names the present attempt.
     """
 
     message_id: MessageId
     changes: Sequence[RecipientChange]
     record: bytes | None
     reported: bool
+    whole: bool = False
+
+
+class WalkedRow(NamedTuple):
+    """A recipient that is not terminal, as a walk finds it."""
+
+    message_id: MessageId
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
+    state: State
+    queue_key: str
 
 
 class QueueDepth(NamedTuple):
@@ -209,7 +220,7 @@ class Spool(Protocol):
         """Apply changes and write the record; the result is how many recipients were changed.
 
         When there are changes and all of them name a stale attempt or a message that is gone, nothing is written:
-        neither record nor mark. Without changes the record is always written.
+        neither record nor mark; of a `whole` one when any of them does. Without changes the record is always written.
         """
         ...
 
@@ -227,6 +238,17 @@ class Spool(Protocol):
 
     async def load(self, message_id: MessageId) -> StoredMessage | None:
         """Read a message back, None when it is gone. SpoolError for a row with a wrong checksum; it is quarantined."""
+        ...
+
+    async def describe(self, message_id: MessageId) -> StoredMessage | None:
+        """As `load` without reading the content, which is empty: neither it nor the envelope is checked for damage."""
+        ...
+
+    async def walk(self, after: tuple[MessageId, int], before: MessageId, limit: int) -> list[WalkedRow]:
+        """The next recipients by (message id, index), of messages below `before`; all that are not terminal.
+
+        It finds what was there when the walk began and is still there, whatever was changed meanwhile.
+        """
         ...
 
     async def keys(self) -> list[KeyHead]:

@@ -23,6 +23,7 @@ from dataplane.ports import (
     SpoolIdentity,
     SpoolStats,
     StoredMessage,
+    WalkedRow,
 )
 
 Result = TypeVar("Result")
@@ -93,6 +94,15 @@ class NullSpool:
         """None: it is gone."""
         self._check_open()
         return None
+
+    async def describe(self, message_id: MessageId) -> StoredMessage | None:
+        """None: it is gone."""
+        return await self.load(message_id)
+
+    async def walk(self, after: tuple[MessageId, int], before: MessageId, limit: int) -> list[WalkedRow]:
+        """No recipient waits."""
+        self._check_open()
+        return []
 
     async def keys(self) -> list[KeyHead]:
         """No key waits."""

@@ -14,6 +14,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from itertools import islice
 from typing import ClassVar, TypeVar
 
@@ -34,6 +35,7 @@ from dataplane.ports import (
     SpoolIdentity,
     SpoolStats,
     StoredMessage,
+    WalkedRow,
 )
 
 Result = TypeVar("Result")
@@ -153,6 +155,8 @@ class RamSpool:
     def _settle(self, settlement: Settlement) -> int:
         message = self._messages.get(settlement.message_id)
         changed = 0
+        if settlement.whole and not all(_is_present(message, change) for change in settlement.changes):
+            return 0
         for change in settlement.changes:
             row = message.recipients.get(change.index) if message else None
             if message and row and row.attempt == change.attempt:
@@ -227,6 +231,24 @@ class RamSpool:
             return None
         rows = tuple(message.recipients[index] for index in sorted(message.recipients))
         return StoredMessage(message.envelope, message.content, rows, message.reported)
+
+    async def describe(self, message_id: MessageId) -> StoredMessage | None:
+        """Read a message back without its content, None when it is gone."""
+        stored = await self.load(message_id)
+        return None if stored is None else stored._replace(content=b"")
+
+    async def walk(self, after: tuple[MessageId, int], before: MessageId, limit: int) -> list[WalkedRow]:
+        """The next recipients by message and index."""
+        self._check_open()
+        places = (
+            (message_id, index)
+            for message_id, message in self._messages.items()
+            if after[0] <= message_id < before
+            for index in message.recipients
+        )
+        found = nsmallest(limit, (place for place in places if place > after))
+        rows = [(message_id, self._messages[message_id].recipients[index]) for message_id, index in found]
+        return [WalkedRow(message_id, row.index, row.state, row.queue_key) for message_id, row in rows]
 
     async def keys(self) -> list[KeyHead]:
         """Every queue key with sendable recipients, sorted."""
@@ -341,6 +363,11 @@ class RamIncoming:
         """Forget the pieces."""
         self._pieces.clear()
         self._error = self._error or SpoolError("the content was ended")
+
+
+def _is_present(message: _Message | None, change: RecipientChange) -> bool:
+    row = message.recipients.get(change.index) if message else None
+    return row is not None and row.attempt == change.attempt
 
 
 def _place(message_id: MessageId, row: RecipientRow) -> _Place:

@@ -22,6 +22,11 @@ def new_message_id(now_ms: int, random: bytes) -> MessageId:
     return MessageId(high.to_bytes(8, "big") + low.to_bytes(8, "big"))
 
 
+def first_message_id(at_ms: int) -> MessageId:
+    """Return the least id of a millisecond since 1970."""
+    return MessageId(at_ms.to_bytes(6, "big") + bytes(10))
+
+
 def format_message_id(message_id: bytes) -> str:
     """Return the usual text form, as the 250 and the API show it."""
     text = message_id.hex()

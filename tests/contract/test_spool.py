@@ -18,8 +18,9 @@ from dataplane.adapters.spool_null import NullSpool
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.adapters.spool_sqlite import SqliteSpool
 from dataplane.core.envelope import RecipientRow
+from dataplane.core.ids import MessageId, first_message_id
 from dataplane.core.queue import State
-from dataplane.ports import Cursor, Due, KeyHead, QueueDepth, Spool, SpoolError
+from dataplane.ports import Cursor, Due, KeyHead, QueueDepth, Spool, SpoolError, WalkedRow
 from support.spools import (
     KEY,
     NOW_MS,
@@ -692,3 +693,82 @@ async def test_recipients_are_counted_by_state(keeper: Spool, clock: ManualClock
     )
     clock.advance(1.1)
     assert await keeper.depth() == QueueDepth(deferred=1, held=1)
+
+
+# --- commands: whole settlements, descriptions, walks ---
+
+
+async def test_a_whole_settlement_with_one_stale_attempt_changes_nothing(keeper: Spool) -> None:
+    envelope, rows = make_envelope(), [make_row(0), make_row(1)]
+    await keeper.accept(envelope, CONTENT, rows)
+    stale = [change(rows[0], State.HELD, new_attempt=1), change(rows[1], State.HELD, attempt=7)]
+    whole = settlement(envelope.message_id, stale, b"record", reported=True)._replace(whole=True)
+    assert await keeper.settle(whole) == 0
+    stored = await keeper.load(envelope.message_id)
+    assert stored is not None
+    assert [row.state for row in stored.recipients] == [State.QUEUED, State.QUEUED]
+    assert not stored.reported
+    assert (await keeper.records(0, 10, 1 << 20))[1] == []
+    present = [change(row, State.HELD, new_attempt=1) for row in rows]
+    assert await keeper.settle(whole._replace(changes=present)) == 2
+    assert (await keeper.records(0, 10, 1 << 20))[1] == [b"record"]
+
+
+async def test_a_whole_settlement_of_a_message_that_is_gone_changes_nothing(keeper: Spool) -> None:
+    gone = settlement(make_id(), [change(make_row(), State.CANCELLED)], b"record")._replace(whole=True)
+    assert await keeper.settle(gone) == 0
+
+
+async def test_whole_settlements_in_one_batch_stand_or_fall_alone(keeper: Spool) -> None:
+    first, second, row = make_envelope(), make_envelope(), make_row()
+    await asyncio.gather(keeper.accept(first, CONTENT, [row]), keeper.accept(second, CONTENT, [row]))
+    good = settlement(first.message_id, [change(row, State.CANCELLED)], b"good", reported=True)._replace(whole=True)
+    stale = settlement(second.message_id, [change(row, State.CANCELLED, attempt=1)], b"stale", reported=True)
+    good_count, stale_count = await asyncio.gather(keeper.settle(good), keeper.settle(stale._replace(whole=True)))
+    assert (good_count, stale_count) == (1, 0)
+    assert (await keeper.records(0, 10, 1 << 20))[1] == [b"good"]
+    assert (await keeper.load(first.message_id), (await keeper.stats()).waiting_count) == (None, 1)
+
+
+async def test_a_description_is_the_message_without_its_content(keeper: Spool) -> None:
+    envelope = make_envelope()
+    await keeper.accept(envelope, CONTENT, [make_row(0), make_row(1, state=State.HELD)])
+    loaded, described = await keeper.load(envelope.message_id), await keeper.describe(envelope.message_id)
+    assert loaded is not None
+    assert described == loaded._replace(content=b"")
+    assert await keeper.describe(make_id()) is None
+
+
+async def test_a_walk_finds_recipients_of_all_states_in_order_and_in_slices(keeper: Spool) -> None:
+    states = [State.SCHEDULED, State.QUEUED, State.SENDING, State.DEFERRED, State.HELD]
+    ids = [make_id(NOW_MS + number) for number in range(3)]
+    for message_id in reversed(ids):
+        rows = [make_row(index, state=state, queue_key=OTHER_KEY) for index, state in enumerate(states)]
+        await keeper.accept(make_envelope(message_id), CONTENT, rows)
+    expected = [WalkedRow(one, index, state, OTHER_KEY) for one in ids for index, state in enumerate(states)]
+    found: list[WalkedRow] = []
+    position = (MessageId(b""), 0)
+    while page := await keeper.walk(position, first_message_id(NOW_MS + 9), 4):
+        assert len(page) <= 4
+        found += page
+        position = page[-1][:2]
+    assert found == expected
+    assert await keeper.walk((ids[0], 4), ids[2], 100) == expected[5:10]
+    assert await keeper.walk((ids[1], 1 << 30), first_message_id(NOW_MS + 9), 100) == expected[10:]
+
+
+async def test_a_walk_goes_on_behind_what_was_changed_meanwhile(keeper: Spool) -> None:
+    envelopes, row = [make_envelope() for _ in range(4)], make_row()
+    for envelope in envelopes:
+        await keeper.accept(envelope, CONTENT, [row])
+    first, second, third, fourth = (envelope.message_id for envelope in envelopes)
+    before = first_message_id(NOW_MS + 1)
+    assert [one.message_id for one in await keeper.walk((MessageId(b""), 0), before, 2)] == [first, second]
+    ends = [settlement(one, [change(row, State.CANCELLED)]) for one in (second, third)]
+    await asyncio.gather(*map(keeper.settle, ends))
+    assert [one.message_id for one in await keeper.walk((second, 0), before, 2)] == [fourth]
+
+
+async def test_a_walk_of_nothing_is_empty(spool: Spool) -> None:
+    assert await spool.walk((MessageId(b""), 0), make_id(), 10) == []
+    assert await spool.describe(make_id()) is None

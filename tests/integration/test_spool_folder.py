@@ -372,6 +372,8 @@ PLANS = {
     reader.RECORDS: (5,),
     reader.MESSAGE: (b"",),
     reader.RECIPIENTS: (b"",),
+    reader.ENVELOPE: (b"",),
+    reader.WALK: (b"", 0, b"", 10),
     reader.IS_UNREPORTED: (b"",),
     reader.OWNS_CONTENT: (b"",),
 }

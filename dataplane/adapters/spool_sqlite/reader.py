@@ -23,7 +23,8 @@ from dataplane.adapters.spool_sqlite.codec import (
 from dataplane.adapters.spool_sqlite.schema import fetch
 from dataplane.core.envelope import Envelope, RecipientRow
 from dataplane.core.ids import MessageId
-from dataplane.ports import Cursor, Due, KeyHead
+from dataplane.core.queue import State
+from dataplane.ports import Cursor, Due, KeyHead, StoredMessage, WalkedRow
 
 _SENDABLE = "state IN (1, 2, 4)"
 KEYS = f"""
@@ -59,6 +60,11 @@ MESSAGE = "SELECT checksum, content_bytes, envelope, content FROM message WHERE 
 RECIPIENTS = """
 SELECT message_id, idx, state, attempt, due_ms, rank, incarnation, checksum, queue_key
 FROM recipient WHERE message_id = ? ORDER BY idx
+"""
+ENVELOPE = "SELECT envelope FROM message WHERE id = ?"
+WALK = """
+SELECT message_id, idx, state, queue_key FROM recipient
+WHERE (message_id, idx) > (?1, ?2) AND message_id < ?3 AND state BETWEEN 1 AND 5 ORDER BY message_id, idx LIMIT ?4
 """
 IS_UNREPORTED = "SELECT 1 FROM unreported WHERE message_id = ?"
 OWNS_CONTENT = """
@@ -107,6 +113,29 @@ class Reader:
         envelope, addresses = decode_envelope(message_id, encoded)
         recipients = tuple(decode_recipient(Recipient(*fields), addresses) for fields in found)
         return Loaded(envelope, recipients, reported, checksum, encoded, content_bytes, content)
+
+    def describe(self, message_id: MessageId) -> StoredMessage | None:
+        """A message as of now without its content, which is not read: only its recipients are checked."""
+        execute = self._cursor.execute
+        execute("BEGIN")
+        try:
+            row = execute(ENVELOPE, (message_id,)).fetchone()
+            if row is None:
+                return None
+            found = fetch(self._cursor, RECIPIENTS, (message_id,))
+            reported = execute(IS_UNREPORTED, (message_id,)).fetchone() is None
+        finally:
+            execute("COMMIT")
+        envelope, addresses = decode_envelope(message_id, row[0])
+        recipients = tuple(decode_recipient(Recipient(*fields), addresses) for fields in found)
+        return StoredMessage(envelope, b"", recipients, reported)
+
+    def walk(self, after: tuple[MessageId, int], before: MessageId, limit: int) -> list[WalkedRow]:
+        """The next recipients by their primary key."""
+        return [
+            WalkedRow(message_id, index, State(state), queue_key)
+            for message_id, index, state, queue_key in fetch(self._cursor, WALK, (*after, before, limit))
+        ]
 
     def keys(self, start: str, limit: int) -> list[KeyHead]:
         """The first keys from `start` on."""

@@ -67,6 +67,7 @@ from dataplane.ports import (
     SpoolIdentity,
     SpoolStats,
     StoredMessage,
+    WalkedRow,
 )
 
 Result = TypeVar("Result")
@@ -393,6 +394,17 @@ class SqliteSpool:
         except OSError as error:
             raise SpoolError("a content cannot be read") from error
         return StoredMessage(loaded.envelope, content, loaded.recipients, loaded.reported, canonical)
+
+    async def describe(self, message_id: MessageId) -> StoredMessage | None:
+        """Read a message back without its content. SpoolError when that is damaged, and it is quarantined."""
+        try:
+            return self._read(self._reader.describe, message_id)
+        except DamagedRowError as error:
+            raise await self._set_aside(message_id, str(error)) from error
+
+    async def walk(self, after: tuple[MessageId, int], before: MessageId, limit: int) -> list[WalkedRow]:
+        """The next recipients by message and index."""
+        return self._read(self._reader.walk, after, before, limit)
 
     async def _set_aside(self, message_id: MessageId, reason: str) -> SpoolError:
         future: asyncio.Future[None] = self._loop.create_future()

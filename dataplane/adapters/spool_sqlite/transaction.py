@@ -44,6 +44,7 @@ _INSERT_RECIPIENT = (
 )
 _INSERT_UNREPORTED = "INSERT INTO unreported (message_id) VALUES (?)"
 _DELETE_UNREPORTED = "DELETE FROM unreported WHERE message_id = ?"
+_ATTEMPTS = "SELECT idx, attempt FROM recipient WHERE message_id = ?"
 _DELETE_RECIPIENT = "DELETE FROM recipient WHERE message_id = ? AND idx = ? AND attempt = ?"
 _UPDATE_RECIPIENT = (
     "UPDATE recipient SET state = ?, attempt = ?, due_ms = ?, incarnation = ?, checksum = ?, queue_key = ? "
@@ -276,7 +277,7 @@ class Transaction:
         """
         settlements = [operation.settlement for operation in operations if isinstance(operation, Settle)]
         keys = [settlement[:1] for settlement in settlements]
-        ends = [(message_id, changes[0].index, changes[0].attempt) for message_id, changes, _, _ in settlements]
+        ends = [(message_id, changes[0].index, changes[0].attempt) for message_id, changes, *_ in settlements]
         if self._changes_of(_DELETE_RECIPIENT, ends) != len(keys):
             raise ValueError("a settlement names a stale attempt")
         if self._changes_of(_DELETE_INLINE, keys) != len(keys):
@@ -294,8 +295,10 @@ class Transaction:
         return self._connection.total_changes() - before
 
     def _settle(self, settlement: Settlement) -> int:
-        message_id, changes, record, reported = settlement
+        message_id, changes, record, reported, whole = settlement
         changed = removed = 0
+        if whole and not self._are_present(message_id, changes):
+            return 0
         for change in changes:
             if change.state >= _FIRST_TERMINAL:
                 self._execute(_DELETE_RECIPIENT, (message_id, change.index, change.attempt))
@@ -312,6 +315,10 @@ class Transaction:
         if record is not None:
             self._records.append(record)
         return changed
+
+    def _are_present(self, message_id: MessageId, changes: Sequence[RecipientChange]) -> bool:
+        present: dict[int, int] = dict(fetch(self._connection, _ATTEMPTS, (message_id,)))
+        return all(present.get(change.index) == change.attempt for change in changes)
 
     def _update(self, message_id: MessageId, change: RecipientChange) -> int:
         index, attempt, state, new_attempt, due_ms, queue_key = change
@@ -432,5 +439,5 @@ def _is_plain(operation: Operation) -> bool:
     """Whether a settlement ends one recipient and marks its message as recorded."""
     if not isinstance(operation, Settle):
         return False
-    _, changes, record, reported = operation.settlement
+    _, changes, record, reported, _ = operation.settlement
     return reported and record is not None and len(changes) == 1 and changes[0].state >= _FIRST_TERMINAL
