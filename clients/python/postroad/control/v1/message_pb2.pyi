@@ -97,7 +97,7 @@ class _DeliveryEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Del
     DELIVERY_EVENT_TYPE_EXPIRED: _DeliveryEventType.ValueType  # 6
     """The lifetime was over."""
     DELIVERY_EVENT_TYPE_CANCELLED: _DeliveryEventType.ValueType  # 7
-    """Withdrawn by CancelMessage."""
+    """Withdrawn by a command."""
     DELIVERY_EVENT_TYPE_UNCERTAIN: _DeliveryEventType.ValueType  # 8
     """The connection or the node was lost after the final dot and before the
     reply: the next hop may have the message, and it will be sent again.
@@ -106,6 +106,14 @@ class _DeliveryEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Del
     """A terminal state was reported after another one; the first one stands."""
     DELIVERY_EVENT_TYPE_INTERRUPTED: _DeliveryEventType.ValueType  # 10
     """The attempt was cut before the final dot (crash, shutdown, denial)."""
+    DELIVERY_EVENT_TYPE_HELD: _DeliveryEventType.ValueType  # 11
+    """Stopped by a command."""
+    DELIVERY_EVENT_TYPE_RELEASED: _DeliveryEventType.ValueType  # 12
+    """Let go on by a command."""
+    DELIVERY_EVENT_TYPE_RETRIED: _DeliveryEventType.ValueType  # 13
+    """Made due at once by a command."""
+    DELIVERY_EVENT_TYPE_REROUTED: _DeliveryEventType.ValueType  # 14
+    """Bound to `provider` by a command."""
 
 class DeliveryEventType(_DeliveryEventType, metaclass=_DeliveryEventTypeEnumTypeWrapper):
     """What an event in a message's timeline says."""
@@ -125,7 +133,7 @@ DELIVERY_EVENT_TYPE_FAILED: DeliveryEventType.ValueType  # 5
 DELIVERY_EVENT_TYPE_EXPIRED: DeliveryEventType.ValueType  # 6
 """The lifetime was over."""
 DELIVERY_EVENT_TYPE_CANCELLED: DeliveryEventType.ValueType  # 7
-"""Withdrawn by CancelMessage."""
+"""Withdrawn by a command."""
 DELIVERY_EVENT_TYPE_UNCERTAIN: DeliveryEventType.ValueType  # 8
 """The connection or the node was lost after the final dot and before the
 reply: the next hop may have the message, and it will be sent again.
@@ -134,6 +142,14 @@ DELIVERY_EVENT_TYPE_CONFLICTING_OUTCOME: DeliveryEventType.ValueType  # 9
 """A terminal state was reported after another one; the first one stands."""
 DELIVERY_EVENT_TYPE_INTERRUPTED: DeliveryEventType.ValueType  # 10
 """The attempt was cut before the final dot (crash, shutdown, denial)."""
+DELIVERY_EVENT_TYPE_HELD: DeliveryEventType.ValueType  # 11
+"""Stopped by a command."""
+DELIVERY_EVENT_TYPE_RELEASED: DeliveryEventType.ValueType  # 12
+"""Let go on by a command."""
+DELIVERY_EVENT_TYPE_RETRIED: DeliveryEventType.ValueType  # 13
+"""Made due at once by a command."""
+DELIVERY_EVENT_TYPE_REROUTED: DeliveryEventType.ValueType  # 14
+"""Bound to `provider` by a command."""
 Global___DeliveryEventType: _TypeAlias = DeliveryEventType  # noqa: Y015
 
 @_typing.final

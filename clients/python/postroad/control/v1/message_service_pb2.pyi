@@ -5,9 +5,11 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from postroad.control.v1 import message_pb2 as _message_pb2
 import builtins as _builtins
 import sys
@@ -19,6 +21,46 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _CommandVerb:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CommandVerbEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CommandVerb.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMMAND_VERB_UNSPECIFIED: _CommandVerb.ValueType  # 0
+    """INVALID_ARGUMENT."""
+    COMMAND_VERB_CANCEL: _CommandVerb.ValueType  # 1
+    """As CancelMessage."""
+    COMMAND_VERB_HOLD: _CommandVerb.ValueType  # 2
+    """As HoldMessage."""
+    COMMAND_VERB_RELEASE: _CommandVerb.ValueType  # 3
+    """As ReleaseMessage."""
+    COMMAND_VERB_RETRY: _CommandVerb.ValueType  # 4
+    """As RetryMessage."""
+    COMMAND_VERB_BOUNCE: _CommandVerb.ValueType  # 5
+    """As BounceMessage."""
+    COMMAND_VERB_REROUTE: _CommandVerb.ValueType  # 6
+    """As RerouteMessage."""
+
+class CommandVerb(_CommandVerb, metaclass=_CommandVerbEnumTypeWrapper):
+    """What a command does."""
+
+COMMAND_VERB_UNSPECIFIED: CommandVerb.ValueType  # 0
+"""INVALID_ARGUMENT."""
+COMMAND_VERB_CANCEL: CommandVerb.ValueType  # 1
+"""As CancelMessage."""
+COMMAND_VERB_HOLD: CommandVerb.ValueType  # 2
+"""As HoldMessage."""
+COMMAND_VERB_RELEASE: CommandVerb.ValueType  # 3
+"""As ReleaseMessage."""
+COMMAND_VERB_RETRY: CommandVerb.ValueType  # 4
+"""As RetryMessage."""
+COMMAND_VERB_BOUNCE: CommandVerb.ValueType  # 5
+"""As BounceMessage."""
+COMMAND_VERB_REROUTE: CommandVerb.ValueType  # 6
+"""As RerouteMessage."""
+Global___CommandVerb: _TypeAlias = CommandVerb  # noqa: Y015
 
 @_typing.final
 class GetMessageRequest(_message.Message):
@@ -182,23 +224,269 @@ class CancelMessageRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`accounts/{account}/messages/{message}`."""
     request_id: _builtins.str
     """A UUID; the same request repeated within 24 h returns the same Operation."""
+    validate_only: _builtins.bool
+    """Checks everything, commits nothing."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelMessageRequest: _TypeAlias = CancelMessageRequest  # noqa: Y015
+
+@_typing.final
+class HoldMessageRequest(_message.Message):
+    """Request of HoldMessage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`accounts/{account}/messages/{message}`."""
+    request_id: _builtins.str
+    """A UUID; the same request repeated within 24 h returns the same Operation."""
+    validate_only: _builtins.bool
+    """Checks everything, commits nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldMessageRequest: _TypeAlias = HoldMessageRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseMessageRequest(_message.Message):
+    """Request of ReleaseMessage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`accounts/{account}/messages/{message}`."""
+    request_id: _builtins.str
+    """A UUID; the same request repeated within 24 h returns the same Operation."""
+    validate_only: _builtins.bool
+    """Checks everything, commits nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseMessageRequest: _TypeAlias = ReleaseMessageRequest  # noqa: Y015
+
+@_typing.final
+class RetryMessageRequest(_message.Message):
+    """Request of RetryMessage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`accounts/{account}/messages/{message}`."""
+    request_id: _builtins.str
+    """A UUID; the same request repeated within 24 h returns the same Operation."""
+    validate_only: _builtins.bool
+    """Checks everything, commits nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryMessageRequest: _TypeAlias = RetryMessageRequest  # noqa: Y015
+
+@_typing.final
+class BounceMessageRequest(_message.Message):
+    """Request of BounceMessage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`accounts/{account}/messages/{message}`."""
+    request_id: _builtins.str
+    """A UUID; the same request repeated within 24 h returns the same Operation."""
+    validate_only: _builtins.bool
+    """Checks everything, commits nothing."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BounceMessageRequest: _TypeAlias = BounceMessageRequest  # noqa: Y015
+
+@_typing.final
+class RerouteMessageRequest(_message.Message):
+    """Request of RerouteMessage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`accounts/{account}/messages/{message}`."""
+    request_id: _builtins.str
+    """A UUID; the same request repeated within 24 h returns the same Operation."""
+    validate_only: _builtins.bool
+    """Checks everything, commits nothing."""
+    provider: _builtins.str
+    """`accounts/{account}/providers/{provider}` of the message's account, or
+    `providers/{provider}`.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+        provider: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "provider", b"provider", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RerouteMessageRequest: _TypeAlias = RerouteMessageRequest  # noqa: Y015
+
+@_typing.final
+class CommandMessagesRequest(_message.Message):
+    """Request of CommandMessages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    VERB_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`accounts/{account}`; `accounts/-` for every account, operators only."""
+    verb: Global___CommandVerb.ValueType
+    """What to do."""
+    provider: _builtins.str
+    """For COMMAND_VERB_REROUTE, and only there: `providers/{provider}`, or one of
+    the parent's account.
+    """
+    request_id: _builtins.str
+    """A UUID; the same request repeated within 24 h returns the same Operation."""
+    validate_only: _builtins.bool
+    """Checks everything, commits nothing."""
+    @_builtins.property
+    def filter(self) -> Global___MessageFilter:
+        """To which recipients; an empty one stands for all that wait."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        verb: Global___CommandVerb.ValueType = ...,
+        filter: Global___MessageFilter | None = ...,
+        provider: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "parent", b"parent", "provider", b"provider", "request_id", b"request_id", "validate_only", b"validate_only", "verb", b"verb"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CommandMessagesRequest: _TypeAlias = CommandMessagesRequest  # noqa: Y015
+
+@_typing.final
+class MessageFilter(_message.Message):
+    """Which recipients; all that is set must hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    RECIPIENT_DOMAIN_FIELD_NUMBER: _builtins.int
+    MIN_AGE_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    provider: _builtins.str
+    """Those that wait for this provider, by full name."""
+    recipient_domain: _builtins.str
+    """Those whose address has exactly this domain."""
+    @_builtins.property
+    def min_age(self) -> _duration_pb2.Duration:
+        """Those of messages that were accepted at least so long ago; 0 unless set."""
+
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[_message_pb2.RecipientState.ValueType]:
+        """Those in one of these states: scheduled, queued, deferred or held. None:
+        every state that the command changes.
+        """
+
+    def __init__(
+        self,
+        *,
+        provider: _builtins.str = ...,
+        recipient_domain: _builtins.str = ...,
+        min_age: _duration_pb2.Duration | None = ...,
+        states: _abc.Iterable[_message_pb2.RecipientState.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["min_age", b"min_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["min_age", b"min_age", "provider", b"provider", "recipient_domain", b"recipient_domain", "states", b"states"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MessageFilter: _TypeAlias = MessageFilter  # noqa: Y015
 
 @_typing.final
 class CommandMetadata(_message.Message):
@@ -209,51 +497,135 @@ class CommandMetadata(_message.Message):
     VERB_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
-    verb: _builtins.str
-    """`cancel`."""
+    FILTER_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    CHANGED_COUNT_FIELD_NUMBER: _builtins.int
+    TOO_LATE_COUNT_FIELD_NUMBER: _builtins.int
+    SPOOL_COUNT_FIELD_NUMBER: _builtins.int
+    DONE_SPOOL_COUNT_FIELD_NUMBER: _builtins.int
+    PENDING_SPOOLS_FIELD_NUMBER: _builtins.int
+    verb: Global___CommandVerb.ValueType
+    """What it does."""
     message: _builtins.str
-    """`accounts/{account}/messages/{message}`."""
+    """`accounts/{account}/messages/{message}`; empty when it has a filter."""
+    provider: _builtins.str
+    """Where a reroute leads."""
+    changed_count: _builtins.int
+    """Recipients that were changed so far."""
+    too_late_count: _builtins.int
+    """Recipients that it was too late for so far: an attempt was under way, or
+    they were terminal already.
+    """
+    spool_count: _builtins.int
+    """Spools that the command went to."""
+    done_spool_count: _builtins.int
+    """Spools whose result is in."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the command was taken."""
+        """When the command was taken. Mail accepted later is not touched."""
+
+    @_builtins.property
+    def filter(self) -> Global___MessageFilter:
+        """To which recipients; absent on a command for one message."""
+
+    @_builtins.property
+    def pending_spools(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpoolProgress]:
+        """Spools whose result is still to come, the first 100."""
 
     def __init__(
         self,
         *,
-        verb: _builtins.str = ...,
+        verb: Global___CommandVerb.ValueType = ...,
         message: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        filter: Global___MessageFilter | None = ...,
+        provider: _builtins.str = ...,
+        changed_count: _builtins.int = ...,
+        too_late_count: _builtins.int = ...,
+        spool_count: _builtins.int = ...,
+        done_spool_count: _builtins.int = ...,
+        pending_spools: _abc.Iterable[Global___SpoolProgress] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "message", b"message", "verb", b"verb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_count", b"changed_count", "create_time", b"create_time", "done_spool_count", b"done_spool_count", "filter", b"filter", "message", b"message", "pending_spools", b"pending_spools", "provider", b"provider", "spool_count", b"spool_count", "too_late_count", b"too_late_count", "verb", b"verb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommandMetadata: _TypeAlias = CommandMetadata  # noqa: Y015
 
 @_typing.final
-class CancelMessageResult(_message.Message):
-    """Result of the Operation that CancelMessage returns."""
+class CommandResult(_message.Message):
+    """Result of an Operation on messages."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    CANCELLED_COUNT_FIELD_NUMBER: _builtins.int
+    CHANGED_COUNT_FIELD_NUMBER: _builtins.int
     TOO_LATE_COUNT_FIELD_NUMBER: _builtins.int
-    cancelled_count: _builtins.int
-    """Recipients that were withdrawn."""
+    SPOOLS_FIELD_NUMBER: _builtins.int
+    changed_count: _builtins.int
+    """Recipients that were changed."""
     too_late_count: _builtins.int
     """Recipients whose attempt was under way or that were terminal already."""
+    @_builtins.property
+    def spools(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpoolProgress]:
+        """What was done where, in order of spool; the first 1,000 that did anything."""
+
     def __init__(
         self,
         *,
-        cancelled_count: _builtins.int = ...,
+        changed_count: _builtins.int = ...,
         too_late_count: _builtins.int = ...,
+        spools: _abc.Iterable[Global___SpoolProgress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled_count", b"cancelled_count", "too_late_count", b"too_late_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_count", b"changed_count", "spools", b"spools", "too_late_count", b"too_late_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CancelMessageResult: _TypeAlias = CancelMessageResult  # noqa: Y015
+Global___CommandResult: _TypeAlias = CommandResult  # noqa: Y015
+
+@_typing.final
+class SpoolProgress(_message.Message):
+    """How far a command is in one spool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPOOL_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    CHANGED_COUNT_FIELD_NUMBER: _builtins.int
+    TOO_LATE_COUNT_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    spool: _builtins.str
+    """UUID of the spool."""
+    node: _builtins.str
+    """`nodes/{node}` that has it; empty when the spool is gone."""
+    changed_count: _builtins.int
+    """Recipients that were changed there."""
+    too_late_count: _builtins.int
+    """Recipients that it was too late for there."""
+    error: _builtins.str
+    """Why the spool did nothing; empty otherwise."""
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When its result, or a part of it, came last; absent before the first."""
+
+    def __init__(
+        self,
+        *,
+        spool: _builtins.str = ...,
+        node: _builtins.str = ...,
+        changed_count: _builtins.int = ...,
+        too_late_count: _builtins.int = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_count", b"changed_count", "error", b"error", "node", b"node", "spool", b"spool", "too_late_count", b"too_late_count", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpoolProgress: _TypeAlias = SpoolProgress  # noqa: Y015

@@ -28,8 +28,14 @@ if _version_not_supported:
 
 
 class MessageServiceStub:
-    """The record of every message. Reading needs `messages.read`, cancelling
-    `messages.write`; operators reach every account's.
+    """The record of every message, and commands on what still waits. Reading needs
+    `messages.read`, commands need `messages.write`; operators reach every
+    account's.
+
+    A command is an Operation with CommandMetadata, done when the result of every
+    spool that it went to is in the ledger, with a CommandResult. It goes on
+    through restarts of nodes and control planes, and changes nothing twice. A
+    spool that nobody has open keeps it pending; the metadata says which.
     """
 
     def __init__(self, channel):
@@ -58,11 +64,47 @@ class MessageServiceStub:
                 request_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.CancelMessageRequest.SerializeToString,
                 response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
+        self.HoldMessage = channel.unary_unary(
+                '/postroad.control.v1.MessageService/HoldMessage',
+                request_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.HoldMessageRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
+        self.ReleaseMessage = channel.unary_unary(
+                '/postroad.control.v1.MessageService/ReleaseMessage',
+                request_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.ReleaseMessageRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
+        self.RetryMessage = channel.unary_unary(
+                '/postroad.control.v1.MessageService/RetryMessage',
+                request_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.RetryMessageRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
+        self.BounceMessage = channel.unary_unary(
+                '/postroad.control.v1.MessageService/BounceMessage',
+                request_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.BounceMessageRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
+        self.RerouteMessage = channel.unary_unary(
+                '/postroad.control.v1.MessageService/RerouteMessage',
+                request_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.RerouteMessageRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
+        self.CommandMessages = channel.unary_unary(
+                '/postroad.control.v1.MessageService/CommandMessages',
+                request_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.CommandMessagesRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
 
 
 class MessageServiceServicer:
-    """The record of every message. Reading needs `messages.read`, cancelling
-    `messages.write`; operators reach every account's.
+    """The record of every message, and commands on what still waits. Reading needs
+    `messages.read`, commands need `messages.write`; operators reach every
+    account's.
+
+    A command is an Operation with CommandMetadata, done when the result of every
+    spool that it went to is in the ledger, with a CommandResult. It goes on
+    through restarts of nodes and control planes, and changes nothing twice. A
+    spool that nobody has open keeps it pending; the metadata says which.
     """
 
     def GetMessage(self, request, context):
@@ -94,9 +136,61 @@ class MessageServiceServicer:
 
     def CancelMessage(self, request, context):
         """Withdraws the recipients that still wait. What is being sent is let go on;
-        what is terminal stays. The answer is an Operation, done when the owning
-        node's result is in the ledger, with a CancelMessageResult. NOT_FOUND for
-        a message the ledger does not know.
+        what is terminal stays. NOT_FOUND for a message the ledger does not know, as
+        for the following methods.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HoldMessage(self, request, context):
+        """Stops the recipients that still wait until they are released, cancelled or
+        bounced. What is held expires at the end of its lifetime all the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseMessage(self, request, context):
+        """Lets held recipients go on, at once, whenever they were due.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryMessage(self, request, context):
+        """Makes the recipients that wait for a later time due at once. Held ones stay
+        held, and a next hop that is down is still tried at its own times.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BounceMessage(self, request, context):
+        """Gives the recipients that still wait up as undeliverable. They end as
+        `failed`, not as `bounced`: that is what a remote server refused, and here
+        it is us who refuse. Unlike `cancelled`, what the submitter took back, it is
+        a failure that the sender is to hear of.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RerouteMessage(self, request, context):
+        """Sends the recipients that still wait by another provider: in all further
+        attempts it takes the place of what the rules choose. When they are due and
+        whether they are held stays as it is. Once the provider is gone the rules
+        choose again. NOT_FOUND for a provider that does not exist.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CommandMessages(self, request, context):
+        """Gives a command to every waiting recipient that a filter describes, as it is
+        at the time of the call: mail accepted later is not touched. It goes to all
+        spools. FAILED_PRECONDITION while there are none; NOT_FOUND for the provider
+        of a reroute that does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +219,36 @@ def add_MessageServiceServicer_to_server(servicer, server):
                     request_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.CancelMessageRequest.FromString,
                     response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
+            'HoldMessage': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldMessage,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.HoldMessageRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
+            'ReleaseMessage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseMessage,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.ReleaseMessageRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
+            'RetryMessage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryMessage,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.RetryMessageRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
+            'BounceMessage': grpc.unary_unary_rpc_method_handler(
+                    servicer.BounceMessage,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.BounceMessageRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
+            'RerouteMessage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RerouteMessage,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.RerouteMessageRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
+            'CommandMessages': grpc.unary_unary_rpc_method_handler(
+                    servicer.CommandMessages,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.CommandMessagesRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'postroad.control.v1.MessageService', rpc_method_handlers)
@@ -134,8 +258,14 @@ def add_MessageServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MessageService:
-    """The record of every message. Reading needs `messages.read`, cancelling
-    `messages.write`; operators reach every account's.
+    """The record of every message, and commands on what still waits. Reading needs
+    `messages.read`, commands need `messages.write`; operators reach every
+    account's.
+
+    A command is an Operation with CommandMetadata, done when the result of every
+    spool that it went to is in the ledger, with a CommandResult. It goes on
+    through restarts of nodes and control planes, and changes nothing twice. A
+    spool that nobody has open keeps it pending; the metadata says which.
     """
 
     @staticmethod
@@ -235,6 +365,168 @@ class MessageService:
             target,
             '/postroad.control.v1.MessageService/CancelMessage',
             postroad_dot_control_dot_v1_dot_message__service__pb2.CancelMessageRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldMessage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.MessageService/HoldMessage',
+            postroad_dot_control_dot_v1_dot_message__service__pb2.HoldMessageRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseMessage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.MessageService/ReleaseMessage',
+            postroad_dot_control_dot_v1_dot_message__service__pb2.ReleaseMessageRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryMessage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.MessageService/RetryMessage',
+            postroad_dot_control_dot_v1_dot_message__service__pb2.RetryMessageRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BounceMessage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.MessageService/BounceMessage',
+            postroad_dot_control_dot_v1_dot_message__service__pb2.BounceMessageRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RerouteMessage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.MessageService/RerouteMessage',
+            postroad_dot_control_dot_v1_dot_message__service__pb2.RerouteMessageRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CommandMessages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.MessageService/CommandMessages',
+            postroad_dot_control_dot_v1_dot_message__service__pb2.CommandMessagesRequest.SerializeToString,
             google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,

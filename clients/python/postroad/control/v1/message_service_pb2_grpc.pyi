@@ -29,8 +29,14 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class MessageServiceStub:
-    """The record of every message. Reading needs `messages.read`, cancelling
-    `messages.write`; operators reach every account's.
+    """The record of every message, and commands on what still waits. Reading needs
+    `messages.read`, commands need `messages.write`; operators reach every
+    account's.
+
+    A command is an Operation with CommandMetadata, done when the result of every
+    spool that it went to is in the ledger, with a CommandResult. It goes on
+    through restarts of nodes and control planes, and changes nothing twice. A
+    spool that nobody has open keeps it pending; the metadata says which.
     """
 
     @_typing.overload
@@ -54,15 +60,48 @@ class MessageServiceStub:
     """
     CancelMessage: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.CancelMessageRequest, _operations_pb2.Operation]
     """Withdraws the recipients that still wait. What is being sent is let go on;
-    what is terminal stays. The answer is an Operation, done when the owning
-    node's result is in the ledger, with a CancelMessageResult. NOT_FOUND for
-    a message the ledger does not know.
+    what is terminal stays. NOT_FOUND for a message the ledger does not know, as
+    for the following methods.
+    """
+    HoldMessage: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.HoldMessageRequest, _operations_pb2.Operation]
+    """Stops the recipients that still wait until they are released, cancelled or
+    bounced. What is held expires at the end of its lifetime all the same.
+    """
+    ReleaseMessage: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.ReleaseMessageRequest, _operations_pb2.Operation]
+    """Lets held recipients go on, at once, whenever they were due."""
+    RetryMessage: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.RetryMessageRequest, _operations_pb2.Operation]
+    """Makes the recipients that wait for a later time due at once. Held ones stay
+    held, and a next hop that is down is still tried at its own times.
+    """
+    BounceMessage: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.BounceMessageRequest, _operations_pb2.Operation]
+    """Gives the recipients that still wait up as undeliverable. They end as
+    `failed`, not as `bounced`: that is what a remote server refused, and here
+    it is us who refuse. Unlike `cancelled`, what the submitter took back, it is
+    a failure that the sender is to hear of.
+    """
+    RerouteMessage: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.RerouteMessageRequest, _operations_pb2.Operation]
+    """Sends the recipients that still wait by another provider: in all further
+    attempts it takes the place of what the rules choose. When they are due and
+    whether they are held stays as it is. Once the provider is gone the rules
+    choose again. NOT_FOUND for a provider that does not exist.
+    """
+    CommandMessages: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.CommandMessagesRequest, _operations_pb2.Operation]
+    """Gives a command to every waiting recipient that a filter describes, as it is
+    at the time of the call: mail accepted later is not touched. It goes to all
+    spools. FAILED_PRECONDITION while there are none; NOT_FOUND for the provider
+    of a reroute that does not exist.
     """
 
 @_typing.type_check_only
 class MessageServiceAsyncStub(MessageServiceStub):
-    """The record of every message. Reading needs `messages.read`, cancelling
-    `messages.write`; operators reach every account's.
+    """The record of every message, and commands on what still waits. Reading needs
+    `messages.read`, commands need `messages.write`; operators reach every
+    account's.
+
+    A command is an Operation with CommandMetadata, done when the result of every
+    spool that it went to is in the ledger, with a CommandResult. It goes on
+    through restarts of nodes and control planes, and changes nothing twice. A
+    spool that nobody has open keeps it pending; the metadata says which.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -83,14 +122,47 @@ class MessageServiceAsyncStub(MessageServiceStub):
     """
     CancelMessage: _aio.UnaryUnaryMultiCallable[_message_service_pb2.CancelMessageRequest, _operations_pb2.Operation]  # type: ignore[assignment]
     """Withdraws the recipients that still wait. What is being sent is let go on;
-    what is terminal stays. The answer is an Operation, done when the owning
-    node's result is in the ledger, with a CancelMessageResult. NOT_FOUND for
-    a message the ledger does not know.
+    what is terminal stays. NOT_FOUND for a message the ledger does not know, as
+    for the following methods.
+    """
+    HoldMessage: _aio.UnaryUnaryMultiCallable[_message_service_pb2.HoldMessageRequest, _operations_pb2.Operation]  # type: ignore[assignment]
+    """Stops the recipients that still wait until they are released, cancelled or
+    bounced. What is held expires at the end of its lifetime all the same.
+    """
+    ReleaseMessage: _aio.UnaryUnaryMultiCallable[_message_service_pb2.ReleaseMessageRequest, _operations_pb2.Operation]  # type: ignore[assignment]
+    """Lets held recipients go on, at once, whenever they were due."""
+    RetryMessage: _aio.UnaryUnaryMultiCallable[_message_service_pb2.RetryMessageRequest, _operations_pb2.Operation]  # type: ignore[assignment]
+    """Makes the recipients that wait for a later time due at once. Held ones stay
+    held, and a next hop that is down is still tried at its own times.
+    """
+    BounceMessage: _aio.UnaryUnaryMultiCallable[_message_service_pb2.BounceMessageRequest, _operations_pb2.Operation]  # type: ignore[assignment]
+    """Gives the recipients that still wait up as undeliverable. They end as
+    `failed`, not as `bounced`: that is what a remote server refused, and here
+    it is us who refuse. Unlike `cancelled`, what the submitter took back, it is
+    a failure that the sender is to hear of.
+    """
+    RerouteMessage: _aio.UnaryUnaryMultiCallable[_message_service_pb2.RerouteMessageRequest, _operations_pb2.Operation]  # type: ignore[assignment]
+    """Sends the recipients that still wait by another provider: in all further
+    attempts it takes the place of what the rules choose. When they are due and
+    whether they are held stays as it is. Once the provider is gone the rules
+    choose again. NOT_FOUND for a provider that does not exist.
+    """
+    CommandMessages: _aio.UnaryUnaryMultiCallable[_message_service_pb2.CommandMessagesRequest, _operations_pb2.Operation]  # type: ignore[assignment]
+    """Gives a command to every waiting recipient that a filter describes, as it is
+    at the time of the call: mail accepted later is not touched. It goes to all
+    spools. FAILED_PRECONDITION while there are none; NOT_FOUND for the provider
+    of a reroute that does not exist.
     """
 
 class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The record of every message. Reading needs `messages.read`, cancelling
-    `messages.write`; operators reach every account's.
+    """The record of every message, and commands on what still waits. Reading needs
+    `messages.read`, commands need `messages.write`; operators reach every
+    account's.
+
+    A command is an Operation with CommandMetadata, done when the result of every
+    spool that it went to is in the ledger, with a CommandResult. It goes on
+    through restarts of nodes and control planes, and changes nothing twice. A
+    spool that nobody has open keeps it pending; the metadata says which.
     """
 
     @_abc_1.abstractmethod
@@ -133,9 +205,72 @@ class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
         """Withdraws the recipients that still wait. What is being sent is let go on;
-        what is terminal stays. The answer is an Operation, done when the owning
-        node's result is in the ledger, with a CancelMessageResult. NOT_FOUND for
-        a message the ledger does not know.
+        what is terminal stays. NOT_FOUND for a message the ledger does not know, as
+        for the following methods.
+        """
+
+    @_abc_1.abstractmethod
+    def HoldMessage(
+        self,
+        request: _message_service_pb2.HoldMessageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
+        """Stops the recipients that still wait until they are released, cancelled or
+        bounced. What is held expires at the end of its lifetime all the same.
+        """
+
+    @_abc_1.abstractmethod
+    def ReleaseMessage(
+        self,
+        request: _message_service_pb2.ReleaseMessageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
+        """Lets held recipients go on, at once, whenever they were due."""
+
+    @_abc_1.abstractmethod
+    def RetryMessage(
+        self,
+        request: _message_service_pb2.RetryMessageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
+        """Makes the recipients that wait for a later time due at once. Held ones stay
+        held, and a next hop that is down is still tried at its own times.
+        """
+
+    @_abc_1.abstractmethod
+    def BounceMessage(
+        self,
+        request: _message_service_pb2.BounceMessageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
+        """Gives the recipients that still wait up as undeliverable. They end as
+        `failed`, not as `bounced`: that is what a remote server refused, and here
+        it is us who refuse. Unlike `cancelled`, what the submitter took back, it is
+        a failure that the sender is to hear of.
+        """
+
+    @_abc_1.abstractmethod
+    def RerouteMessage(
+        self,
+        request: _message_service_pb2.RerouteMessageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
+        """Sends the recipients that still wait by another provider: in all further
+        attempts it takes the place of what the rules choose. When they are due and
+        whether they are held stays as it is. Once the provider is gone the rules
+        choose again. NOT_FOUND for a provider that does not exist.
+        """
+
+    @_abc_1.abstractmethod
+    def CommandMessages(
+        self,
+        request: _message_service_pb2.CommandMessagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
+        """Gives a command to every waiting recipient that a filter describes, as it is
+        at the time of the call: mail accepted later is not touched. It goes to all
+        spools. FAILED_PRECONDITION while there are none; NOT_FOUND for the provider
+        of a reroute that does not exist.
         """
 
 def add_MessageServiceServicer_to_server(servicer: MessageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

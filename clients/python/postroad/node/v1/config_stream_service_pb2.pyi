@@ -150,7 +150,7 @@ class Hello(_message.Message):
     @_builtins.property
     def client_features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the node understands beyond the first release: the sender uses only
-        these.
+        these. `command-filter`: commands with a filter.
         """
 
     @_builtins.property
@@ -540,7 +540,7 @@ Global___Denials: _TypeAlias = Denials  # noqa: Y015
 @_typing.final
 class Command(_message.Message):
     """Something for a spool to do. Sent until its result is in the ledger; a spool
-    that sees it twice answers the same result.
+    that sees it twice changes nothing twice.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -555,20 +555,84 @@ class Command(_message.Message):
         """A node ignores it and reports it as failed."""
         VERB_CANCEL: Command._Verb.ValueType  # 1
         """Withdraw the waiting recipients."""
+        VERB_HOLD: Command._Verb.ValueType  # 2
+        """Stop the waiting recipients until they are released."""
+        VERB_RELEASE: Command._Verb.ValueType  # 3
+        """Let held recipients go on, at once."""
+        VERB_RETRY: Command._Verb.ValueType  # 4
+        """Try waiting recipients now; held ones stay held."""
+        VERB_BOUNCE: Command._Verb.ValueType  # 5
+        """Fail the waiting recipients."""
+        VERB_REROUTE: Command._Verb.ValueType  # 6
+        """Send the waiting recipients by `provider` from now on."""
 
     class Verb(_Verb, metaclass=_VerbEnumTypeWrapper):
-        """What to do."""
+        """What to do. What is being sent is too late for each of them."""
 
     VERB_UNSPECIFIED: Command.Verb.ValueType  # 0
     """A node ignores it and reports it as failed."""
     VERB_CANCEL: Command.Verb.ValueType  # 1
     """Withdraw the waiting recipients."""
+    VERB_HOLD: Command.Verb.ValueType  # 2
+    """Stop the waiting recipients until they are released."""
+    VERB_RELEASE: Command.Verb.ValueType  # 3
+    """Let held recipients go on, at once."""
+    VERB_RETRY: Command.Verb.ValueType  # 4
+    """Try waiting recipients now; held ones stay held."""
+    VERB_BOUNCE: Command.Verb.ValueType  # 5
+    """Fail the waiting recipients."""
+    VERB_REROUTE: Command.Verb.ValueType  # 6
+    """Send the waiting recipients by `provider` from now on."""
+
+    @_typing.final
+    class Filter(_message.Message):
+        """Which recipients, where they are not named by message."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PROVIDER_FIELD_NUMBER: _builtins.int
+        RECIPIENT_DOMAIN_FIELD_NUMBER: _builtins.int
+        ACCEPTED_BEFORE_MS_FIELD_NUMBER: _builtins.int
+        STATES_FIELD_NUMBER: _builtins.int
+        AFTER_FIELD_NUMBER: _builtins.int
+        provider: _builtins.str
+        """Those that wait for this provider, by full name; empty for any."""
+        recipient_domain: _builtins.str
+        """Those whose address has this domain, in lower case; empty for any."""
+        accepted_before_ms: _builtins.int
+        """Those of messages accepted before this time, in milliseconds since 1970."""
+        after: _builtins.bytes
+        """Those of messages with a greater id than this one, 16 bytes: a former
+        account's come before, and so does what is done already.
+        """
+        @_builtins.property
+        def states(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """Those in one of these states, numbered as RecipientState; empty for
+            every state that the verb can change.
+            """
+
+        def __init__(
+            self,
+            *,
+            provider: _builtins.str = ...,
+            recipient_domain: _builtins.str = ...,
+            accepted_before_ms: _builtins.int = ...,
+            states: _abc.Iterable[_builtins.int] | None = ...,
+            after: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_before_ms", b"accepted_before_ms", "after", b"after", "provider", b"provider", "recipient_domain", b"recipient_domain", "states", b"states"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     COMMAND_FIELD_NUMBER: _builtins.int
     SPOOL_FIELD_NUMBER: _builtins.int
     VERB_FIELD_NUMBER: _builtins.int
     ACCOUNT_FIELD_NUMBER: _builtins.int
     MESSAGE_IDS_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
     command: _builtins.str
     """UUID of the command."""
     spool: _builtins.str
@@ -576,10 +640,20 @@ class Command(_message.Message):
     verb: Global___Command.Verb.ValueType
     """What to do."""
     account: _builtins.str
-    """`accounts/{account}` that asked."""
+    """`accounts/{account}` that asked; `accounts/-`, with a filter only, for
+    every account.
+    """
+    provider: _builtins.str
+    """For VERB_REROUTE: the provider by full name."""
     @_builtins.property
     def message_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Ids of the messages, 16 bytes each."""
+        """Ids of the messages, 16 bytes each; none with a filter."""
+
+    @_builtins.property
+    def filter(self) -> Global___Command.Filter:
+        """Which recipients, in place of `message_ids`. Sent only to nodes that named
+        the feature `command-filter` in Hello.
+        """
 
     def __init__(
         self,
@@ -589,10 +663,12 @@ class Command(_message.Message):
         verb: Global___Command.Verb.ValueType = ...,
         account: _builtins.str = ...,
         message_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+        filter: Global___Command.Filter | None = ...,
+        provider: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "command", b"command", "message_ids", b"message_ids", "spool", b"spool", "verb", b"verb"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "command", b"command", "filter", b"filter", "message_ids", b"message_ids", "provider", b"provider", "spool", b"spool", "verb", b"verb"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -105,6 +105,14 @@ class _EventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventType.V
     """Made by the control plane only."""
     EVENT_TYPE_INTERRUPTED: _EventType.ValueType  # 10
     """Cut before the final dot."""
+    EVENT_TYPE_HELD: _EventType.ValueType  # 11
+    """Stopped by a command."""
+    EVENT_TYPE_RELEASED: _EventType.ValueType  # 12
+    """Let go on by a command."""
+    EVENT_TYPE_RETRIED: _EventType.ValueType  # 13
+    """Made due at once by a command."""
+    EVENT_TYPE_REROUTED: _EventType.ValueType  # 14
+    """Bound to a provider by a command."""
 
 class EventType(_EventType, metaclass=_EventTypeEnumTypeWrapper):
     """What an event says; the numbers are those of
@@ -133,6 +141,14 @@ EVENT_TYPE_CONFLICTING_OUTCOME: EventType.ValueType  # 9
 """Made by the control plane only."""
 EVENT_TYPE_INTERRUPTED: EventType.ValueType  # 10
 """Cut before the final dot."""
+EVENT_TYPE_HELD: EventType.ValueType  # 11
+"""Stopped by a command."""
+EVENT_TYPE_RELEASED: EventType.ValueType  # 12
+"""Let go on by a command."""
+EVENT_TYPE_RETRIED: EventType.ValueType  # 13
+"""Made due at once by a command."""
+EVENT_TYPE_REROUTED: EventType.ValueType  # 14
+"""Bound to a provider by a command."""
 Global___EventType: _TypeAlias = EventType  # noqa: Y015
 
 @_typing.final
@@ -379,7 +395,7 @@ Global___AttemptEvent: _TypeAlias = AttemptEvent  # noqa: Y015
 
 @_typing.final
 class CommandResult(_message.Message):
-    """What came of a command in one spool."""
+    """What came of a command in one spool, or of a part of it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -387,14 +403,24 @@ class CommandResult(_message.Message):
     CHANGED_COUNT_FIELD_NUMBER: _builtins.int
     TOO_LATE_COUNT_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
     command: _builtins.str
     """UUID of the command."""
     changed_count: _builtins.int
-    """Recipients that were changed."""
+    """Recipients that were changed, beside those that earlier results of the
+    same command told of.
+    """
     too_late_count: _builtins.int
-    """Recipients that were being sent or were terminal."""
+    """Recipients that were being sent or were terminal, counted likewise."""
     error: _builtins.str
     """Why nothing was done, empty otherwise."""
+    partial: _builtins.bool
+    """Whether more is to come: the command is not done."""
+    position: _builtins.bytes
+    """Of a command with a filter: messages up to this id are done, 16 bytes, and
+    counted in this result or an earlier one; empty where nothing moved on.
+    """
     def __init__(
         self,
         *,
@@ -402,10 +428,12 @@ class CommandResult(_message.Message):
         changed_count: _builtins.int = ...,
         too_late_count: _builtins.int = ...,
         error: _builtins.str = ...,
+        partial: _builtins.bool = ...,
+        position: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_count", b"changed_count", "command", b"command", "error", b"error", "too_late_count", b"too_late_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_count", b"changed_count", "command", b"command", "error", b"error", "partial", b"partial", "position", b"position", "too_late_count", b"too_late_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
