@@ -23,6 +23,9 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
+from dataplane.core.commands import Filter
+from dataplane.core.ids import MessageId
+
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 SOCKET_PATH = "run/agent.sock"
 
@@ -121,13 +124,18 @@ class LedgerCursor(NamedTuple):
 
 
 class RunCommand(NamedTuple):
-    """A command for a spool; its result goes by the ledger. `verb` is the number in postroad.node.v1."""
+    """A command for a spool; its result goes by the ledger. `verb` is the number in postroad.node.v1.
+
+    With a `filter` there are no message ids; `provider` is where a reroute leads.
+    """
 
     command: str
     spool: str
     verb: int
     account: str
     message_ids: tuple[bytes, ...]
+    provider: str = ""
+    filter: Filter | None = None
 
 
 class SpoolVerdict(NamedTuple):
@@ -194,8 +202,11 @@ def _read_hello(fields: list[Any]) -> WorkerHello:
 
 
 def _read_command(fields: list[Any]) -> RunCommand:
-    *plain, message_ids = fields
-    return RunCommand._make([*plain, tuple(bytes.fromhex(text) for text in message_ids)])
+    *plain, message_ids, provider, wanted = fields
+    if wanted is not None:
+        before_ms, after, by_provider, domain, states = wanted
+        wanted = Filter(before_ms, MessageId(bytes.fromhex(after)), by_provider, domain, tuple(states))
+    return RunCommand._make([*plain, tuple(bytes.fromhex(text) for text in message_ids), provider, wanted])
 
 
 def _read_status(fields: list[Any]) -> WorkerStatus:
@@ -250,6 +261,9 @@ def encode(message: Message) -> bytes:
         fields: list[Any] = list(message)
         if isinstance(message, RunCommand):
             fields[4] = [message_id.hex() for message_id in message.message_ids]
+            if message.filter is not None:
+                before_ms, after, *rest = message.filter
+                fields[6] = [before_ms, after.hex(), *rest]
         payload = json.dumps(fields, separators=(",", ":")).encode()
     if len(payload) + 1 > MAX_FRAME_BYTES:
         raise LinkError(f"a {type(message).__name__} of {len(payload)} bytes is too long")

@@ -42,7 +42,7 @@ from dataplane.agent.workers import hold_worker_lock
 from dataplane.agent_link import AgentLink
 from dataplane.busy_time import busy_time
 from dataplane.clock import SystemClock
-from dataplane.commands import CommandRunner
+from dataplane.commands import CommandRunner, Tools
 from dataplane.delivery.engine import DeliveryEngine, Surroundings
 from dataplane.delivery.limits import DeliveryLimits
 from dataplane.descriptors import connection_room, descriptor_limit, open_descriptors
@@ -281,9 +281,7 @@ class _Worker:
         side = WorkerSide(parts)
         link = AgentLink(Path(SOCKET_PATH), side.hello, side.received, side.agent_lost, random.random, self._log)
         forwarder = RecordForwarder(self._spools, link.send, self._log)
-        runner = CommandRunner(
-            self._spools, encode_record, self._clock, self._log, lambda spool, key: self._engines[spool].wake(key)
-        )
+        runner = CommandRunner(self._spools, Tools(self._engines, encode_record, self._clock, self._log))
         side.attach(link, forwarder, runner)
         return side
 

@@ -1,8 +1,9 @@
 """What a worker does with the messages of the agent, and what it tells the agent of itself.
 
 Configuration and denials are read in a thread, each in a lane of its own and one after the other, and answered when
-they are in use: denials after delivery has cut what they stop. Commands run one at a time; one that fails is asked for
-again by the control plane. Everything else is a step on the loop.
+they are in use: denials after delivery has cut what they stop. Commands run one after the other, those with a filter in
+a lane of their own, since a walk may take minutes; one that fails is asked for again by the control plane, and one that
+is asked for again while it is under way is not begun twice. Everything else is a step on the loop.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ class WorkerSide:
         self._config_news = asyncio.Event()
         self._denials_news = asyncio.Event()
         self._commands: asyncio.Queue[RunCommand] = asyncio.Queue()
+        self._walks: asyncio.Queue[RunCommand] = asyncio.Queue()
+        self._under_way: set[str] = set()
         self._status_requests: asyncio.Queue[int] = asyncio.Queue()
         self._lags = {name: LedgerLag() for name in parts.spools}
         self.draining = False
@@ -124,7 +127,8 @@ class WorkerSide:
             self._forwarder.run(),
             self._follow_config(),
             self._follow_denials(),
-            self._run_commands(),
+            self._run_commands(self._commands),
+            self._run_commands(self._walks),
             self._report_status(),
             self._watch_ledger(),
         ]
@@ -151,8 +155,11 @@ class WorkerSide:
 
     def _received_rare(self, message: Message) -> None:
         match message:
+            case RunCommand() if message.command not in self._under_way:
+                self._under_way.add(message.command)
+                (self._commands if message.filter is None else self._walks).put_nowait(message)
             case RunCommand():
-                self._commands.put_nowait(message)
+                pass
             case SpoolVerdict():
                 self._judge(message)
             case StatusRequest():
@@ -206,13 +213,15 @@ class WorkerSide:
                 self._parts.log.info("denials.in_force", version=self._parts.view.denials.version)
             self._link.send(DenialsApplied(self._parts.view.denials.version, error))
 
-    async def _run_commands(self) -> None:
+    async def _run_commands(self, commands: asyncio.Queue[RunCommand]) -> None:
         while True:
-            command = await self._commands.get()
+            command = await commands.get()
             try:
                 await self._runner.run(command)
             except SpoolError as error:
                 self._parts.log.warning("command.failed", command=command.command, error=str(error))
+            finally:
+                self._under_way.discard(command.command)
 
     async def _report_status(self) -> None:
         while True:

@@ -42,6 +42,8 @@ def _command_result(result: CommandResult) -> pb.CommandResult:
         changed_count=result.changed_count,
         too_late_count=result.too_late_count,
         error=result.error,
+        partial=result.partial,
+        position=result.position,
     )
 
 

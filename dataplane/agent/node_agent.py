@@ -14,6 +14,8 @@ from dataplane.agent.ledger import LedgerStream
 from dataplane.agent.stream import ConfigStream
 from dataplane.agent.stream_machine import StreamMachine
 from dataplane.agent.workers import WorkerHub
+from dataplane.core.commands import Filter
+from dataplane.core.ids import MessageId
 from dataplane.link import (
     ConfigChanged,
     ContactTime,
@@ -46,6 +48,7 @@ class NodeAgent:
         self._config: ConfigStream
         self._ledger: LedgerStream
         self._commands: OrderedDict[str, RunCommand] = OrderedDict()
+        self._lost: set[str] = set()
 
     def attach(self, config: ConfigStream, ledger: LedgerStream) -> None:
         """Hand over the streams, which were made with this object; before anything runs."""
@@ -66,6 +69,10 @@ class NodeAgent:
         for state in hello.spools:
             self._ledger.spool_opened(state)
         mine = {state.spool for state in hello.spools}
+        if mine & self._lost:
+            # Commands that the former worker had begun are sent again when this is known.
+            self._lost -= mine
+            self._config.report_soon()
         for command in [waiting for waiting in self._commands.values() if waiting.spool in mine]:
             del self._commands[command.command]
             self._hub.send(hello.worker, command)
@@ -74,6 +81,7 @@ class NodeAgent:
         """Its spools report no more."""
         del index
         for spool in spools:
+            self._lost.add(spool)
             self._ledger.spool_gone(spool)
 
     def workers_changed(self) -> None:
@@ -101,7 +109,7 @@ class NodeAgent:
 
     def run_command(self, command: Command) -> None:
         """Hand the command to the spool's worker, or keep it until one is there."""
-        message = RunCommand(command.command, command.spool, command.verb, command.account, tuple(command.message_ids))
+        message = _run_command(command)
         if not self._hub.send_to_owner(command.spool, message):
             self._commands[command.command] = message
             while len(self._commands) > MAX_WAITING_COMMANDS:
@@ -155,6 +163,18 @@ class NodeAgent:
     def give_verdict(self, spool: str, *, refused: bool) -> None:
         """Tell the spool's worker whether it may send."""
         self._hub.send_to_owner(spool, SpoolVerdict(spool, refused))
+
+
+def _run_command(command: Command) -> RunCommand:
+    wanted = None
+    if command.HasField("filter"):
+        told = command.filter
+        after = MessageId(told.after)
+        wanted = Filter(told.accepted_before_ms, after, told.provider, told.recipient_domain, tuple(told.states))
+    message_ids = tuple(command.message_ids)
+    return RunCommand(
+        command.command, command.spool, command.verb, command.account, message_ids, command.provider, wanted
+    )
 
 
 def oldest_accepted_ms(statuses: Iterable[WorkerStatus]) -> int:

@@ -9,6 +9,7 @@ the stream; a write that was under way is whole or undone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -114,6 +115,7 @@ class ConfigStream:
         self._group: asyncio.TaskGroup
         self._work: set[asyncio.Task[None]] = set()
         self._contact_written = float("-inf")
+        self._report_wanted = asyncio.Event()
         self.connected = False
         self.last_contact_ms = 0
 
@@ -140,6 +142,10 @@ class ConfigStream:
     def workers_changed(self) -> None:
         """The worker table changed."""
         self._do(self._machine.workers_changed())
+
+    def report_soon(self) -> None:
+        """What the next StatusReport says matters now."""
+        self._report_wanted.set()
 
     # --- one stream ------------------------------------------------------------------------------------------
 
@@ -185,7 +191,10 @@ class ConfigStream:
 
     async def _report_status(self) -> None:
         while True:
-            await asyncio.sleep(STATUS_INTERVAL_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STATUS_INTERVAL_S):
+                    await self._report_wanted.wait()
+            self._report_wanted.clear()
             report = await self._node.status_report()
             report.digest = self._machine.config.digest
             report.denials_version = self._machine.denials_in_force

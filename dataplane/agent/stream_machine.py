@@ -57,6 +57,10 @@ from postroad.node.v1.config_stream_service_pb2 import (
 MAX_SNAPSHOT_BYTES = 1024 * 1024 * 1024
 
 
+FEATURES = ("command-filter",)
+"""What this node understands beyond the first release, for Hello."""
+
+
 @dataclass(frozen=True, slots=True)
 class Send:
     """Send this to the control plane."""
@@ -198,6 +202,7 @@ class StreamMachine:
             bundles=[
                 BundleVersion(name=bundle.name, revision=bundle.revision, hash=bundle.hash) for bundle in held.values()
             ],
+            client_features=FEATURES,
             denials_version=self.denials_in_force,
             spools=spools,
         )

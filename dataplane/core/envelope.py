@@ -51,7 +51,7 @@ class RecipientRow(NamedTuple):
 
     `attempt` counts attempts begun and is the fencing token; `due_ms` is when the recipient may be sent, in
     milliseconds since 1970; a higher `priority` goes first; `queue_key` groups recipients that wait for the same
-    thing: account and provider, or account and recipient domain.
+    thing: account and provider, or account and recipient domain; it also says who is bound to a provider.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
@@ -83,7 +83,25 @@ def make_queue_key(account: str, next_hop: str) -> str:
     return f"{account}\t{next_hop}"
 
 
+def pinned_queue_key(account: str, provider: str) -> str:
+    """Return the key of recipients that a command bound to a provider, whatever the rules choose."""
+    return f"{account}\t{provider}{_PINNED}"
+
+
+def is_pinned(queue_key: str) -> bool:
+    """Whether recipients under this key are bound to a provider."""
+    return queue_key.endswith(_PINNED)
+
+
+def pinned_provider(queue_key: str) -> str:
+    """Return the provider that recipients under this key are bound to, empty where the rules choose."""
+    return split_queue_key(queue_key)[1] if is_pinned(queue_key) else ""
+
+
 def split_queue_key(queue_key: str) -> tuple[str, str]:
     """Return account and next hop of a key."""
-    account, _, next_hop = queue_key.partition("\t")
-    return account, next_hop
+    account, _, rest = queue_key.partition("\t")
+    return account, rest.partition("\t")[0]
+
+
+_PINNED = "\tpinned"

@@ -48,12 +48,17 @@ class AttemptEvent:
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """What came of a command in this spool; `error` is empty when it was done."""
+    """What came of a command in this spool, or, `partial`, of a part of it; `error` is empty when it was done.
+
+    Counts are beside those of earlier results. Messages up to `position` are done, where it is not empty.
+    """
 
     command: str
     changed_count: int
     too_late_count: int
     error: str = ""
+    partial: bool = False
+    position: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,21 @@ class EventType(IntEnum):
     UNCERTAIN = 8
     CONFLICTING_OUTCOME = 9
     INTERRUPTED = 10
+    HELD = 11
+    RELEASED = 12
+    RETRIED = 13
+    REROUTED = 14
+
+
+class Verb(IntEnum):
+    """What a command on waiting mail does; the numbers are stored and sent, and never change."""
+
+    CANCEL = 1
+    HOLD = 2
+    RELEASE = 3
+    RETRY = 4
+    BOUNCE = 5
+    REROUTE = 6
 
 
 class Mark(IntEnum):
@@ -69,7 +84,7 @@ MOVES: dict[State, frozenset[State]] = {
     State.QUEUED: _STOPPED | {State.SENDING},
     State.SENDING: frozenset({State.SENT, State.DEFERRED, State.BOUNCED, State.FAILED, State.EXPIRED, State.QUEUED}),
     State.DEFERRED: _STOPPED | {State.QUEUED, State.SENDING},
-    State.HELD: frozenset({State.QUEUED, State.CANCELLED, State.EXPIRED}),
+    State.HELD: frozenset({State.QUEUED, State.CANCELLED, State.FAILED, State.EXPIRED}),
     State.SENT: frozenset(),
     State.BOUNCED: frozenset(),
     State.FAILED: frozenset(),

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dataplane.core.config import RetryPolicy, SmtpProvider, Target
-from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key, under_key
+from dataplane.core.envelope import Envelope, RecipientRow, is_pinned, make_queue_key, under_key
 from dataplane.core.fair import message_cost
 from dataplane.core.ids import format_message_id
 from dataplane.core.ledger import AttemptEvent
@@ -244,8 +244,10 @@ class Dispatcher:
                 attempt.place += 1
                 self.offer(attempt)
                 return
-        # What this target put off waits for it, not behind everything that waits for a dead one before it.
-        queue_key = make_queue_key(attempt.message.envelope.account, attempt.provider)
+        queue_key = attempt.queue_key
+        if not is_pinned(queue_key):
+            # What this target put off waits for it, not behind everything that waits for a dead one before it.
+            queue_key = make_queue_key(attempt.message.envelope.account, attempt.provider)
         rows = under_key(attempt.rows, queue_key)
         self._end(attempt, list(zip(rows, verdicts, strict=True)), connection.tls)
 

@@ -10,15 +10,14 @@ handed over or read back. Of the window and of a provider's line one account has
 beyond it is queued on disk and comes back by turns, while mail of others is handed on. What a denial holds back stays
 in the spool, is looked at again when denials change, and once a minute. Mail whose lifetime is over ends also without
 an attempt of its own: where its targets are known to be dead, for one failed probe stands for all that wait, and where
-its credential is revoked, so that it never leaves. What operators hold back waits for them.
-`failed` is done when the engine can go on no more; the worker must end then.
+its credential is revoked, so that it never leaves. What a command holds waits for its release, and ends with its
+lifetime (`held`). `failed` is done when the engine can go on no more; the worker must end then.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from dataplane.core.config import Target
@@ -31,6 +30,7 @@ from dataplane.delivery.attempt import Message
 from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.deadlines import Deadlines
 from dataplane.delivery.dispatch import Dispatcher, Follower, Tools
+from dataplane.delivery.held import HeldMail
 from dataplane.delivery.limits import DeliveryLimits
 from dataplane.delivery.outcome import Concluder, Moment, claim, claimed
 from dataplane.delivery.planning import Group, Held, Plan, make_plan
@@ -107,7 +107,7 @@ class DeliveryEngine:
         self._window_bytes = window_bytes
         self._stopping = False
         self._retry_clock = RetryClock(clock.wall_ms(), clock.monotonic())
-        self._denied: deque[tuple[MessageId, tuple[RecipientRow, ...]]] = deque()
+        self._denied: dict[MessageId, tuple[RecipientRow, ...]] = {}  # longest first
         self._denied_count = 0
         self._deadlines = Deadlines(clock)
         transport = SmtpTransport(resolver, config, hostname, clock, self._deadlines, connect_timeout_s, limits)
@@ -136,6 +136,8 @@ class DeliveryEngine:
         self._recovery = Recovery(
             spool, self._settler, concluder, self.counters, log, self.moment, random, self._dispatcher.retry_policy
         )
+        self.held_mail = HeldMail(spool, encode, self.moment, self._dispatcher.retry_policy, self.counters, log)
+        self._keeper: asyncio.Task[None] | None = None
         self._quiet = asyncio.Event()
         self._grace: asyncio.Timeout | None = None  # of a stop that waits
         self.on_message_left: Callable[[], None] = _nobody  # set by who yields to delivery
@@ -151,6 +153,7 @@ class DeliveryEngine:
         await self._recovery.recover_interrupted()
         await self._recovery.report_unreported()
         await self._scheduler.start(self._scheduler_ended)
+        self._keeper = asyncio.get_running_loop().create_task(self.held_mail.run())
 
     async def stop(self, grace_s: float) -> None:
         """Begin nothing, let what is under way finish for `grace_s` seconds, cut the rest and settle it.
@@ -158,6 +161,8 @@ class DeliveryEngine:
         Cancellation leaves the rest to the next start.
         """
         self._stopping = self._dispatcher.stopping = True
+        if self._keeper is not None:
+            self._keeper.cancel()
         await self._scheduler.stop()
         for job in self.pools.stop():
             job.rerouted()
@@ -203,10 +208,27 @@ class DeliveryEngine:
         """New denials are in force: what they stop is cut before its dot, what they stopped is looked at again."""
         self._dispatcher.follow_denials()
         due_ms = self._steady_ms()
-        held, self._denied, self._denied_count = self._denied, deque(), 0
-        for message_id, rows in held:
+        held, self._denied, self._denied_count = self._denied, {}, 0
+        for message_id, rows in held.items():
             self._settler.settle(_move_due(message_id, rows, due_ms), self._woken(rows))
         self._scheduler.release()
+
+    def lock(self, message_id: MessageId) -> bool:
+        """A command is about to change the message: begin no attempt of it before `unlock`.
+
+        Says whether the record of its acceptance is on its way or written, as far as this process knows.
+        """
+        self._scheduler.lock(message_id)
+        self._forget_denied(message_id)
+        return self._reporter.hurry(message_id)
+
+    def unlock(self, message_ids: Iterable[MessageId], queue_keys: Iterable[str]) -> None:
+        """The command is done with these; rows under these keys may have come, gone or become due."""
+        self._scheduler.unlock(message_ids, queue_keys)
+
+    def due_now_ms(self) -> int:
+        """Now, by the clock that due times follow."""
+        return self._steady_ms()
 
     def moment(self) -> Moment:
         """Both clocks, now."""
@@ -388,11 +410,14 @@ class DeliveryEngine:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         due_ms = self._steady_ms() + DENIED_DELAY_MS
         self._settler.settle(_move_due(message_id, rows, due_ms), _resolver(future))
-        self._denied.append((message_id, rows))
+        self._denied[message_id] = self._denied.pop(message_id, ()) + rows
         self._denied_count += len(rows)
         while self._denied_count > DENIED_LIMIT:
-            self._denied_count -= len(self._denied.popleft()[1])
+            self._forget_denied(next(iter(self._denied)))
         return future
+
+    def _forget_denied(self, message_id: MessageId) -> None:
+        self._denied_count -= len(self._denied.pop(message_id, ()))
 
     def _woken(self, rows: Sequence[RecipientRow]) -> Done:
         queue_keys = {row.queue_key for row in rows}

@@ -7,6 +7,7 @@ revision and rule are recorded with the outcome.
     the account is unknown here, or another one of the same name      all refused, 5.7.1
     account denied, or credential since before it submitted this      all held until denials change
     no rule matches a recipient                                       refused, 5.4.4
+    a command bound a recipient to a provider that is there           grouped by provider and attempt number
     otherwise                                                         grouped by rule and attempt number
 
 No group is larger than MAX_RECIPIENTS: every server takes that many (RFC 5321, section 4.5.3.1.8).
@@ -19,7 +20,15 @@ from enum import Enum
 from typing import NamedTuple
 
 from dataplane.core.config import RetryPolicy, Target
-from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key, under_key
+from dataplane.core.envelope import (
+    Envelope,
+    RecipientRow,
+    is_pinned,
+    make_queue_key,
+    pinned_queue_key,
+    split_queue_key,
+    under_key,
+)
 from dataplane.core.policy import Denied, denied
 from dataplane.core.routing import MessageRouter
 from dataplane.core.transaction import Verdict, VerdictKind
@@ -41,7 +50,10 @@ class Held(Enum):
 
 
 class Group(NamedTuple):
-    """Recipients that share rule and attempt number. `queue_key` is where they wait if they must."""
+    """Recipients that share rule and attempt number; `rule` is empty for those bound to a provider.
+
+    `queue_key` is where they wait if they must.
+    """
 
     rule: str
     targets: tuple[Target, ...]
@@ -74,19 +86,23 @@ def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRo
         return Plan(held, [], [], account.revision, account.retry_policy)
     router = MessageRouter(compiled.rules, envelope.sender, envelope.size_bytes, envelope.headers, envelope.message_id)
     refused: list[tuple[RecipientRow, Verdict]] = []
-    groups: dict[tuple[str, int], tuple[tuple[Target, ...], list[RecipientRow]]] = {}
+    groups: dict[tuple[str, str, int], tuple[tuple[Target, ...], list[RecipientRow]]] = {}
     for row in rows:
+        pin = _pin(config, envelope.account, row.queue_key) if is_pinned(row.queue_key) else None
+        if pin is not None:
+            groups.setdefault(("", pin.provider, row.attempt), ((pin,), []))[1].append(row)
+            continue
         decision = router.route(row.address)
         if decision is None:
             refused.append((row, NO_ROUTE))
         else:
-            groups.setdefault((decision.rule, row.attempt), (decision.targets, []))[1].append(row)
+            groups.setdefault((decision.rule, "", row.attempt), (decision.targets, []))[1].append(row)
     return Plan(
         None,
         refused,
         [
-            _group(envelope.account, rule, targets, found[start : start + MAX_RECIPIENTS])
-            for (rule, _), (targets, found) in groups.items()
+            _group(envelope.account, rule, pinned, targets, found[start : start + MAX_RECIPIENTS])
+            for (rule, pinned, _), (targets, found) in groups.items()
             for start in range(0, len(found), MAX_RECIPIENTS)
         ],
         account.revision,
@@ -95,6 +111,16 @@ def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRo
     )
 
 
-def _group(account: str, rule: str, targets: tuple[Target, ...], rows: list[RecipientRow]) -> Group:
-    queue_key = make_queue_key(account, targets[0].provider if targets else "")
+def _pin(config: ConfigView, account: str, queue_key: str) -> Target | None:
+    """The provider that recipients under this key are bound to, unless it is gone or not the account's."""
+    name = split_queue_key(queue_key)[1]
+    provider = config.provider(name)
+    return Target(name) if provider is not None and provider.account in ("", account) else None
+
+
+def _group(account: str, rule: str, pinned: str, targets: tuple[Target, ...], rows: list[RecipientRow]) -> Group:
+    if pinned:
+        queue_key = pinned_queue_key(account, pinned)
+    else:
+        queue_key = make_queue_key(account, targets[0].provider if targets else "")
     return Group(rule, targets, queue_key, under_key(rows, queue_key))

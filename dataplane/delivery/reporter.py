@@ -72,6 +72,14 @@ class Reporter:
         self._writing.add(message_id)
         self._settler.settle(self._concluder.report(message), self._written(message_id))
 
+    def hurry(self, message_id: MessageId) -> bool:
+        """Record the message's acceptance now if it is watched; say whether its record is on its way or written."""
+        watched = self._watched.pop(message_id, None)
+        if watched is not None and not watched[1].reported:
+            self._counters.records_alone += 1
+            self.record(watched[1])
+        return watched is not None or message_id in self._writing
+
     def close(self) -> None:
         """Record everything and stop."""
         self.look(everything=True)

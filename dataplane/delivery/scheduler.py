@@ -13,6 +13,8 @@ A next hop that takes no more is `full` until `kick`, or until a turn of one of 
 probed: when its time comes one parked key gets a turn, and the next one if that has nothing to send, so that a dead
 next hop costs one attempt and not one for each key or message.
 
+What a command is about to change is locked until that is committed: a claim must not follow from what was read before.
+
 A wake-up that got lost is found by reading all keys again every minute. Failures of the spool put a key off by a
 second.
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from dataplane.core.envelope import RecipientRow, make_queue_key, split_queue_key
@@ -114,6 +116,8 @@ class Scheduler:
         self._heap: list[tuple[int, str]] = []  # of timed and parked keys and probes; stale entries are skipped
         self._polled_ms = 0
         self._release_count = 0
+        self._locked: set[MessageId] = set()
+        self._loading: MessageId | None = None  # None again when it was locked meanwhile
         self._is_blocked = False  # something could be read, and the window is closed
         self._event = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -155,6 +159,21 @@ class Scheduler:
         elif self._timed.get(queue_key, due_ms + 1) > due_ms:
             self._put(self._timed, queue_key, due_ms)
             self._event.set()
+
+    def lock(self, message_id: MessageId) -> None:
+        """Claim nothing of this message before `unlock`."""
+        self._locked.add(message_id)
+        if self._loading == message_id:
+            self._loading = None
+
+    def unlock(self, message_ids: Iterable[MessageId], queue_keys: Iterable[str]) -> None:
+        """These were changed, or were not; rows under these keys came, went or became due."""
+        self._locked.difference_update(message_ids)
+        self._release_count += 1
+        for queue_key in queue_keys:
+            if queue_key in self._parked:
+                self._unpark(queue_key)
+            self.wake(queue_key)
 
     def kick(self, next_hop: str) -> None:
         """Places for more messages became free."""
@@ -406,18 +425,26 @@ class Scheduler:
 
     async def _offer(self, message_id: MessageId, queue_key: str, now_ms: int) -> Taken:
         try:
-            stored = await self._spool.load(message_id)
+            stored = await self._load(message_id)
         except SpoolError:
             self._counters.quarantined += 1
             self._log.warning("delivery.quarantined", message=format_message_id(message_id))
             return Taken([], now_ms + PUT_OFF_MS)
         rows = [row for row in (stored.recipients if stored else ()) if _is_ready(row, queue_key, now_ms)]
         if stored is None or not rows:
-            # Changed since the heads were read; a row that stays like this must not be read in a circle.
+            # Locked, or changed since the heads were read; a row that stays like this must not be read in a circle.
             return Taken([], now_ms + PUT_OFF_MS)
         # What is taken may let its content go.
         cost = message_cost(len(stored.content), len(rows))
         return self._work.take(stored, rows)._replace(cost=cost)
+
+    async def _load(self, message_id: MessageId) -> StoredMessage | None:
+        """Read a message; None also when it was locked before the content was there."""
+        if message_id in self._locked:
+            return None
+        self._loading = message_id
+        stored = await self._spool.load(message_id)
+        return stored if self._loading == message_id else None
 
     async def _next_due_ms(self, due: Due, now_ms: int) -> int:
         due_ms = rebase_due(due.due_ms, now_ms, LONGEST_DELAY_S)
@@ -427,7 +454,7 @@ class Scheduler:
 
     async def _rebase(self, due: Due, due_ms: int) -> None:
         """Bring back a retry that a clock far ahead has put off."""
-        stored = await self._spool.load(due.message_id)
+        stored = await self._load(due.message_id)
         for row in stored.recipients if stored else ():
             if row.index == due.index and row.state in (State.QUEUED, State.DEFERRED):
                 change = RecipientChange(row.index, row.attempt, row.state, row.attempt, due_ms, row.queue_key)

@@ -15,6 +15,7 @@ import aiohttp
 import pytest
 
 from dataplane.adapters.lkg import LastKnownGoodFiles, open_files
+from dataplane.agent import stream as agent_stream
 from dataplane.agent import workers as agent_workers
 from dataplane.agent.enrollment import enroll
 from dataplane.agent.identity import IdentityError, load_identity
@@ -22,6 +23,8 @@ from dataplane.agent.workers import hold_worker_lock
 from dataplane.agent_link import AgentLink
 from dataplane.agent_process import run_agent
 from dataplane.clock import SystemClock
+from dataplane.core.commands import Filter
+from dataplane.core.ids import MessageId
 from dataplane.data_dir import prepare_data_dir
 from dataplane.link import (
     SOCKET_PATH,
@@ -375,9 +378,33 @@ async def test_commands_and_verdicts_reach_the_worker_of_the_spool_also_when_it_
         await stream.ack("n1")
         async with working(PlayedWorker()) as worker:
             await worker.until(lambda message: message == RunCommand("c1", SPOOL, 1, "a", (bytes(16),)))
+            wanted = Command.Filter(accepted_before_ms=5, provider="providers/p", states=[2], after=bytes(16))
+            rerouting = Command(command="c2", spool=SPOOL, account="a", provider="providers/q", filter=wanted)
+            rerouting.verb = Command.VERB_REROUTE
+            stream.send(StreamConfigResponse(command=rerouting))
+            described = Filter(5, MessageId(bytes(16)), "providers/p", "", (2,))
+            expected = RunCommand("c2", SPOOL, 6, "a", (), "providers/q", described)
+            await worker.until(lambda message: message == expected)
             refuse = Directive(action=Directive.ACTION_REFUSE_SPOOL, spool=SPOOL)
             stream.send(StreamConfigResponse(directive=refuse))
             await worker.until(lambda message: message == SpoolVerdict(SPOOL, refused=True))
+
+
+async def test_a_worker_that_comes_back_is_told_to_the_control_plane_at_once(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_stream, "STATUS_INTERVAL_S", 3_600.0)
+    async with node.agent():
+        stream, hello = await hello_of(node)
+        assert list(getattr(hello, "client_features", ())) == ["command-filter"]
+        stream.send(snapshot("n1", settings_bundle()))
+        await stream.ack("n1")
+        async with working(PlayedWorker()) as worker:
+            await worker.until(lambda message: isinstance(message, LedgerPull))
+        async with working(PlayedWorker()) as worker:
+            while not (request := await stream.next()).HasField("status_report"):
+                pass
+            assert [one.spool for one in request.status_report.spools] == [SPOOL]
 
 
 async def fetch(port: int, path: str) -> tuple[int, str]:

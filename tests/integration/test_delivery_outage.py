@@ -252,7 +252,7 @@ async def test_what_is_remembered_of_denied_mail_is_bounded_by_recipients(monkey
             await bench.spool.accept(envelope, CONTENT, rows)
             bench.engine.queued(envelope, rows)
         await quiet(bench)
-        assert sum(len(rows) for _, rows in bench.engine._denied) == 20
+        assert sum(len(rows) for rows in bench.engine._denied.values()) == 20
 
 
 async def test_retries_of_messages_that_failed_together_do_not_come_together() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.core.envelope import RecipientRow, make_queue_key
+from dataplane.core.ids import MessageId
 from dataplane.core.queue import State
 from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.scheduler import Scheduler, Taken
@@ -384,3 +385,45 @@ async def test_what_is_told_and_read_again_for_hours_leaves_nothing_behind() -> 
         sizes = {name: len(value) for name, value in kept.items() if isinstance(value, (dict, list))}
         assert sizes.pop("_heap") <= 2 * 23 + 64
         assert max(sizes.values()) <= 21
+
+
+async def test_nothing_is_claimed_of_a_locked_message_and_its_key_is_looked_at_when_it_is_unlocked() -> None:
+    async with bench() as made:
+        envelope = make_envelope()
+        await made.spool.accept(envelope, b"x\r\n", [make_row(queue_key=ONE)])
+        made.scheduler.lock(envelope.message_id)
+        await made.scheduler.start(lambda _: None)
+        await made.settle_down()
+        assert made.work.taken == []
+        reads = made.spool.reads
+        await made.settle_down()
+        assert made.spool.reads == reads
+        made.scheduler.unlock([envelope.message_id], [ONE])
+        await made.until(lambda: made.work.taken == [ONE])
+
+
+async def test_what_was_read_before_a_message_was_locked_is_not_claimed_however_long_the_reading_takes() -> None:
+    async with bench() as made:
+        envelope = make_envelope()
+        row = make_row(queue_key=ONE)
+        await made.spool.accept(envelope, b"x\r\n", [row])
+        reading, read = asyncio.Event(), asyncio.Event()
+        load = made.spool.load
+
+        async def slow_load(message_id: MessageId) -> StoredMessage | None:
+            stored = await load(message_id)
+            reading.set()
+            await read.wait()
+            return stored
+
+        made.spool.load = slow_load  # type: ignore[method-assign]  # what a large content does
+        await made.scheduler.start(lambda _: None)
+        await reading.wait()
+        made.scheduler.lock(envelope.message_id)
+        moved = change(row, State.QUEUED, queue_key=TWO)
+        await made.spool.settle(Settlement(envelope.message_id, [moved], None, reported=False))
+        made.scheduler.unlock([envelope.message_id], [ONE, TWO])
+        read.set()
+        await made.until(lambda: bool(made.work.taken))
+        await made.settle_down()
+        assert made.work.taken == [TWO]

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataplane import link
+from dataplane.core.commands import Filter
+from dataplane.core.ids import MessageId
 
 SPOOL = str(uuid.UUID(int=7))
 STATE = link.SpoolState(SPOOL, 3, 10, 4, 12, 5)
@@ -26,6 +28,10 @@ MESSAGES: list[link.Message] = [
     link.LedgerRecords(SPOOL, 3, 12, [b"", b"\x00\xff" * 300, b"x"]),
     link.LedgerCursor(SPOOL, 14),
     link.RunCommand("c1", SPOOL, 1, "accounts/demo", (b"\x01" * 16, b"\x02" * 16)),
+    link.RunCommand(
+        *("c2", SPOOL, 6, "accounts/-", (), "providers/new"),
+        Filter(5_000, MessageId(b"\x03" * 16), "providers/old", "x.test", (2, 5)),
+    ),
     link.SpoolVerdict(SPOOL, refused=True),
     link.StatusRequest(2),
     link.WorkerStatus(
