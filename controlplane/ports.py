@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 from controlplane.domain.access import EVERY_ACCOUNT, Caller
 from controlplane.domain.etags import Etag
 from controlplane.domain.limits import Limit, Look
-from controlplane.domain.messages import Command, Event, Message, MessageQuery, Position
+from controlplane.domain.messages import Command, CommandOrder, Event, Message, MessageQuery, Position
 from controlplane.domain.resources import (
     Account,
     ApiKey,
@@ -326,8 +326,14 @@ class Messages(Protocol):
     async def events(self, account: str, after: Position, limit: int, message_id: str | None) -> list[Event]:
         """What the ledger learnt after a position, in its order; only what no open transaction can precede."""
 
-    async def add_command(self, account: str, message: Message, verb: int) -> Command:
-        """Store an edge verb for the spool of the message, and tell the replicas."""
+    async def add_command(self, order: CommandOrder, message: Message) -> Command:
+        """Store a command for the spool of the message, and tell the replicas."""
+
+    async def add_filter_command(self, order: CommandOrder, since_id: str) -> Command:
+        """Store a command for every spool, on messages with ids from `since_id`, and tell the replicas.
+
+        FailedPreconditionError while there is no spool.
+        """
 
     async def get_command(self, account: str, command: str) -> Command:
         """NotFoundError."""

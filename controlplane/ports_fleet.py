@@ -96,6 +96,16 @@ class DenialSet(NamedTuple):
     denials: tuple[Denial, ...]
 
 
+class CommandFilter(NamedTuple):
+    """Which recipients a command means that names no messages; `after` is a message id of 16 bytes."""
+
+    accepted_before_ms: int
+    after: bytes
+    provider: str
+    recipient_domain: str
+    states: tuple[int, ...]
+
+
 class SpoolCommand(NamedTuple):
     """Something for a spool to do; `verb` as in postroad.node.v1, message ids are 16 bytes each."""
 
@@ -104,6 +114,8 @@ class SpoolCommand(NamedTuple):
     verb: int
     account: str
     message_ids: tuple[bytes, ...]
+    provider: str = ""
+    filter: CommandFilter | None = None
 
 
 # --- nodes ---------------------------------------------------------------------------------------------------------

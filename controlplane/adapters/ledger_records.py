@@ -3,7 +3,8 @@ transaction.
 
 Contract. `RecordRows.add` takes one serialised LedgerRecord and raises `RecordError` for what can never be
 stored; what it added before stays whole. Within a run the first terminal state of a recipient wins, and a
-later one becomes an event `conflicting_outcome`, as in the database. Names lose their collection
+later one becomes an event `conflicting_outcome`, as in the database. Results of a command add up until it
+is done; what comes after that is a repetition. Names lose their collection
 (`accounts/demo` → `demo`) for accounts only. Times stay in milliseconds since 1970. Nothing here talks to a
 database.
 """
@@ -48,6 +49,17 @@ class IdBounds(NamedTuple):
     last_ms: int
 
 
+class CommandProgress(NamedTuple):
+    """What a run of records says of a command; counts are beside those of earlier runs."""
+
+    command: str
+    changed_count: int = 0
+    too_late_count: int = 0
+    error: str = ""
+    is_done: bool = False
+    position: UUID | None = None
+
+
 Key = tuple[bytes, int]
 """A recipient: message id, position in the envelope."""
 
@@ -63,7 +75,7 @@ class RecordRows:
         self.accepted: dict[Key, list[Any]] = {}
         self.changed: dict[Key, list[Any]] = {}
         self.events: list[tuple[Any, ...]] = []
-        self.results: list[tuple[str, int, int, str]] = []
+        self.results: dict[str, CommandProgress] = {}
 
     def add(self, raw: bytes) -> None:
         """Take one record; RecordError leaves everything as it was."""
@@ -75,8 +87,7 @@ class RecordRows:
         if record.message_id or not has_result:
             self._add_message(record)
         if has_result:
-            result = record.command_result
-            self.results.append(self._result(result))
+            self._add_result(record.command_result)
 
     def days(self) -> set[int]:
         """Days since 1970 whose partitions the accepted messages need."""
@@ -184,8 +195,18 @@ class RecordRows:
             return (0, "", "", "")
         return self._row(event.reply_code, event.enhanced_code, event.reply_text, event.provider)
 
-    def _result(self, result: CommandResult) -> tuple[str, int, int, str]:
-        return (result.command, result.changed_count, result.too_late_count, self._text(result.error))
+    def _add_result(self, result: CommandResult) -> None:
+        former = self.results.get(result.command, CommandProgress(result.command))
+        if former.is_done:
+            return
+        self.results[result.command] = CommandProgress(
+            result.command,
+            former.changed_count + result.changed_count,
+            former.too_late_count + result.too_late_count,
+            self._text(result.error),
+            not result.partial,
+            UUID(result.position) if len(result.position) == 16 else former.position,
+        )
 
     def _row(self, *values: Any) -> tuple[Any, ...]:
         if self.is_clean:

@@ -59,7 +59,10 @@ _NEEDED: dict[str, dict[Scope, tuple[str, ...]]] = {
     },
     f"{_CONTROL}.MessageService": {
         Scope.MESSAGES_READ: ("GetMessage", "ListMessages", "WatchEvents"),
-        Scope.MESSAGES_WRITE: ("CancelMessage",),
+        Scope.MESSAGES_WRITE: (
+            *("CancelMessage", "HoldMessage", "ReleaseMessage", "RetryMessage", "BounceMessage", "RerouteMessage"),
+            "CommandMessages",
+        ),
     },
     f"{_CONTROL}.NodeService": {
         Scope.OPERATOR: (

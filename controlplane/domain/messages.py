@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from controlplane.domain.errors import invalid
-from dataplane.core.queue import EventType, State
+from dataplane.core.queue import EventType, State, Verb
 
 _LEAST_FINISHED_FIRST = (
     State.SENDING,
@@ -31,6 +31,8 @@ _LEAST_FINISHED_FIRST = (
 _POSITION = re.compile(r"([0-9]{1,19})-([0-9]{1,18})")
 _LAST_MS = (1 << 48) - 1
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EVERY_ACCOUNT = "-"
+"""Stands for an account's id in commands on the mail of all."""
 LEAST_ID = "00000000-0000-0000-0000-000000000000"
 
 
@@ -138,18 +140,68 @@ class MessageQuery:
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
-    """An edge verb on its way to a spool, and what came of it; done when `done_time` is set."""
+class MessageFilter:
+    """Which recipients that wait; all that is not empty must hold. `provider` is a full name."""
 
-    command: str
+    provider: str = ""
+    recipient_domain: str = ""
+    min_age: timedelta = timedelta()
+    states: tuple[State, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CommandOrder:
+    """What a caller asks for: for one message, or for what `filter` describes. `provider` is where a reroute leads."""
+
     account: str
-    verb: int
-    message_id: str
-    create_time: datetime
-    done_time: datetime | None = None
+    verb: Verb
+    message_id: str = ""
+    filter: MessageFilter | None = None
+    provider: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolProgress:
+    """How far a command is in one spool; done when `is_done`. `node` is empty when the spool is gone."""
+
+    spool: str
+    node: str
     changed_count: int = 0
     too_late_count: int = 0
     error: str = ""
+    update_time: datetime | None = None
+    is_done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An edge verb on its way to one or more spools, in order, and what came of it."""
+
+    command: str
+    order: CommandOrder
+    create_time: datetime
+    spools: tuple[SpoolProgress, ...]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every spool has answered."""
+        return all(spool.is_done for spool in self.spools)
+
+    @property
+    def changed_count(self) -> int:
+        """Recipients changed so far."""
+        return sum(spool.changed_count for spool in self.spools)
+
+    @property
+    def too_late_count(self) -> int:
+        """Recipients that it was too late for so far."""
+        return sum(spool.too_late_count for spool in self.spools)
+
+    @property
+    def error(self) -> str:
+        """Why no spool did anything; empty when one did or may."""
+        errors = [spool.error for spool in self.spools]
+        return errors[0] if all(errors) else ""
 
 
 def message_state(states: Iterable[State]) -> State:

@@ -61,6 +61,19 @@ def parse_name(name: str, pattern: str, field: str = "name") -> tuple[str, ...]:
     return tuple(parts[1::2])
 
 
+def parse_account_or_every(name: str, field: str = "name") -> str:
+    """Return the account that a name stands for, or `-` for every one."""
+    return "-" if name == "accounts/-" else parse_name(name, ACCOUNT, field)[0]
+
+
+def parse_operation(name: str) -> tuple[str, str]:
+    """Return account, `-` for every one, and id of an operation."""
+    if name.startswith("accounts/-/operations/"):
+        return "-", check_uuid(name.removeprefix("accounts/-/operations/"), "name")
+    account, operation = parse_name(name, OPERATION)
+    return account, operation
+
+
 def parse_owned(name: str, owned: str, shared: str, field: str = "name") -> tuple[str | None, str]:
     """Take apart the name of what an account may own or nobody: (account or None, id)."""
     if name.startswith("accounts/"):

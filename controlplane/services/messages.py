@@ -1,10 +1,11 @@
-"""MessageService and Operations: the record of mail, and withdrawing what still waits.
+"""MessageService and Operations: the record of mail, and commands on what still waits.
 
 Contract. Reading shows what nodes reported; a message that was accepted a moment ago may be unknown. A watch reads the
 ledger forward from a position, woken by hints and by a poll, and holds one page at a time; who carries the pages ends a
 reader that does not take them. Watches are bounded in number, also for each account, and in length; a reader resumes
 from its last position.
-A command is stored and brought to the owning spool by the fleet's side; its Operation is done when the result is in.
+A command is stored, for each spool that it goes to, and brought there by the fleet's side; its Operation is done when
+every result is in. One with a filter for every account is operators' alone.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
 
+from controlplane.domain import names
 from controlplane.domain.access import Caller
 from controlplane.domain.errors import Reason, ResourceExhaustedError, UnavailableError, invalid
 from controlplane.domain.messages import (
+    EVERY_ACCOUNT,
     LEAST_ID,
     Command,
+    CommandOrder,
     Event,
     Message,
+    MessageFilter,
     MessageQuery,
     Position,
     first_id_at,
@@ -28,8 +35,9 @@ from controlplane.domain.messages import (
 from controlplane.domain.paging import PageTokens, coerce_page_size
 from controlplane.ports import Database, LedgerSignal, Work, scope_of
 from controlplane.services.mutations import Mutation, Replay, mutate
+from controlplane.services.texts import check_domain_text
+from dataplane.core.queue import WAITING, Verb
 
-VERB_CANCEL = 1
 MAX_WATCHERS = 200
 _PAGE_EVENTS = 200
 _POLL_S = 2.0
@@ -38,6 +46,8 @@ _ACCOUNT_PART = 4
 _WATCH_S = 1_800.0
 _MAX_WAIT_S = 60.0
 _OPERATION_POLL_S = 0.5
+# Longer than mail may wait.
+_MAX_AGE = timedelta(days=400)
 
 
 class MessagesService:
@@ -130,15 +140,19 @@ class MessagesService:
             if len(page) < _PAGE_EVENTS:
                 await self._signal.wait(_POLL_S)
 
-    async def cancel(
-        self, caller: Caller, mutation: Mutation[Command], account: str, message_id: str
-    ) -> Command | Replay:
-        """Ask the owning spool to withdraw the recipients that still wait."""
-        caller.require_account(account)
+    async def command(self, caller: Caller, mutation: Mutation[Command], order: CommandOrder) -> Command | Replay:
+        """Ask the owning spool, or with a filter every spool, to change recipients that still wait."""
+        caller.require_account(order.account)
+        order = _checked(order)
 
         async def action(work: Work) -> Command:
-            message = await work.messages.get(account, message_id, await _since(work, account))
-            return await work.messages.add_command(account, message, VERB_CANCEL)
+            since = LEAST_ID if order.account == EVERY_ACCOUNT else await _since(work, order.account)
+            if order.provider:
+                await work.providers.get(*_provider_of(order.provider, order.account, "provider"))
+            if order.filter is None:
+                message = await work.messages.get(order.account, order.message_id, since)
+                return await work.messages.add_command(order, message)
+            return await work.messages.add_filter_command(order, since)
 
         return await mutate(self._database, caller, mutation, action)
 
@@ -171,7 +185,7 @@ class OperationsService:
         while True:
             found = await self.get(caller, account, command)
             left = ends - self._monotonic()
-            if found.done_time is not None or left <= 0:
+            if found.is_done or left <= 0:
                 return found
             await self._signal.wait(min(left, _OPERATION_POLL_S))
 
@@ -186,6 +200,35 @@ class OperationsService:
             found = await work.messages.list_commands(account, after[0] if after else "", size + 1)
         more = self._tokens.seal([found[size - 1].command], arguments) if len(found) > size else ""
         return found[:size], more
+
+
+def _checked(order: CommandOrder) -> CommandOrder:
+    """The order as it is stored. InvalidArgumentError for what cannot be meant."""
+    if order.verb is Verb.REROUTE:
+        _provider_of(order.provider, order.account, "provider")
+    elif order.provider:
+        raise invalid("provider", "is for a reroute only")
+    return order if order.filter is None else replace(order, filter=_checked_filter(order.filter, order.account))
+
+
+def _checked_filter(wanted: MessageFilter, account: str) -> MessageFilter:
+    if wanted.provider:
+        _provider_of(wanted.provider, account, "filter.provider")
+    domain = wanted.recipient_domain.lower()
+    check_domain_text(domain, "filter.recipient_domain")
+    if not timedelta() <= wanted.min_age <= _MAX_AGE:
+        raise invalid("filter.min_age", f"must be 0 to {_MAX_AGE.days} days")
+    if not WAITING.issuperset(wanted.states):
+        raise invalid("filter.states", "must be of scheduled, queued, deferred and held")
+    return replace(wanted, recipient_domain=domain, states=tuple(sorted(set(wanted.states))))
+
+
+def _provider_of(name: str, account: str, field: str) -> tuple[str | None, str]:
+    """Return owner and id of a provider that an account's mail may go by; every account's by shared ones only."""
+    owner, provider = names.parse_owned(name, names.PROVIDER, names.SHARED_PROVIDER, field)
+    if owner not in (None, account) and not (account == EVERY_ACCOUNT and field != "provider"):
+        raise invalid(field, "must be shared or of the parent's account")
+    return owner, provider
 
 
 async def _since(work: Work, account: str) -> str:

@@ -11,6 +11,7 @@ from controlplane.domain.errors import invalid
 
 _DISPLAY_NAME_LIMIT = 200
 _REASON_LIMIT = 500
+_DOMAIN_LIMIT = 255
 
 
 def check_display_name(text: str, field: str) -> None:
@@ -21,6 +22,13 @@ def check_display_name(text: str, field: str) -> None:
 def check_reason(text: str) -> None:
     """At most 500 characters, and nothing that a terminal would act on."""
     _check_text(text, "reason", _REASON_LIMIT)
+
+
+def check_domain_text(text: str, field: str) -> None:
+    """At most 255 characters (RFC 5321, section 4.5.3.1.2), and nothing that a domain cannot hold."""
+    _check_text(text, field, _DOMAIN_LIMIT)
+    if "@" in text or any(character.isspace() for character in text):
+        raise invalid(field, "must be a domain")
 
 
 def check_expiry(time: datetime | None, now: datetime, field: str) -> None:

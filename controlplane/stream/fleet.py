@@ -85,6 +85,11 @@ class FleetService:
         slot.session.receive_status(health.digest, denials_version)
         slot.wake()
         if slot.stream:
+            if anew := slot.session.opened_anew(spools):
+                # With the positions that the former incarnations reached.
+                await self._give_commands([slot])
+                slot.session.repeat_commands(anew)
+                slot.wake()
             now = self._clock()
             await self._repository.report_health(slot.node_id, slot.stream, health, now)
             await self._repository.report_spools(slot.node_id, spools, now)

@@ -36,6 +36,7 @@ from controlplane.ports_fleet import (
 )
 
 BASE_MISMATCH = "BASE_MISMATCH"
+COMMAND_FILTER = "command-filter"
 
 _ERROR_TEXT_LIMIT = 1_000
 # What one Delta carries, and at least one bundle: messages have a limit, and a node that was away may lack more.
@@ -55,6 +56,7 @@ class Hello(NamedTuple):
     bundles: Sequence[tuple[str, bytes]]
     denials_version: int
     spools: tuple[SpoolStatus, ...]
+    features: frozenset[str] = frozenset()
 
 
 class Ack(NamedTuple):
@@ -181,6 +183,8 @@ class Session:
     _repaired: bytes | None = None
     _commands: dict[str, SpoolCommand] = field(default_factory=dict)
     _commands_sent: set[str] = field(default_factory=set)
+    _features: frozenset[str] = frozenset()
+    _incarnations: dict[str, int] = field(default_factory=dict)
     _progress_due: bool = False
     _nonce_count: int = 0
 
@@ -204,6 +208,16 @@ class Session:
         """Every command that waits for its result, in place of those before."""
         self._commands = {command.command: command for command in commands}
         self._commands_sent &= self._commands.keys()
+
+    def opened_anew(self, spools: Sequence[SpoolStatus]) -> set[str]:
+        """Which spools were opened anew since this was asked last: who had begun their commands is gone."""
+        anew = {one.spool for one in spools if one.incarnation > self._incarnations.get(one.spool, one.incarnation)}
+        self._incarnations.update({one.spool: one.incarnation for one in spools})
+        return anew
+
+    def repeat_commands(self, spools: set[str]) -> None:
+        """Send the commands of these spools once more."""
+        self._commands_sent -= {command.command for command in self._commands.values() if command.spool in spools}
 
     def direct(self, directive: Directive) -> None:
         """Something for the node to do; the same one twice is sent once."""
@@ -238,6 +252,8 @@ class Session:
         self.refused = dict(refused)
         self._held = dict(hello.bundles)
         self._denials_held = hello.denials_version
+        self._features = hello.features
+        self.opened_anew(hello.spools)
         self._ready = self._dirty = self._progress_due = True
         if self._target is not None:
             self.config_changed(self._target)
@@ -434,6 +450,8 @@ class Session:
 
     def _next_command(self) -> SpoolCommand | None:
         for command in self._commands.values():
+            if command.filter is not None and COMMAND_FILTER not in self._features:
+                continue
             if command.command not in self._commands_sent:
                 self._commands_sent.add(command.command)
                 return command

@@ -95,7 +95,12 @@ def request_for(method: MethodDescriptor, account: str) -> Any:
 
 
 def noun_of(method: str) -> str:
-    return re.sub("^(Create|Get|List|Update|Delete|Rotate|Revoke|Suspend|Resume|Verify|Cancel|Wait)", "", method)
+    return re.sub(
+        "^(Create|Get|List|Update|Delete|Rotate|Revoke|Suspend|Resume|Verify|Wait"
+        "|Cancel|Hold|Release|Retry|Bounce|Reroute)",
+        "",
+        method,
+    )
 
 
 def name_for(method: str, account: str) -> str:

@@ -313,16 +313,16 @@ async def test_cancelling_is_an_operation_that_ends_with_the_nodes_result(stack:
     assert (str(command["spool"]), [str(each) for each in command["message_ids"]]) == (SPOOL, [one])
     metadata = service.CommandMetadata()
     assert operation.metadata.Unpack(metadata)
-    assert (metadata.verb, metadata.message) == ("cancel", name_of(one))
+    assert (metadata.verb, metadata.message) == (service.COMMAND_VERB_CANCEL, name_of(one))
     operations = Operations(client)
     assert not (await operations.wait(operation.name, 0)).done
     waiting = asyncio.create_task(operations.wait(operation.name, 15))
     await until_waiting(stack, 1)
     await stack.as_superuser("UPDATE postroad.commands SET done_time = now(), changed_count = 1, too_late_count = 2")
     stack.signal.ring()
-    result = service.CancelMessageResult()
+    result = service.CommandResult()
     assert (await waiting).response.Unpack(result)
-    assert (result.cancelled_count, result.too_late_count) == (1, 2)
+    assert (result.changed_count, result.too_late_count) == (1, 2)
     assert [each.name for each in await operations.list_all()] == [operation.name]
 
 

@@ -21,7 +21,7 @@ from postroad.control.v1 import account_service_pb2, account_service_pb2_grpc
 from postroad.localstack import UNSAFE_BUT_FAST, PostgresServer
 from support.controlplane_app import Serving, command, serving, write_settings
 from support.databases import Database, _migrate
-from support.fleet import NOW, execute, message_id, text_id
+from support.fleet import NOW, add_node, execute, message_id, text_id
 from support.nodes_port import until
 
 
@@ -58,6 +58,23 @@ async def test_an_account_lives_its_life_over_json(plane: Serving, http: aiohttp
 
     status, account = await _call(http, plane, "POST", "/api/v1/accounts/demo:suspend", {"reason": "abuse"})
     assert (status, account["state"]) == (200, "STATE_SUSPENDED")
+
+
+async def test_a_command_with_a_filter_is_an_operation_over_json(
+    plane: Serving, http: aiohttp.ClientSession, migrated_database: Database
+) -> None:
+    await add_node(migrated_database)
+    await execute(migrated_database, "INSERT INTO postroad.spools (spool, node) VALUES (gen_random_uuid(), 'edge-1')")
+    wanted = {"recipientDomain": "x.example", "minAge": "90s", "states": ["RECIPIENT_STATE_DEFERRED"]}
+    body = {"verb": "COMMAND_VERB_HOLD", "filter": wanted}
+    status, operation = await _call(http, plane, "POST", "/api/v1/accounts/-/messages:command", body)
+    assert (status, operation.get("done", False)) == (200, False)
+    told = operation["metadata"]
+    assert (told["verb"], told["filter"], told["spoolCount"]) == ("COMMAND_VERB_HOLD", wanted, 1)
+    assert [one["node"] for one in told["pendingSpools"]] == ["nodes/edge-1"]
+    assert (await _call(http, plane, "GET", f"/api/v1/{operation['name']}"))[1]["metadata"] == told
+    status, error = await _call(http, plane, "POST", f"/api/v1/accounts/a/messages/{text_id(message_id())}:hold", {})
+    assert (status, error["details"][0]["reason"]) == (404, "RESOURCE_NOT_FOUND")
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,50 @@ async def test_a_spool_belongs_to_the_node_that_registered_it(
         await _store(ledger, 1, accepted(message_id()), node="edge-2")
 
 
+async def test_parts_of_a_result_add_up_until_it_is_whole(ledger: PostgresLedger, migrated_database: Database) -> None:
+    await _open(ledger)
+    command, first, second = uuid.uuid4(), uuid.UUID(bytes=message_id()), uuid.UUID(bytes=message_id())
+    await execute(
+        migrated_database,
+        """
+        INSERT INTO postroad.commands (command, account, verb, spool, message_ids, accepted_before)
+        VALUES ($1, 'demo', 2, $2, '{}', now())
+        """,
+        *(command, uuid.UUID(SPOOL)),
+    )
+
+    def result(changed: int, late: int, position: uuid.UUID | None = None, *, partial: bool = True) -> LedgerRecord:
+        return LedgerRecord(
+            command_result=CommandResult(
+                command=str(command),
+                changed_count=changed,
+                too_late_count=late,
+                partial=partial,
+                position=position.bytes if position else b"",
+            )
+        )
+
+    async def stored() -> tuple[object, ...]:
+        (row,) = await fetch(
+            migrated_database,
+            "SELECT changed_count, too_late_count, position, done_time IS NULL, update_time FROM postroad.commands",
+        )
+        assert row["update_time"] == NOW
+        return tuple(row)[:4]
+
+    held = accepted(message_id())
+    held.command_result.CopyFrom(result(1, 0).command_result)
+    await _store(ledger, 1, held, result(2, 0), result(0, 5, first))
+    assert await stored() == (3, 5, first, True)
+    # Sent again, as after an answer that was lost: counted once.
+    await _store(ledger, 3, result(0, 5, first), result(4, 0), result(0, 1, second))
+    assert await stored() == (7, 6, second, True)
+    await _store(ledger, 6, result(1, 1, partial=False), result(9, 9), result(9, 9, partial=False))
+    assert await stored() == (8, 7, second, False)
+    await _store(ledger, 9, result(9, 9))
+    assert await stored() == (8, 7, second, False)
+
+
 async def test_a_result_completes_its_command_once(ledger: PostgresLedger, migrated_database: Database) -> None:
     await _open(ledger)
     command, foreign = uuid.uuid4(), uuid.uuid4()

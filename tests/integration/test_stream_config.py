@@ -267,6 +267,50 @@ async def test_a_command_is_sent_until_its_result_is_known(port: NodesPort, migr
     await until(lambda: not port.hub.slots[0].session._commands)
 
 
+async def test_a_command_with_a_filter_goes_to_nodes_that_know_filters_and_again_when_its_spool_is_opened_anew(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    spool, command, after = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
+    opened = pb.SpoolStatus(spool=str(spool), incarnation=1)
+    certificate = await port.enrolled("edge-1")
+    older = NodeStream(port.channel(certificate), "edge-1")
+    await older.hello(spools=[opened])
+    await older.take(await older.expect("snapshot"))
+    await execute(
+        migrated_database,
+        """
+        INSERT INTO postroad.commands (command, account, verb, spool, message_ids, provider, accepted_before,
+            filter_provider, filter_recipient_domain, filter_states, position)
+        VALUES ($1, '-', 6, $2, '{}', 'providers/new', timestamptz 'epoch' + interval '5 s', 'providers/old', 'x.test',
+            '{2,5}', $3)
+        """,
+        *(command, spool, after),
+    )
+    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
+    await until(lambda: bool(port.hub.slots[0].session._commands))
+    port.hub.tick(port.hub.slots[0])
+    assert (await older.receive()).WhichOneof("message") == "progress"
+
+    newer = NodeStream(port.channel(certificate), "edge-1")
+    await newer.hello(spools=[opened], client_features=["command-filter"])
+    await newer.take(await newer.expect("snapshot"))
+    got = await newer.expect("command")
+    assert (got.account, got.verb, got.provider, list(got.message_ids)) == ("accounts/-", 6, "providers/new", [])
+    assert got.filter == pb.Command.Filter(
+        provider="providers/old",
+        recipient_domain="x.test",
+        accepted_before_ms=5_000,
+        states=[2, 5],
+        after=after.bytes,
+    )
+    # The worker that had it is gone; it had come this far.
+    reached = uuid.uuid4()
+    await execute(migrated_database, "UPDATE postroad.commands SET position = $1", reached)
+    opened.incarnation = 2
+    await newer.call.write(pb.StreamConfigRequest(status_report=pb.StatusReport(spools=[opened])))
+    assert (await newer.expect("command")).filter.after == reached.bytes
+
+
 async def test_a_spool_with_an_older_incarnation_is_refused_until_it_is_accepted(
     port: NodesPort, migrated_database: Database
 ) -> None:

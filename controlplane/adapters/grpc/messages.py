@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from google.longrunning import operations_pb2
@@ -13,14 +13,23 @@ from controlplane.adapters.grpc.context import caller
 from controlplane.adapters.grpc.operations import write_operation
 from controlplane.domain import names
 from controlplane.domain.errors import invalid
-from controlplane.domain.messages import Event, Message, MessageQuery, Recipient, first_id_at
+from controlplane.domain.messages import (
+    CommandOrder,
+    Event,
+    Message,
+    MessageFilter,
+    MessageQuery,
+    Recipient,
+    first_id_at,
+)
 from controlplane.services.messages import MessagesService
-from dataplane.core.queue import State
+from dataplane.core.queue import State, Verb
 from postroad.control.v1 import message_pb2 as pb
 from postroad.control.v1 import message_service_pb2 as service_pb
 from postroad.control.v1 import message_service_pb2_grpc as service_grpc
 
 _STATES = frozenset(state.value for state in State)
+_VERBS = frozenset(verb.value for verb in Verb)
 
 
 class MessageHandlers(service_grpc.MessageServiceServicer):
@@ -66,8 +75,57 @@ class MessageHandlers(service_grpc.MessageServiceServicer):
 
     async def CancelMessage(self, request: service_pb.CancelMessageRequest, context: Any) -> operations_pb2.Operation:
         """As the proto says."""
-        mutation = convert.mutation("CancelMessage", request, write_operation)
-        result = await self._messages.cancel(caller(), mutation, *_ids(request.name))
+        return await self._command_message("CancelMessage", request, Verb.CANCEL)
+
+    async def HoldMessage(self, request: service_pb.HoldMessageRequest, context: Any) -> operations_pb2.Operation:
+        """As the proto says."""
+        return await self._command_message("HoldMessage", request, Verb.HOLD)
+
+    async def ReleaseMessage(self, request: service_pb.ReleaseMessageRequest, context: Any) -> operations_pb2.Operation:
+        """As the proto says."""
+        return await self._command_message("ReleaseMessage", request, Verb.RELEASE)
+
+    async def RetryMessage(self, request: service_pb.RetryMessageRequest, context: Any) -> operations_pb2.Operation:
+        """As the proto says."""
+        return await self._command_message("RetryMessage", request, Verb.RETRY)
+
+    async def BounceMessage(self, request: service_pb.BounceMessageRequest, context: Any) -> operations_pb2.Operation:
+        """As the proto says."""
+        return await self._command_message("BounceMessage", request, Verb.BOUNCE)
+
+    async def RerouteMessage(self, request: service_pb.RerouteMessageRequest, context: Any) -> operations_pb2.Operation:
+        """As the proto says."""
+        return await self._command_message("RerouteMessage", request, Verb.REROUTE, request.provider)
+
+    async def CommandMessages(
+        self, request: service_pb.CommandMessagesRequest, context: Any
+    ) -> operations_pb2.Operation:
+        """As the proto says."""
+        account = names.parse_account_or_every(request.parent, "parent")
+        # Who may not is not told what is wrong.
+        caller().require_account(account)
+        if request.verb not in _VERBS:
+            raise invalid("verb", "is not known" if request.verb else "is required")
+        if not _STATES.issuperset(request.filter.states):
+            raise invalid("filter.states", "must be of scheduled, queued, deferred and held")
+        wanted = MessageFilter(
+            request.filter.provider,
+            request.filter.recipient_domain,
+            _age(request.filter),
+            tuple(State(number) for number in request.filter.states),
+        )
+        order = CommandOrder(account, Verb(request.verb), filter=wanted, provider=request.provider)
+        return await self._command("CommandMessages", request, order)
+
+    async def _command_message(
+        self, method: str, request: Any, verb: Verb, provider: str = ""
+    ) -> operations_pb2.Operation:
+        account, message_id = _ids(request.name)
+        return await self._command(method, request, CommandOrder(account, verb, message_id, provider=provider))
+
+    async def _command(self, method: str, request: Any, order: CommandOrder) -> operations_pb2.Operation:
+        mutation = convert.mutation(method, request, write_operation, validate_only=request.validate_only)
+        result = await self._messages.command(caller(), mutation, order)
         return convert.answer(result, operations_pb2.Operation, write_operation)
 
 
@@ -79,6 +137,14 @@ async def _written(pages: AsyncIterator[Sequence[Event]]) -> AsyncIterator[servi
 def _ids(name: str, field: str = "name") -> tuple[str, str]:
     account, message = names.parse_name(name, names.MESSAGE, field)
     return account, message
+
+
+def _age(wanted: service_pb.MessageFilter) -> timedelta:
+    seconds = convert.from_duration(wanted, "min_age") or 0.0
+    try:
+        return timedelta(seconds=seconds)
+    except OverflowError:
+        raise invalid("filter.min_age", "is too long") from None
 
 
 def _with_lower_domain(address: str) -> str:

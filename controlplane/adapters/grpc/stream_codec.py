@@ -40,6 +40,7 @@ def hello_of(message: pb.Hello) -> session.Hello:
         [(bundle.name, bundle.hash) for bundle in message.bundles],
         message.denials_version,
         spools_of(message.spools),
+        frozenset(message.client_features),
     )
 
 
@@ -115,7 +116,7 @@ class StreamEncoder:
         match output:
             case session.Denials(nonce, denials):
                 return pb.StreamConfigResponse(denials=pb.Denials(nonce=nonce, denials=_denial_set(denials)))
-            case SpoolCommand(command, spool, verb, account, message_ids):
+            case SpoolCommand(command, spool, verb, account, message_ids, provider, wanted):
                 return pb.StreamConfigResponse(
                     command=pb.Command(
                         command=command,
@@ -123,6 +124,8 @@ class StreamEncoder:
                         verb=pb.Command.Verb.ValueType(verb),
                         account=account,
                         message_ids=message_ids,
+                        provider=provider,
+                        filter=None if wanted is None else pb.Command.Filter(**wanted._asdict()),
                     )
                 )
             case session.Progress():

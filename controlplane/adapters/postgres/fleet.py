@@ -17,11 +17,13 @@ from uuid import UUID
 import asyncpg
 
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.domain.messages import milliseconds_at
 from controlplane.ports_fleet import (
     Bundle,
     BundleListing,
     BundleVersion,
     CertificateRecord,
+    CommandFilter,
     ConfigReport,
     Denial,
     DenialSet,
@@ -51,7 +53,9 @@ FROM postroad.nodes n LEFT JOIN postroad.node_status s USING (node)
 WHERE n.node = ANY ($1::text[])
 """
 _COMMANDS = """
-SELECT command, spool, verb, account, message_ids FROM postroad.commands
+SELECT command, spool, verb, account, message_ids, provider, accepted_before, filter_provider, filter_recipient_domain,
+    filter_states, position
+FROM postroad.commands
 WHERE done_time IS NULL AND spool = ANY ($1::uuid[]) ORDER BY create_time, command LIMIT 1000
 """
 
@@ -337,9 +341,23 @@ class PostgresFleet:
                 row["verb"],
                 f"accounts/{row['account']}",
                 tuple(message_id.bytes for message_id in row["message_ids"]),
+                row["provider"],
+                _filter(row),
             )
             for row in rows
         ]
+
+
+def _filter(row: asyncpg.Record) -> CommandFilter | None:
+    if row["accepted_before"] is None:
+        return None
+    return CommandFilter(
+        milliseconds_at(row["accepted_before"]),
+        row["position"].bytes,
+        row["filter_provider"],
+        row["filter_recipient_domain"],
+        tuple(row["filter_states"]),
+    )
 
 
 def _denial(row: asyncpg.Record) -> Denial:

@@ -123,11 +123,12 @@ SELECT count(*)
 FROM postroad.messages AS m JOIN unnest($1::uuid[], $2::text[]) AS u (i, a) ON m.message_id = u.i AND m.account = u.a
 WHERE m.message_id BETWEEN $3 AND $4 AND m.spool = $5
 """
-_COMPLETE_COMMANDS = """
+_UPDATE_COMMANDS = """
 UPDATE postroad.commands AS c
-SET done_time = $6, changed_count = u.n, too_late_count = u.l, error = u.e
-FROM unnest($1::uuid[], $2::integer[], $3::integer[], $4::text[]) AS u (m, n, l, e)
-WHERE c.command = u.m AND c.spool = $5 AND c.done_time IS NULL
+SET done_time = CASE WHEN u.d THEN $8::timestamptz END, update_time = $8, changed_count = c.changed_count + u.n,
+    too_late_count = c.too_late_count + u.l, error = u.e, position = coalesce(u.p, c.position)
+FROM unnest($1::uuid[], $2::integer[], $3::integer[], $4::text[], $5::boolean[], $6::uuid[]) AS u (m, n, l, e, d, p)
+WHERE c.command = u.m AND c.spool = $7 AND c.done_time IS NULL
 """
 _REJECT = """
 INSERT INTO postroad.ledger_rejects (node, spool, incarnation, record_number, record, reason, detail)
@@ -342,7 +343,8 @@ class _Writer:
         if events:
             await connection.execute(_INSERT_EVENTS, *columns(events, 18), self._node_id, self._spool)
         if rows.results:
-            await connection.execute(_COMPLETE_COMMANDS, *columns(rows.results, 4), self._spool, self._now)
+            progress = columns(rows.results.values(), 6)
+            await connection.execute(_UPDATE_COMMANDS, *progress, self._spool, self._now)
 
     async def _check_own(self, rows: RecordRows, new: set[tuple[Any, ...]]) -> None:
         """Refuse what is said of messages that this spool did not accept; `new` are those that it accepted just now."""

@@ -7,7 +7,8 @@ and only below the oldest transaction that is still open, so that nothing can ap
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Sequence
+from itertools import accumulate, groupby
 from typing import Any
 
 import asyncpg
@@ -15,9 +16,20 @@ import asyncpg
 from controlplane.adapters.postgres.nodes import COMMANDS_CHANNEL
 from controlplane.adapters.postgres.session import Session
 from controlplane.domain import names
-from controlplane.domain.errors import NotFoundError
-from controlplane.domain.messages import LEAST_ID, Command, Event, Message, MessageQuery, Position, Recipient
-from dataplane.core.queue import EventType, State
+from controlplane.domain.errors import FailedPreconditionError, NotFoundError, Reason
+from controlplane.domain.messages import (
+    LEAST_ID,
+    Command,
+    CommandOrder,
+    Event,
+    Message,
+    MessageFilter,
+    MessageQuery,
+    Position,
+    Recipient,
+    SpoolProgress,
+)
+from dataplane.core.queue import EventType, State, Verb
 
 # What one answer may hold in memory and in a message: 1,000 messages can have a million recipients.
 MAX_PAGE_RECIPIENTS = 20_000
@@ -46,6 +58,9 @@ SELECT m.message_id, m.account, m.change_xid::text AS transaction, m.position, N
     0::bigint AS transferring_ms
 FROM postroad.messages m
 """
+
+
+_COMMANDS = "SELECT c.*, s.node FROM postroad.commands c LEFT JOIN postroad.spools s USING (spool)"
 
 
 class MessagesRepository:
@@ -133,37 +148,71 @@ class MessagesRepository:
         )
         return [_event(row) for row in rows]
 
-    async def add_command(self, account: str, message: Message, verb: int) -> Command:
+    async def add_command(self, order: CommandOrder, message: Message) -> Command:
         """As the port says."""
         row = await self._session.row(
             "command_insert",
             """
-            INSERT INTO postroad.commands (account, verb, spool, message_ids) VALUES ($1, $2, $3, ARRAY[$4::uuid])
-            RETURNING *
+            INSERT INTO postroad.commands (account, verb, spool, message_ids, provider)
+            VALUES ($1, $2, $3, ARRAY[$4::uuid], $5) RETURNING *, $6::text AS node
             """,
-            *(account, verb, message.spool, message.message_id),
+            *(order.account, order.verb, message.spool, message.message_id, order.provider, message.node),
         )
         assert row is not None  # noqa: S101 - INSERT … RETURNING of one row
         await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, message.node)
-        return _command(row)
+        return _command([row])
+
+    async def add_filter_command(self, order: CommandOrder, since_id: str) -> Command:
+        """As the port says."""
+        wanted = order.filter or MessageFilter()
+        rows = await self._session.rows(
+            "command_insert_for_spools",
+            """
+            WITH inserted AS (
+                INSERT INTO postroad.commands (
+                    operation, account, verb, spool, message_ids, provider, accepted_before, filter_provider,
+                    filter_recipient_domain, filter_states, position
+                )
+                SELECT o.operation, $1, $2, s.spool, '{}', $3, transaction_timestamp() - $4::interval, $5, $6, $7, $8
+                FROM postroad.spools s, (SELECT gen_random_uuid() AS operation) AS o
+                RETURNING *
+            )
+            SELECT i.*, s.node FROM inserted i JOIN postroad.spools s USING (spool) ORDER BY i.spool
+            """,
+            *(order.account, order.verb, order.provider, wanted.min_age, wanted.provider, wanted.recipient_domain),
+            *(list(wanted.states), since_id),
+        )
+        if not rows:
+            name = names.format_name(names.ACCOUNT, order.account)
+            raise FailedPreconditionError(Reason.SPOOL_MISSING, "no node has a spool yet", subject=name)
+        await self._session.run("notify", "SELECT pg_notify($1, '')", COMMANDS_CHANNEL)
+        return _command(rows)
 
     async def get_command(self, account: str, command: str) -> Command:
         """As the port says."""
-        row = await self._session.row(
-            "command_get", "SELECT * FROM postroad.commands WHERE account = $1 AND command = $2", account, command
+        rows = await self._session.rows(
+            "command_get",
+            f"{_COMMANDS} WHERE c.account = $1 AND coalesce(c.operation, c.command) = $2 ORDER BY c.spool",
+            *(account, command),
         )
-        if row is None:
+        if not rows:
             raise NotFoundError(names.format_name(names.OPERATION, account, command))
-        return _command(row)
+        return _command(rows)
 
     async def list_commands(self, account: str, after: str, limit: int) -> list[Command]:
         """As the port says."""
         rows = await self._session.rows(
             "command_list",
-            "SELECT * FROM postroad.commands WHERE account = $1 AND command > $2 ORDER BY command LIMIT $3",
+            f"""
+            {_COMMANDS} WHERE c.account = $1 AND coalesce(c.operation, c.command) IN (
+                SELECT DISTINCT coalesce(operation, command) AS shown FROM postroad.commands
+                WHERE account = $1 AND coalesce(operation, command) > $2 ORDER BY shown LIMIT $3
+            )
+            ORDER BY coalesce(c.operation, c.command), c.spool
+            """,
             *(account, after or LEAST_ID, limit),
         )
-        return [_command(row) for row in rows]
+        return [_command(list(found)) for _, found in groupby(rows, _shown_id)]
 
 
 def _message(row: asyncpg.Record, recipients: list[Recipient], events: list[Event]) -> Message:
@@ -215,15 +264,36 @@ def _event(row: asyncpg.Record) -> Event:
     )
 
 
-def _command(row: asyncpg.Record) -> Command:
+def _shown_id(row: asyncpg.Record) -> str:
+    return str(row["operation"] or row["command"])
+
+
+def _command(rows: Sequence[asyncpg.Record]) -> Command:
+    """The command that these rows, one for each spool, are parts of."""
+    first = rows[0]
+    wanted = None
+    if first["accepted_before"] is not None:
+        wanted = MessageFilter(
+            first["filter_provider"],
+            first["filter_recipient_domain"],
+            first["create_time"] - first["accepted_before"],
+            tuple(State(number) for number in first["filter_states"]),
+        )
+    message_id = str(first["message_ids"][0]) if first["message_ids"] else ""
     return Command(
-        command=str(row["command"]),
-        account=row["account"],
-        verb=row["verb"],
-        message_id=str(row["message_ids"][0]),
-        create_time=row["create_time"],
-        done_time=row["done_time"],
-        changed_count=row["changed_count"],
-        too_late_count=row["too_late_count"],
-        error=row["error"],
+        command=_shown_id(first),
+        order=CommandOrder(first["account"], Verb(first["verb"]), message_id, wanted, first["provider"]),
+        create_time=first["create_time"],
+        spools=tuple(
+            SpoolProgress(
+                spool=str(row["spool"]),
+                node=row["node"] or "",
+                changed_count=row["changed_count"],
+                too_late_count=row["too_late_count"],
+                error=row["error"],
+                update_time=row["update_time"],
+                is_done=row["done_time"] is not None,
+            )
+            for row in rows
+        ),
     )

@@ -177,6 +177,7 @@ BY_REASON: Mapping[str, type[PostroadError]] = {
     "NODE_POOL_DEFAULT": FailedPreconditionError,
     "NODE_IN_USE": FailedPreconditionError,
     "SPOOL_NOT_REFUSED": FailedPreconditionError,
+    "SPOOL_MISSING": FailedPreconditionError,
     "PROVIDER_MISSING": FailedPreconditionError,
     "PROVIDER_IN_USE": FailedPreconditionError,
     "PROVIDER_SUSPENDED": FailedPreconditionError,
