@@ -8,14 +8,12 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
-from google.longrunning.operations_pb2 import Operation, WaitOperationRequest
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.timestamp_pb2 import Timestamp
-from google.rpc import code_pb2
 
+from postroad.cli.commands import add_commands
 from postroad.cli.output import Column, Printer, clock_text, enum_text, short, time_text
-from postroad.cli.problems import FAILED, UNREACHABLE, CommandError
+from postroad.cli.problems import FAILED
 from postroad.cli.resources import Kind, Limit, call, list_all
 from postroad.cli.session import Session, session_of
 from postroad.control.v1 import message_service_pb2
@@ -53,7 +51,6 @@ MESSAGE = Kind(
 app = typer.Typer(no_args_is_help=True, help="Messages: what was accepted, where it is, and what happened to it.")
 
 MessageName = Annotated[str, typer.Argument(help="Id from the 250, or full resource name")]
-_CANCEL_WAIT_S = 20
 FOLLOW_TIMEOUT_S = 60.0
 
 
@@ -142,40 +139,7 @@ def follow_message(
         raise typer.Exit(FAILED)
 
 
-@app.command("cancel")
-def cancel_message(
-    context: typer.Context,
-    name: MessageName,
-    wait_s: Annotated[
-        int, typer.Option("--wait", min=0, help="Seconds to wait for the node's answer")
-    ] = _CANCEL_WAIT_S,
-) -> None:
-    """Withdraw the recipients that still wait; status 1 when it was too late for all of them."""
-    session = session_of(context)
-    operation = call(session, MESSAGE, "CancelMessage", name=MESSAGE.name(session, name))
-    if not operation.done and wait_s:
-        operation = session.client.operations.WaitOperation(
-            WaitOperationRequest(name=operation.name, timeout=Duration(seconds=wait_s)), timeout=wait_s + 10
-        )
-    _report_cancelled(operation, session.printer)
-
-
-def _report_cancelled(operation: Operation, printer: Printer) -> None:
-    if operation.HasField("error"):
-        raise CommandError(f"{code_pb2.Code.Name(operation.error.code)}: {operation.error.message}")
-    if not operation.done:
-        raise CommandError(
-            f"the owning node has not answered yet ({operation.name})",
-            "It will cancel as soon as it is connected: look again with `postroad messages get`",
-            UNREACHABLE,
-        )
-    result = message_service_pb2.CancelMessageResult()
-    operation.response.Unpack(result)
-    if printer.is_json:
-        printer.json({"cancelledCount": result.cancelled_count, "tooLateCount": result.too_late_count})
-    printer.say(f"Cancelled {result.cancelled_count}, too late for {result.too_late_count}")
-    if not result.cancelled_count:
-        raise typer.Exit(FAILED)
+add_commands(app)
 
 
 def watch(session: Session, identifier: str, timeout_s: float) -> Message:
