@@ -43,6 +43,7 @@ from controlplane.adapters.http.probes import Readiness, add_probes
 from controlplane.adapters.http.server import HttpServer, tls_context
 from controlplane.adapters.http.transcoding import add_json_api
 from controlplane.adapters.pki import CertificateAuthority, PkiError, load_authority, read_certificate
+from controlplane.adapters.postgres.books import PostgresBooks
 from controlplane.adapters.postgres.database import PostgresDatabase, open_api_pool
 from controlplane.adapters.postgres.feed import ChangeFeed
 from controlplane.adapters.postgres.fleet import PostgresFleet
@@ -55,10 +56,13 @@ from controlplane.adapters.redis.functions import RedisFunctions
 from controlplane.adapters.redis.limits import RedisLiveLimits
 from controlplane.adapters.redis.requests import RedisRequestBudget
 from controlplane.adapters.sealing import Keyring, KeyringError, KeyringSealer
+from controlplane.domain.books import Comparison
 from controlplane.domain.hosts import HostPolicy
+from controlplane.jobs.books import book_jobs
 from controlplane.jobs.housekeeping import housekeeping_jobs
 from controlplane.jobs.leader import Leader
 from controlplane.ports import LiveLimits, RequestBudget
+from controlplane.services.auditing import Auditor
 from controlplane.services.compile import POOL_KEY_PLACE
 from controlplane.services.enrollment import EnrollmentService
 from controlplane.services.ingest import IngestService
@@ -78,6 +82,7 @@ _DATABASE_RETRY_S = 1.0
 _POOL_CLOSE_S = 2.0
 _DRAIN_S = 2.0
 _FEED_LATE_S = 15.0
+_BOOKS_TIMEOUT_S = 60.0
 _MEMORY_LIMIT = 0.92
 _GARBAGE_OBJECTS = 50_000
 
@@ -249,6 +254,15 @@ class _ControlPlane:
             transaction_timeout_s=settings.database.statement_timeout_s,
             observe=metrics.query_ended,
         )
+        # Who waits is counted in as much time as that takes; mail does not wait for it.
+        self._books = PostgresBooks(
+            FleetDatabase(
+                self._fleet_pool,
+                acquire_timeout_s=settings.database.acquire_timeout_s,
+                transaction_timeout_s=_BOOKS_TIMEOUT_S,
+                observe=metrics.query_ended,
+            )
+        )
         sealer = KeyringSealer(self._keyring)
         table, column = POOL_KEY_PLACE
         self._fleet_repository = PostgresFleet(
@@ -302,9 +316,11 @@ class _ControlPlane:
         """What lives as long as the process; if one of these dies, so does the process."""
         feed = self._feed = ChangeFeed(self._fleet_dsn, self._fleet.scan, report=self._failed("feed.failed"))
         retention = timedelta(days=self._settings.retention.messages_days)
+        jobs = housekeeping_jobs(PostgresJobs(self._fleet_database), retention=retention)
+        jobs += book_jobs(self._books, retention=retention, sampled=self._metrics.books_sampled)
         leader = Leader(
             PostgresLeadership(self._fleet_dsn),
-            housekeeping_jobs(PostgresJobs(self._fleet_database), retention=retention),
+            jobs,
             _now,
             report=self._job_failed,
             leading=self._leading,
@@ -329,8 +345,15 @@ class _ControlPlane:
         self._config = NodeConfigServicer(self._fleet, _now, self._note)
         retention = timedelta(days=self._settings.retention.messages_days)
         store = PostgresLedger(self._fleet_database, retention=retention, report=self._note_reject)
+        auditor = Auditor(
+            self._books,
+            _now,
+            interval_s=self._settings.audit.interval_s,
+            report=self._not_compared,
+            concluded=self._compared,
+        )
         self._ledger = NodeLedgerServicer(
-            IngestService(store, _now, self._metrics.records_ingested), self._fleet, _now, self._note
+            IngestService(store, _now, self._metrics.records_ingested), auditor, self._fleet, _now, self._note
         )
         self._nodes.add_generic_rpc_handlers((self._config.handler(),))
         ledger_service_pb2_grpc.add_LedgerServiceServicer_to_server(self._ledger, self._nodes)
@@ -402,6 +425,23 @@ class _ControlPlane:
 
     def _note_reject(self, spool: str, reason: str, detail: str) -> None:
         self._log.warning("ledger.rejected", spool=spool, reason=reason, detail=detail)
+
+    def _not_compared(self, spool: str, reason: str) -> None:
+        self._log.warning("audit.not_compared", spool=spool, reason=reason)
+
+    def _compared(self, comparison: Comparison) -> None:
+        self._metrics.books_compared()
+        if comparison.findings:
+            self._log.warning(
+                "audit.findings",
+                spool=comparison.spool,
+                node=comparison.node,
+                as_of_record=comparison.as_of_record,
+                count=len(comparison.findings),
+                first=[
+                    f"{one.kind.name} {one.account} {one.message_id or one.detail}" for one in comparison.findings[:5]
+                ],
+            )
 
     def _failed(self, event: str) -> Any:
         def report(what: str, error: Exception) -> None:

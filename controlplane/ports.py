@@ -16,6 +16,7 @@ from datetime import datetime
 from typing import NamedTuple, Protocol
 
 from controlplane.domain.access import EVERY_ACCOUNT, Caller
+from controlplane.domain.books import Book, StoredFinding
 from controlplane.domain.etags import Etag
 from controlplane.domain.limits import Limit, Look
 from controlplane.domain.messages import Command, CommandOrder, Event, Message, MessageQuery, Position
@@ -342,6 +343,18 @@ class Messages(Protocol):
         """In order of id."""
 
 
+class Books(Protocol):
+    """What comparisons of the ledger with spools showed; the account None stands for all that the scope shows."""
+
+    async def list_page(self, account: str | None, after: tuple[str, str] | None, limit: int) -> list[Book]:
+        """Books after this account and spool, in that order."""
+
+    async def list_findings(
+        self, account: str | None, before: int | None, limit: int, *, resolved: bool
+    ) -> list[StoredFinding]:
+        """Findings before this number, newest first; those that are over where `resolved`."""
+
+
 class Work(Protocol):
     """One transaction."""
 
@@ -355,6 +368,7 @@ class Work(Protocol):
     bundles: Bundles
     idempotency: Idempotency
     messages: Messages
+    books: Books
 
     async def now(self) -> datetime:
         """The transaction's time, by the database's clock."""

@@ -16,6 +16,9 @@ from datetime import date, datetime
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
+from controlplane.domain.books import Comparison, Finding, FindingKind, LedgerSide
+from dataplane.core.waiting import Tally, Waiting
+
 # --- configuration -------------------------------------------------------------------------------------------------
 
 
@@ -398,4 +401,68 @@ class JobStore(Protocol):
 
     async def delete_denials(self, now: datetime, limit: int) -> int:
         """Forget at most `limit` denials that ended by now; the version moves, and replicas are told, if any did."""
+        ...
+
+
+# --- books ---------------------------------------------------------------------------------------------------------
+
+
+class LedgerBooks(NamedTuple):
+    """All accounts of a spool as the ledger has them, as of a record."""
+
+    as_of_record: int
+    accounts: Mapping[str, LedgerSide]
+
+
+class SilentSpool(NamedTuple):
+    """A spool that nothing was compared with for long, and who waits in it: counts, and some by name."""
+
+    spool: str
+    node: str
+    counts: Mapping[str, int]
+    named: Mapping[str, Sequence[Waiting]]
+
+
+class BookHealth(NamedTuple):
+    """Open findings by kind, and for each spool seconds since it was last compared."""
+
+    findings: Mapping[FindingKind, int]
+    ages_s: Mapping[str, float]
+
+
+class BookStore(Protocol):
+    """The ledger's side of the books, each answer from one snapshot, and what comparisons found."""
+
+    async def read_books(self, spools: Sequence[str]) -> Mapping[str, LedgerBooks]:
+        """The books of these spools, those that the ledger knows."""
+        ...
+
+    async def waiting_by_bucket(self, spool: str, account: str) -> tuple[int, Mapping[int, Tally]]:
+        """Up to which record, and who waits in each bucket."""
+        ...
+
+    async def waiting_by_name(self, spool: str, account: str, buckets: Sequence[int]) -> tuple[int, set[Waiting]]:
+        """Up to which record, and who waits in these buckets; at most 20,000 of them."""
+        ...
+
+    async def conclude(self, comparison: Comparison, now: datetime) -> None:
+        """Store a comparison: its books replace the spool's, findings that it does not have are resolved."""
+        ...
+
+    async def silent_spools(self, before: datetime) -> list[SilentSpool]:
+        """Spools that were not compared since then, in which the ledger has somebody wait."""
+        ...
+
+    async def report_silent(self, spools: Mapping[tuple[str, str], Sequence[Finding]], now: datetime) -> None:
+        """Store what was found of silent spools, by spool and node; the others are silent no more."""
+        ...
+
+    async def forget_books(self, first_day: date, resolved_before: datetime) -> None:
+        """Drop entries of days before `first_day`, findings that were resolved before then, and books of spools that
+        the fleet knows no more.
+        """
+        ...
+
+    async def health(self, now: datetime) -> BookHealth:
+        """How the books are."""
         ...

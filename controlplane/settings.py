@@ -155,6 +155,12 @@ class ApiSettings(_Section):
     requests_per_minute: Annotated[int, Field(ge=0, le=1_000_000)] = 100
 
 
+class AuditSettings(_Section):
+    """How often the ledger is compared with each spool."""
+
+    interval_s: Annotated[float, Field(ge=0.05, le=86_400)] = 20.0
+
+
 class RetentionSettings(_Section):
     """How long the record of mail is kept."""
 
@@ -177,6 +183,7 @@ class Settings(BaseSettings):
     api: ApiSettings = ApiSettings()
     redis: RedisSettings = RedisSettings()
     retention: RetentionSettings = RetentionSettings()
+    audit: AuditSettings = AuditSettings()
     allowed_private_networks: tuple[IPv4Network | IPv6Network, ...] = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     stop_timeout_s: Annotated[float, Field(gt=0, le=300)] = 8.0

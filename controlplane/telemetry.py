@@ -28,7 +28,9 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from controlplane.domain.books import FindingKind
 from controlplane.metric_table import HTTP_VERBS, METRICS, MetricSpec
+from controlplane.ports_fleet import BookHealth
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -152,9 +154,25 @@ class Metrics:
         records.labels("stored").inc(stored)
         records.labels("rejected").inc(rejected)
 
+    def books_compared(self) -> None:
+        """A spool was compared with the ledger."""
+        self._counters["audit_comparisons_total"].inc()
+
+    def books_sampled(self, health: BookHealth) -> None:
+        """How the books are."""
+        for kind in FindingKind:
+            self._gauges["audit_findings"].labels(kind.name.lower()).set(health.findings.get(kind, 0))
+        # A spool that is gone tells nothing any more.
+        self._gauges["audit_age_seconds"].clear()
+        for spool, age_s in health.ages_s.items():
+            self._gauges["audit_age_seconds"].labels(spool).set(age_s)
+
     def leading(self, *, now: bool) -> None:
-        """Whether this process is the leader."""
+        """Whether this process is the leader; what only the leader tells ends with that."""
         self._gauges["leader"].set(1 if now else 0)
+        if not now:
+            for name in ("audit_findings", "audit_age_seconds"):
+                self._gauges[name].clear()
 
     def job_failed(self, job: str) -> None:
         """A job's run raised."""

@@ -5,9 +5,10 @@ messages, packed bytes for ledger records, which nobody on the way looks into. `
 know no socket; `LinkProtocol` carries them over one. The worker calls, the agent listens; the socket's folder
 is closed to other users.
 
-    worker -> agent     WorkerHello first, then ConfigApplied, DenialsApplied, LedgerRecords, WorkerStatus
+    worker -> agent     WorkerHello first, then ConfigApplied, DenialsApplied, LedgerRecords, LedgerStatement,
+                        WorkerStatus
     agent -> worker     ConfigChanged, DenialsChanged, ContactTime, LedgerPull, LedgerPause, LedgerCursor,
-                        RunCommand, SpoolVerdict, StatusRequest
+                        LedgerQuestion, RunCommand, SpoolVerdict, StatusRequest
 
 Records are pulled: a worker sends one LedgerRecords for each LedgerPull, as soon as there is a record behind
 `after`, so that what the agent holds is bounded by what it asked for. Nothing here is durable: a side that
@@ -123,6 +124,22 @@ class LedgerCursor(NamedTuple):
     cursor: int
 
 
+class LedgerQuestion(NamedTuple):
+    """Answer with a LedgerStatement; the fields are those of `core.waiting.WaitingQuestion`."""
+
+    spool: str
+    number: int
+    as_of_record: int
+    account: str
+    buckets: tuple[int, ...]
+
+
+class LedgerStatement(NamedTuple):
+    """A serialised postroad.node.v1.LedgerStatement."""
+
+    statement: bytes
+
+
 class RunCommand(NamedTuple):
     """A command for a spool; its result goes by the ledger. `verb` is the number in postroad.node.v1.
 
@@ -185,6 +202,8 @@ Message: TypeAlias = (
     | LedgerPause
     | LedgerRecords
     | LedgerCursor
+    | LedgerQuestion
+    | LedgerStatement
     | RunCommand
     | SpoolVerdict
     | StatusRequest
@@ -207,6 +226,11 @@ def _read_command(fields: list[Any]) -> RunCommand:
         before_ms, after, by_provider, domain, states = wanted
         wanted = Filter(before_ms, MessageId(bytes.fromhex(after)), by_provider, domain, tuple(states))
     return RunCommand._make([*plain, tuple(bytes.fromhex(text) for text in message_ids), provider, wanted])
+
+
+def _read_question(fields: list[Any]) -> LedgerQuestion:
+    *plain, buckets = fields
+    return LedgerQuestion._make([*plain, tuple(buckets)])
 
 
 def _read_status(fields: list[Any]) -> WorkerStatus:
@@ -233,6 +257,8 @@ _READERS: dict[int, Callable[[list[Any]], Message]] = {
     12: lambda fields: SpoolVerdict(*fields),
     13: lambda fields: StatusRequest(*fields),
     14: _read_status,
+    15: _read_question,
+    16: lambda fields: LedgerStatement(bytes.fromhex(fields[0])),
 }
 _RECORDS_TYPE = 9
 _TYPES: dict[type[Message], int] = {
@@ -250,6 +276,8 @@ _TYPES: dict[type[Message], int] = {
     SpoolVerdict: 12,
     StatusRequest: 13,
     WorkerStatus: 14,
+    LedgerQuestion: 15,
+    LedgerStatement: 16,
 }
 
 
@@ -264,6 +292,8 @@ def encode(message: Message) -> bytes:
             if message.filter is not None:
                 before_ms, after, *rest = message.filter
                 fields[6] = [before_ms, after.hex(), *rest]
+        elif isinstance(message, LedgerStatement):
+            fields = [message.statement.hex()]
         payload = json.dumps(fields, separators=(",", ":")).encode()
     if len(payload) + 1 > MAX_FRAME_BYTES:
         raise LinkError(f"a {type(message).__name__} of {len(payload)} bytes is too long")

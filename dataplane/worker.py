@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from dataplane.adapters.config_view import MappedConfigView
-from dataplane.adapters.ledger_codec import encode_record
+from dataplane.adapters.ledger_codec import encode_record, encode_statement
 from dataplane.adapters.limiter_link import Server
 from dataplane.adapters.limiter_local import LocalLimiter
 from dataplane.adapters.limiter_memory import LimiterMemory
@@ -272,6 +272,8 @@ class _Worker:
             index=self._index,
             view=self._view,
             spools=self._spools,
+            books=self._spools,
+            encode_statement=encode_statement,
             engines=self._engines,
             samples=self._samples,
             config_changed=live.apply,

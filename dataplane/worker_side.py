@@ -3,7 +3,8 @@
 Configuration and denials are read in a thread, each in a lane of its own and one after the other, and answered when
 they are in use: denials after delivery has cut what they stop. Commands run one after the other, those with a filter in
 a lane of their own, since a walk may take minutes; one that fails is asked for again by the control plane, and one that
-is asked for again while it is under way is not begun twice. Everything else is a step on the loop.
+is asked for again while it is under way is not begun twice. Questions about who waits are answered one at a time, from
+a thread. Everything else is a step on the loop.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 from dataplane.agent.ports import StoreError
 from dataplane.agent_link import AgentLink
 from dataplane.commands import CommandRunner
+from dataplane.core.waiting import WaitingQuestion, WaitingStatement
 from dataplane.forwarding import RecordForwarder
 from dataplane.ledger_lag import LedgerLag
 from dataplane.link import (
@@ -30,6 +32,8 @@ from dataplane.link import (
     LedgerCursor,
     LedgerPause,
     LedgerPull,
+    LedgerQuestion,
+    LedgerStatement,
     Message,
     RunCommand,
     Sample,
@@ -69,6 +73,14 @@ class SwappableView(ConfigView, Protocol):
         ...
 
 
+class Books(Protocol):
+    """What this module needs of a spool on disk, to answer for it."""
+
+    async def waiting(self, question: WaitingQuestion) -> WaitingStatement:
+        """Who waits as of a record; never raises, never holds the loop."""
+        ...
+
+
 class Delivery(Protocol):
     """What this module needs of an engine."""
 
@@ -83,13 +95,16 @@ class Delivery(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """The worker. `samples` is what it counts, beside its spools; `config_changed` is told of a new configuration
-    before the agent hears that it is in use; `restart` ends the worker, to be started anew.
+    """The worker. `books` are the same spools as they answer for themselves; `samples` is what it counts, beside its
+    spools; `config_changed` is told of a new configuration before the agent hears that it is in use; `restart` ends
+    the worker, to be started anew.
     """
 
     index: int
     view: SwappableView
     spools: Mapping[str, Spool]
+    books: Mapping[str, Books]
+    encode_statement: Callable[[WaitingStatement], bytes]
     engines: Mapping[str, Delivery]
     samples: Callable[[], Iterable[SampleRow]]
     config_changed: Callable[[], None]
@@ -111,6 +126,8 @@ class WorkerSide:
         self._walks: asyncio.Queue[RunCommand] = asyncio.Queue()
         self._under_way: set[str] = set()
         self._status_requests: asyncio.Queue[int] = asyncio.Queue()
+        # The control plane asks one question of a spool at a time.
+        self._questions: asyncio.Queue[LedgerQuestion] = asyncio.Queue()
         self._lags = {name: LedgerLag() for name in parts.spools}
         self.draining = False
 
@@ -130,6 +147,7 @@ class WorkerSide:
             self._run_commands(self._commands),
             self._run_commands(self._walks),
             self._report_status(),
+            self._answer_questions(),
             self._watch_ledger(),
         ]
 
@@ -160,6 +178,8 @@ class WorkerSide:
                 (self._commands if message.filter is None else self._walks).put_nowait(message)
             case RunCommand():
                 pass
+            case LedgerQuestion():
+                self._questions.put_nowait(message)
             case SpoolVerdict():
                 self._judge(message)
             case StatusRequest():
@@ -230,6 +250,13 @@ class WorkerSide:
                 self._link.send(await self.status(number))
             except SpoolError as error:
                 self._parts.log.warning("status.failed", error=str(error))
+
+    async def _answer_questions(self) -> None:
+        while True:
+            question = await self._questions.get()
+            if (books := self._parts.books.get(question.spool)) is not None:
+                statement = await books.waiting(WaitingQuestion(*question))
+                self._link.send(LedgerStatement(self._parts.encode_statement(statement)))
 
     async def _watch_ledger(self) -> None:
         loop = asyncio.get_running_loop()

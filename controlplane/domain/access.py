@@ -64,6 +64,7 @@ _NEEDED: dict[str, dict[Scope, tuple[str, ...]]] = {
             "CommandMessages",
         ),
     },
+    f"{_CONTROL}.BookService": {Scope.MESSAGES_READ: ("ListBooks", "ListBookFindings")},
     f"{_CONTROL}.NodeService": {
         Scope.OPERATOR: (
             *("CreateNode", "GetNode", "ListNodes", "UpdateNode", "DeleteNode"),

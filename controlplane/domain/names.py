@@ -23,6 +23,8 @@ MESSAGE = "accounts/*/messages/*"
 OPERATION = "accounts/*/operations/*"
 LIMIT = "accounts/*/limits/*"
 SHARED_LIMIT = "limits/*"
+BOOK = "accounts/*/books/*"
+BOOK_FINDING = "accounts/*/bookFindings/*"
 NODE = "nodes/*"
 NODE_POOL = "nodePools/*"
 

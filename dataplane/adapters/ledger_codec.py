@@ -3,6 +3,7 @@
 Contract. A record becomes a serialised postroad.node.v1.LedgerRecord. It never fails on content: whatever a remote
 server or a submitter said, the outcome must be stored, so that text which is no Unicode (lone surrogates) is
 repaired with question marks on a second, slower way. One acceptance with one recipient and one event costs about 7 µs.
+`encode_statement` does the same for what a spool says of those that wait in it, as a LedgerStatement.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 
 from dataplane.core.envelope import Envelope
 from dataplane.core.ledger import AttemptEvent, CommandResult, LedgerRecord, RecipientUpdate
+from dataplane.core.waiting import Waiting, WaitingStatement
 from postroad.node.v1 import ledger_pb2 as pb
+from postroad.node.v1 import ledger_service_pb2 as service_pb
 
 
 def encode_record(record: LedgerRecord) -> bytes:
@@ -21,6 +24,27 @@ def encode_record(record: LedgerRecord) -> bytes:
         return _message(record).SerializeToString()
     except UnicodeEncodeError:
         return _message(_repaired(record)).SerializeToString()
+
+
+def encode_statement(statement: WaitingStatement) -> bytes:
+    """Return the bytes of a statement."""
+    return service_pb.LedgerStatement(
+        spool=statement.spool,
+        number=statement.number,
+        error=statement.error,
+        totals=[
+            service_pb.WaitingTotal(account=account, bucket=bucket, count=total.count, digest=total.digest.to_bytes(16))
+            for account, bucket, total in statement.totals
+        ],
+        recipients=map(_waiting, statement.recipients),
+        without_deadline=map(_waiting, statement.without_deadline),
+        quarantined=statement.quarantined,
+    ).SerializeToString()
+
+
+def _waiting(named: tuple[str, Waiting]) -> service_pb.WaitingRecipient:
+    account, recipient = named
+    return service_pb.WaitingRecipient(message_id=recipient.message_id, index=recipient.index, account=account)
 
 
 def _message(record: LedgerRecord) -> pb.LedgerRecord:

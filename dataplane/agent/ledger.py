@@ -14,6 +14,7 @@ import grpc.aio
 
 from dataplane.agent.channel import why_ended
 from dataplane.agent.ledger_machine import (
+    Ask,
     LedgerAction,
     LedgerMachine,
     Pause,
@@ -23,7 +24,7 @@ from dataplane.agent.ledger_machine import (
     Stored,
 )
 from dataplane.backoff import Backoff
-from dataplane.link import LedgerRecords, SpoolState
+from dataplane.link import LedgerQuestion, LedgerRecords, LedgerStatement, SpoolState
 from dataplane.ports import Clock, EventLog
 from postroad.node.v1.ledger_service_pb2 import ReportLedgerRequest
 from postroad.node.v1.ledger_service_pb2_grpc import LedgerServiceStub
@@ -46,6 +47,10 @@ class SpoolSide(Protocol):
 
     def give_verdict(self, spool: str, *, refused: bool) -> None:
         """The control plane refuses the spool."""
+        ...
+
+    def ask(self, question: LedgerQuestion) -> None:
+        """Ask which recipients wait."""
         ...
 
 
@@ -92,6 +97,10 @@ class LedgerStream:
         """A worker answered a pull."""
         self._do(self._machine.records(records))
 
+    def statement_arrived(self, statement: LedgerStatement) -> None:
+        """A worker answered a question."""
+        self._do(self._machine.statement(statement))
+
     async def _serve_one(self) -> str:
         self._outgoing = asyncio.Queue()
         try:
@@ -137,6 +146,8 @@ class LedgerStream:
                     self._spools.pause(action.spool)
                 case Stored():
                     self._spools.stored(action.spool, action.cursor)
+                case Ask():
+                    self._spools.ask(action.question)
                 case Refused():
                     self._log.info("ledger.refused", spool=action.spool, detail=action.detail)
                     if action.went_back:

@@ -10,7 +10,8 @@ State of a spool while a stream is open:
 
 Records are bytes that nobody looks into. What is sent and not answered is bounded in batches per spool and in
 bytes over all; a pull that would exceed it waits for a Cursor. After a Cursor that goes back, and after a new
-stream, records are pulled again from there: the spool keeps them until a Cursor passes them.
+stream, records are pulled again from there: the spool keeps them until a Cursor passes them. Questions go to the
+spool's worker as they come, and its statements back; those that a stream does not live to see are lost.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, TypeAlias
 
-from dataplane.link import LedgerRecords, SpoolState
+from dataplane.link import LedgerQuestion, LedgerRecords, LedgerStatement, SpoolState
 from postroad.node.v1.ledger_service_pb2 import (
     LedgerBatch,
     LedgerCursor,
@@ -30,6 +31,7 @@ from postroad.node.v1.ledger_service_pb2 import (
     ReportLedgerRequest,
     ReportLedgerResponse,
 )
+from postroad.node.v1.ledger_service_pb2 import LedgerStatement as StatementMessage
 
 MAX_UNANSWERED = 8
 MAX_UNANSWERED_BYTES = 32 * 1024 * 1024
@@ -69,7 +71,13 @@ class Refused(NamedTuple):
     detail: str
 
 
-LedgerAction: TypeAlias = SendLedger | Pull | Pause | Stored | Refused
+class Ask(NamedTuple):
+    """Ask the worker which recipients wait."""
+
+    question: LedgerQuestion
+
+
+LedgerAction: TypeAlias = SendLedger | Pull | Pause | Stored | Refused | Ask
 
 
 class _Phase(Enum):
@@ -155,6 +163,10 @@ class LedgerMachine:
         )
         return [SendLedger(ReportLedgerRequest(batch=batch)), *self._pull_more([report])]
 
+    def statement(self, message: LedgerStatement) -> list[LedgerAction]:
+        """A worker answered a question."""
+        return [SendLedger(ReportLedgerRequest(statement=StatementMessage.FromString(message.statement)))]
+
     def receive(self, response: ReportLedgerResponse) -> list[LedgerAction]:
         """A message of the control plane."""
         match response.WhichOneof("message"):
@@ -162,6 +174,10 @@ class LedgerMachine:
                 return self._cursor(response.cursor)
             case "refusal":
                 return self._refusal(response.refusal)
+            case "question":
+                one = response.question
+                asked = LedgerQuestion(one.spool, one.number, one.as_of_record, one.account, tuple(one.buckets))
+                return [Ask(asked)]
             case _:
                 return []
 

@@ -23,7 +23,9 @@ from dataplane.link import (
     LedgerCursor,
     LedgerPause,
     LedgerPull,
+    LedgerQuestion,
     LedgerRecords,
+    LedgerStatement,
     RunCommand,
     SpoolVerdict,
     WorkerHello,
@@ -92,6 +94,10 @@ class NodeAgent:
         """Send them on."""
         self._ledger.records_arrived(records)
 
+    def statement_arrived(self, statement: LedgerStatement) -> None:
+        """Send it on."""
+        self._ledger.statement_arrived(statement)
+
     # --- for the configuration stream ------------------------------------------------------------------------
 
     def tell_config(self, digest: str) -> None:
@@ -159,6 +165,10 @@ class NodeAgent:
     def stored(self, spool: str, cursor: int) -> None:
         """Tell the spool's worker what is stored."""
         self._hub.send_to_owner(spool, LedgerCursor(spool, cursor))
+
+    def ask(self, question: LedgerQuestion) -> None:
+        """Ask the spool's worker which recipients wait; one that is not there leaves it unanswered."""
+        self._hub.send_to_owner(question.spool, question)
 
     def give_verdict(self, spool: str, *, refused: bool) -> None:
         """Tell the spool's worker whether it may send."""

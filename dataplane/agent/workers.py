@@ -22,6 +22,7 @@ from dataplane.link import (
     ConfigApplied,
     DenialsApplied,
     LedgerRecords,
+    LedgerStatement,
     LinkError,
     LinkProtocol,
     Message,
@@ -52,6 +53,10 @@ class WorkerObserver(Protocol):
 
     def records_arrived(self, records: LedgerRecords) -> None:
         """A worker answered a pull."""
+        ...
+
+    def statement_arrived(self, statement: LedgerStatement) -> None:
+        """A worker answered a question."""
         ...
 
 
@@ -170,6 +175,8 @@ class WorkerHub:
                 self._observer.workers_changed()
             case LedgerRecords():
                 self._observer.records_arrived(message)
+            case LedgerStatement():
+                self._observer.statement_arrived(message)
             case WorkerStatus():
                 self._status(index, message)
             case _:

@@ -22,10 +22,13 @@ from controlplane.adapters.grpc.node_config import NodeConfigServicer
 from controlplane.adapters.grpc.node_ledger import NodeLedgerServicer
 from controlplane.adapters.grpc.transport import NODE_OPTIONS, TlsFiles, server_credentials
 from controlplane.adapters.pki import CertificateAuthority, create_authority, write_private
+from controlplane.adapters.postgres.books import PostgresBooks
 from controlplane.adapters.postgres.feed import ChangeFeed
 from controlplane.adapters.postgres.fleet import PostgresFleet
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.ledger import PostgresLedger
+from controlplane.domain.books import Comparison
+from controlplane.services.auditing import Auditor
 from controlplane.services.ingest import IngestService
 from controlplane.stream.fleet import FleetService
 from controlplane.stream.hub import Hub
@@ -69,6 +72,7 @@ class NodesPort:
     ledger: NodeLedgerServicer
     authority: CertificateAuthority
     database: Database
+    compared: asyncio.Queue[Comparison]
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     async def enrolled(self, node: str, pool: str = "default") -> Certificate:
@@ -99,7 +103,9 @@ class NodesPort:
 
 
 @asynccontextmanager
-async def nodes_port(database: Database, folder: Path, *, progress_s: float = 60.0) -> AsyncIterator[NodesPort]:
+async def nodes_port(
+    database: Database, folder: Path, *, progress_s: float = 60.0, audit_s: float = 3_600.0
+) -> AsyncIterator[NodesPort]:
     """Serve nodes from `database`, with a CA in `folder` (made when it is missing)."""
     authority = _authority(folder)
     async with fleet_pool(database) as pool:
@@ -107,13 +113,21 @@ async def nodes_port(database: Database, folder: Path, *, progress_s: float = 60
         hub = Hub(max_streams=50)
         fleet = FleetService(PostgresFleet(fleet_database, lambda _pool, _key, sealed: sealed), hub, now, "test")
         events: list[tuple[str, dict[str, Any]]] = []
+        compared: asyncio.Queue[Comparison] = asyncio.Queue()
 
         def report(name: str, **facts: Any) -> None:
             events.append((name, facts))
 
         config = NodeConfigServicer(fleet, now, report, progress_s=progress_s)
         store = PostgresLedger(fleet_database, retention=timedelta(days=30))
-        ledger = NodeLedgerServicer(IngestService(store, now), fleet, now, report)
+        auditor = Auditor(
+            PostgresBooks(fleet_database),
+            now,
+            interval_s=audit_s,
+            report=lambda spool, reason: report("audit.not_compared", spool=spool, reason=reason),
+            concluded=compared.put_nowait,
+        )
+        ledger = NodeLedgerServicer(IngestService(store, now), auditor, fleet, now, report)
         server = grpc.aio.server(options=NODE_OPTIONS)
         server.add_generic_rpc_handlers((config.handler(),))
         add_LedgerServiceServicer_to_server(ledger, server)
@@ -122,7 +136,7 @@ async def nodes_port(database: Database, folder: Path, *, progress_s: float = 60
         feed = asyncio.create_task(ChangeFeed(await role_dsn(database, "postroad_fleet"), fleet.scan).run())
         await server.start()
         try:
-            yield NodesPort(port, hub, fleet, ledger, authority, database, events)
+            yield NodesPort(port, hub, fleet, ledger, authority, database, compared, events)
         finally:
             feed.cancel()
             await asyncio.gather(feed, return_exceptions=True)

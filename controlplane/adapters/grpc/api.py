@@ -17,6 +17,7 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from controlplane.adapters.bundles import ProtobufBundleEncoder
 from controlplane.adapters.grpc.accounts import AccountHandlers
 from controlplane.adapters.grpc.auth import Guard
+from controlplane.adapters.grpc.books import BookHandlers
 from controlplane.adapters.grpc.calls import CallObserver, Calls
 from controlplane.adapters.grpc.credentials import CredentialHandlers
 from controlplane.adapters.grpc.interceptor import ApiInterceptor
@@ -34,6 +35,7 @@ from controlplane.domain.paging import PageTokens
 from controlplane.ports import Database, LedgerSignal, LiveLimits, ProviderProbe, Random, RequestBudget
 from controlplane.services.accounts import AccountsService
 from controlplane.services.authentication import Authenticator
+from controlplane.services.books import BooksService
 from controlplane.services.compile import BundleCompiler
 from controlplane.services.credentials import ApiKeysService, SmtpCredentialsService
 from controlplane.services.limit_states import LimitStates, NoLiveLimits
@@ -46,6 +48,8 @@ from controlplane.services.throttle import Throttle
 from postroad.control.v1 import (
     account_service_pb2,
     account_service_pb2_grpc,
+    book_service_pb2,
+    book_service_pb2_grpc,
     credential_service_pb2,
     credential_service_pb2_grpc,
     limit_service_pb2,
@@ -132,10 +136,15 @@ def build_api(parts: ApiParts) -> Api:
         NodeHandlers(NodesService(database, compiler, tokens, random), pools),
         OperationHandlers(OperationsService(database, tokens, parts.signal)),
     )
+    books = ApiService(
+        book_service_pb2.DESCRIPTOR.services_by_name["BookService"],
+        BookHandlers(BooksService(database, tokens)),
+        book_service_pb2_grpc.add_BookServiceServicer_to_server,
+    )
     authenticator = Authenticator(database, parts.now)
     guard = Guard(authenticator, Throttle(parts.requests, parts.monotonic))
     # What comes by the registry is measured by who carries it.
-    registry = ApiRegistry(Calls(guard), services)
+    registry = ApiRegistry(Calls(guard), (*services, books))
     return Api(registry, ApiInterceptor(Calls(guard, parts.observe)), authenticator, pools, messages)
 
 

@@ -1,7 +1,8 @@
 """Carries LedgerService: what spools report goes to the ingest service, cursors go back.
 
 Contract. Requests are answered in order. While one transaction runs, what comes next gathers, and batches that follow
-each other are stored together. A stream ends UNAVAILABLE while PostgreSQL is away (the node comes back and sends what
+each other are stored together. Beside that the node is asked who waits in its spools; see `services.auditing`. A
+stream ends UNAVAILABLE while PostgreSQL is away (the node comes back and sends what
 the cursor does not cover), PERMISSION_DENIED for another node's spool, UNAUTHENTICATED when the node was revoked
 meanwhile.
 """
@@ -22,13 +23,16 @@ from controlplane.adapters.grpc.transport import identity_of
 from controlplane.adapters.pki import NodeIdentity, PkiError
 from controlplane.domain.errors import UnavailableError
 from controlplane.ports_fleet import Cursor, RawBatch, Refusal, SpoolOpening, SpoolOwnershipError
+from controlplane.services.auditing import Auditor, Comparer
 from controlplane.services.ingest import IngestService
 from controlplane.stream.fleet import FleetService, NotAdmittedError
+from dataplane.core.waiting import Tally, Waiting, WaitingQuestion, WaitingStatement
 from postroad.node.v1 import ledger_service_pb2 as pb
 from postroad.node.v1.ledger_service_pb2_grpc import LedgerServiceServicer
 
 Context = grpc.aio.ServicerContext[pb.ReportLedgerRequest, pb.ReportLedgerResponse]
 
+_ACCOUNTS = "accounts/"
 # As many batches as a node may have unanswered.
 _GATHERED = 8
 _CHECK_AGAIN = timedelta(seconds=30)
@@ -38,9 +42,15 @@ class NodeLedgerServicer(LedgerServiceServicer):
     """LedgerService; see the module."""
 
     def __init__(
-        self, ingest: IngestService, fleet: FleetService, clock: Callable[[], datetime], report: Report
+        self,
+        ingest: IngestService,
+        auditor: Auditor,
+        fleet: FleetService,
+        clock: Callable[[], datetime],
+        report: Report,
     ) -> None:
         self._ingest = ingest
+        self._auditor = auditor
         self._fleet = fleet
         self._clock = clock
         self._report = report
@@ -71,20 +81,37 @@ class NodeLedgerServicer(LedgerServiceServicer):
         gathered: asyncio.Queue[pb.ReportLedgerRequest | None] = asyncio.Queue(_GATHERED)
         reader = asyncio.create_task(_read(context, gathered))
         draining = asyncio.create_task(self._end_when_draining(gathered))
+        # One write at a time: answers to batches and questions do not know of each other.
+        writing = asyncio.Lock()
+
+        async def write(response: pb.ReportLedgerResponse) -> None:
+            async with writing:
+                await context.write(response)
+
+        comparer = self._auditor.attend(identity.node_id, lambda one: write(_question(one)))
+        comparing = asyncio.create_task(comparer.run())
+        comparing.add_done_callback(self._comparer_ended)
         try:
             checked = None
             async for requests in _groups(gathered):
                 if checked is None or self._clock() - checked > _CHECK_AGAIN:
                     await self._fleet.check(identity.node_id, identity.serial)
                     checked = self._clock()
-                for answer in await self._answer(identity.node_id, requests):
-                    await context.write(answer)
+                for answer in await self._answer(identity.node_id, requests, comparer):
+                    await write(answer)
         finally:
-            reader.cancel()
-            draining.cancel()
-            await asyncio.gather(reader, draining, return_exceptions=True)
+            for task in (reader, draining, comparing):
+                task.cancel()
+            await asyncio.gather(reader, draining, comparing, return_exceptions=True)
 
-    async def _answer(self, node_id: str, requests: list[pb.ReportLedgerRequest]) -> list[pb.ReportLedgerResponse]:
+    def _comparer_ended(self, task: asyncio.Task[None]) -> None:
+        # Mail goes on whatever becomes of the books; their age tells.
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._report("audit.failed", spool="", error=f"{type(error).__name__}: {error}")
+
+    async def _answer(
+        self, node_id: str, requests: list[pb.ReportLedgerRequest], comparer: Comparer
+    ) -> list[pb.ReportLedgerResponse]:
         answers: list[Cursor | Refusal] = []
         batches: list[RawBatch] = []
         for request in requests:
@@ -95,9 +122,13 @@ class NodeLedgerServicer(LedgerServiceServicer):
                     answers += await self._ingest.store(node_id, batches)
                     batches = []
                     answers.append(await self._ingest.open_spool(node_id, _opening(request.open)))
+                case "statement":
+                    comparer.answered(_statement(request.statement))
                 case _:
                     raise BadMessageError("a message says nothing")
         answers += await self._ingest.store(node_id, batches)
+        for answer in answers:
+            comparer.reports(answer.spool, taken=isinstance(answer, Cursor))
         return [self._response(node_id, answer) for answer in answers]
 
     def _response(self, node_id: str, answer: Cursor | Refusal) -> pb.ReportLedgerResponse:
@@ -149,6 +180,37 @@ def _batch(message: pb.LedgerBatch) -> RawBatch:
     if not message.records or message.first_record < 1:
         raise BadMessageError("a batch holds records, the first of which has a number above 0")
     return RawBatch(uuid_text(message.spool), message.incarnation, message.first_record, message.records)
+
+
+def _question(question: WaitingQuestion) -> pb.ReportLedgerResponse:
+    message = pb.LedgerQuestion(
+        spool=question.spool,
+        number=question.number,
+        as_of_record=question.as_of_record,
+        account=f"{_ACCOUNTS}{question.account}" if question.account else "",
+        buckets=question.buckets,
+    )
+    return pb.ReportLedgerResponse(question=message)
+
+
+def _statement(message: pb.LedgerStatement) -> WaitingStatement:
+    return WaitingStatement(
+        message.spool,
+        message.number,
+        message.error,
+        tuple((_account(one.account), one.bucket, _tally(one)) for one in message.totals),
+        tuple((_account(one.account), Waiting(one.message_id, one.index)) for one in message.recipients),
+        tuple((_account(one.account), Waiting(one.message_id, one.index)) for one in message.without_deadline),
+        tuple(message.quarantined),
+    )
+
+
+def _tally(message: pb.WaitingTotal) -> Tally:
+    return Tally(message.count, int.from_bytes(message.digest))
+
+
+def _account(name: str) -> str:
+    return name.removeprefix(_ACCOUNTS)
 
 
 def _opening(message: pb.LedgerOpen) -> SpoolOpening:

@@ -21,6 +21,7 @@ from typing import Any
 import asyncpg
 
 from controlplane.adapters.postgres.accounts import AccountsRepository
+from controlplane.adapters.postgres.book_lists import BooksRepository
 from controlplane.adapters.postgres.bundles import BundlesRepository
 from controlplane.adapters.postgres.constraints import domain_error
 from controlplane.adapters.postgres.credentials import ApiKeysRepository, SmtpCredentialsRepository, find_api_key
@@ -37,6 +38,7 @@ from controlplane.ports import (
     Accounts,
     ApiKeys,
     AuthenticatedKey,
+    Books,
     Bundles,
     Idempotency,
     Limits,
@@ -100,6 +102,7 @@ class PostgresWork:
         self.bundles: Bundles = BundlesRepository(session, principal)
         self.idempotency: Idempotency = IdempotencyRepository(session, principal)
         self.messages: Messages = MessagesRepository(session)
+        self.books: Books = BooksRepository(session)
 
     async def now(self) -> datetime:
         """The transaction's time."""

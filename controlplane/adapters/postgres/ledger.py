@@ -15,6 +15,7 @@ UnavailableError leaves everything as it was.
 
 A spool speaks of messages that it accepted itself: what it says of others' is set aside, whoever's they are.
 A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
+What was accepted and what ended is entered into the spool's books by the statement that moves the cursor.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from controlplane.adapters.ledger_records import (
     columns,
     conflict_event,
 )
+from controlplane.adapters.postgres.book_entries import BY_DAY, ENTER, Entered
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.session import Connection
 from controlplane.ports_fleet import (
@@ -82,13 +84,18 @@ _RECIPIENT_COLUMNS = """
     message_id, recipient_index, account, address, state, attempts, next_attempt_time, update_time, reply_code,
     enhanced_code, reply_text, provider
 """
+# A few rows come back, however many were written: what the books want to know.
 _INSERT_RECIPIENTS = f"""
-INSERT INTO postroad.recipients ({_RECIPIENT_COLUMNS}) {_RECIPIENT_ROWS}
-ON CONFLICT DO NOTHING
+WITH written AS (
+    INSERT INTO postroad.recipients ({_RECIPIENT_COLUMNS}) {_RECIPIENT_ROWS}
+    ON CONFLICT DO NOTHING
+    RETURNING tableoid AS partition, account, state
+)
+{BY_DAY}
 """
 # The bounds let the planner leave out all days but those of the batch.
 _UPDATE_RECIPIENTS = f"""
-WITH u ({_RECIPIENT_COLUMNS}) AS ({_RECIPIENT_ROWS})
+WITH u ({_RECIPIENT_COLUMNS}) AS ({_RECIPIENT_ROWS}), written AS (
 UPDATE postroad.recipients AS r
 SET state = u.state, attempts = u.attempts, next_attempt_time = u.next_attempt_time, update_time = u.update_time,
     reply_code = CASE WHEN u.reply_text <> '' OR u.reply_code <> 0 THEN u.reply_code ELSE r.reply_code END,
@@ -98,6 +105,9 @@ SET state = u.state, attempts = u.attempts, next_attempt_time = u.next_attempt_t
 FROM u
 WHERE r.message_id = u.message_id AND r.recipient_index = u.recipient_index AND r.account = u.account
     AND r.message_id BETWEEN $13 AND $14 AND r.state <> ALL ($15::smallint[]) AND r.attempts <= u.attempts
+RETURNING r.tableoid AS partition, r.account, r.state
+)
+{BY_DAY}
 """
 _SELECT_STATES = """
 SELECT r.message_id, r.recipient_index, r.state
@@ -122,6 +132,10 @@ _COUNT_OWN = """
 SELECT count(*)
 FROM postroad.messages AS m JOIN unnest($1::uuid[], $2::text[]) AS u (i, a) ON m.message_id = u.i AND m.account = u.a
 WHERE m.message_id BETWEEN $3 AND $4 AND m.spool = $5
+"""
+_MOVE_CURSOR = f"""
+WITH entered AS ({ENTER})
+UPDATE postroad.spools SET cursor = $2, incarnation = $3, update_time = $4 WHERE spool = $1
 """
 _UPDATE_COMMANDS = """
 UPDATE postroad.commands AS c
@@ -213,13 +227,8 @@ class PostgresLedger:
                 return Stored(Cursor(batch.spool, row["cursor"]), 0, 0)
             writer = _Writer(connection, node_id, batch, bounds, now)
             await writer.write(decoded)
-            await connection.execute(
-                "UPDATE postroad.spools SET cursor = $2, incarnation = $3, update_time = $4 WHERE spool = $1",
-                UUID(batch.spool),
-                records[-1][0],
-                batch.incarnation,
-                now,
-            )
+            moved = (UUID(batch.spool), records[-1][0], batch.incarnation, now)
+            await connection.execute(_MOVE_CURSOR, *moved, *writer.entered.columns())
             await connection.execute("SELECT pg_notify('postroad_ledger', '')")
         for reject in writer.rejects:
             self._report(batch.spool, reject.reason, f"record {reject.number}: {reject.text}")
@@ -292,6 +301,7 @@ class _Writer:
         self._bounds = bounds
         self._now = now
         self.rejects: list[_Reject] = []
+        self.entered = Entered()
 
     async def write(self, decoded: _Decoded) -> None:
         """Store all that can be stored, set the rest aside."""
@@ -308,8 +318,9 @@ class _Writer:
             return
         await self._connection.execute("SAVEPOINT records")
         try:
-            await self._write_rows(decoded.rows)
+            entered = await self._write_rows(decoded.rows)
             await self._connection.execute("RELEASE records")
+            self.entered.add(entered)
         except _BAD_CONTENT as error:
             await self._connection.execute("ROLLBACK TO records")
             await self._halve(decoded, error)
@@ -324,8 +335,8 @@ class _Writer:
         for part in (records[:middle], records[middle:]):
             await self._write_or_halve(_decode(part, self._bounds, clean=True))
 
-    async def _write_rows(self, rows: RecordRows) -> None:
-        connection = self._connection
+    async def _write_rows(self, rows: RecordRows) -> Entered:
+        connection, entered = self._connection, Entered()
         new: set[tuple[Any, ...]] = set()
         if rows.messages:
             answer = await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 12), self._node_id, self._spool)
@@ -334,17 +345,18 @@ class _Writer:
         await self._check_own(rows, new)
         events = rows.events
         if rows.accepted:
-            answer = await connection.execute(_INSERT_RECIPIENTS, *columns(rows.accepted.values(), 12))
-            if _count(answer) != len(rows.accepted):
+            written = await connection.fetch(_INSERT_RECIPIENTS, *columns(rows.accepted.values(), 12))
+            if entered.accepted(written) != len(rows.accepted):
                 # A disk that was restored tells known mail anew.
-                events = events + await self._update(list(rows.accepted.values()))
+                events = events + await self._update(list(rows.accepted.values()), entered)
         if rows.changed:
-            events = events + await self._update(list(rows.changed.values()))
+            events = events + await self._update(list(rows.changed.values()), entered)
         if events:
             await connection.execute(_INSERT_EVENTS, *columns(events, 18), self._node_id, self._spool)
         if rows.results:
             progress = columns(rows.results.values(), 6)
             await connection.execute(_UPDATE_COMMANDS, *progress, self._spool, self._now)
+        return entered
 
     async def _check_own(self, rows: RecordRows, new: set[tuple[Any, ...]]) -> None:
         """Refuse what is said of messages that this spool did not accept; `new` are those that it accepted just now."""
@@ -359,12 +371,12 @@ class _Writer:
         if count < len(named):
             raise _UnknownRecipientError("a message is none that this spool accepted")
 
-    async def _update(self, rows: list[list[Any]]) -> list[tuple[Any, ...]]:
+    async def _update(self, rows: list[list[Any]], entered: Entered) -> list[tuple[Any, ...]]:
         """Change recipients that are not terminal yet; returns the events of outcomes that came too late."""
         ids = [row[0] for row in rows]
         least, greatest = min(ids), max(ids)
-        answer = await self._connection.execute(_UPDATE_RECIPIENTS, *columns(rows, 12), least, greatest, _TERMINAL)
-        if _count(answer) == len(rows):
+        written = await self._connection.fetch(_UPDATE_RECIPIENTS, *columns(rows, 12), least, greatest, _TERMINAL)
+        if entered.changed(written) == len(rows):
             return []
         message_ids, indexes, accounts = columns([row[:3] for row in rows], 3)
         found = await self._connection.fetch(_SELECT_STATES, message_ids, indexes, accounts, least, greatest)

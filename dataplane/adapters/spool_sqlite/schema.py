@@ -14,6 +14,7 @@ follows the order of `ports.Cursor`. Opening raises apsw's errors; the caller te
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,8 @@ def scalar(connection: apsw.Connection, sql: str, bindings: tuple[Any, ...] = ()
     return value
 
 
-def fetch(source: apsw.Connection | apsw.Cursor, sql: str, bindings: tuple[Any, ...] = ()) -> list[Row]:
+def fetch(
+    source: apsw.Connection | apsw.Cursor, sql: str, bindings: tuple[Any, ...] | Mapping[str, Any] = ()
+) -> list[Row]:
     """Return all rows of a query; the tables are STRICT, so a column has the type that it was declared with."""
     return source.execute(sql, bindings).fetchall()

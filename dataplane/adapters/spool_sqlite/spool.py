@@ -40,6 +40,7 @@ from dataplane.adapters.spool_sqlite.limits import SpoolLimits
 from dataplane.adapters.spool_sqlite.reader import Loaded, Reader
 from dataplane.adapters.spool_sqlite.room import Room, free_bytes
 from dataplane.adapters.spool_sqlite.salvage import SalvageReport, leave_marker, open_database
+from dataplane.adapters.spool_sqlite.statement import make_statement
 from dataplane.adapters.spool_sqlite.transaction import (
     Accept,
     Acknowledge,
@@ -52,6 +53,7 @@ from dataplane.core.envelope import Envelope, RecipientRow
 from dataplane.core.ids import MessageId, format_message_id, message_id_time_ms
 from dataplane.core.queue import TERMINAL
 from dataplane.core.transaction import is_canonical
+from dataplane.core.waiting import WaitingQuestion, WaitingStatement
 from dataplane.failpoints import failpoint
 from dataplane.files import Reserve
 from dataplane.ports import (
@@ -455,6 +457,11 @@ class SqliteSpool:
         """Recipients by state, counted beside the loop."""
         self._check_open()
         return await self._depth.count()
+
+    async def waiting(self, question: WaitingQuestion) -> WaitingStatement:
+        """Who waits as of a record; see `statement`. Cancelling it changes nothing."""
+        database = self._folder / schema.DATABASE
+        return await self.in_file_thread(make_statement, database, question, self._clock.wall_ms())
 
     async def stats(self) -> SpoolStats:
         """Counters as of the last commit."""

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from postroad.cli import accounts, contexts, credentials, inbox, limits, messages, nodes, providers, rules
+from postroad.cli.audit import audit
 from postroad.cli.connection import ConnectionSettingsError, Flags
 from postroad.cli.output import Output, make_printer
 from postroad.cli.problems import CommandError, report
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command()(up)
 app.command()(send)
 app.add_typer(messages.app, name="messages")
+app.command()(audit)
 app.add_typer(inbox.app, name="inbox")
 app.add_typer(accounts.app, name="accounts")
 app.add_typer(credentials.credentials_app, name="credentials")

@@ -24,6 +24,7 @@ from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
 
 from postroad.control.v1 import (
     account_service_pb2,
+    book_service_pb2,
     credential_service_pb2,
     limit_service_pb2,
     message_service_pb2,
@@ -42,6 +43,7 @@ _READS = ("Get", "List", "Wait")
 _FILES: tuple[FileDescriptor, ...] = (
     account_service_pb2.DESCRIPTOR,
     credential_service_pb2.DESCRIPTOR,
+    book_service_pb2.DESCRIPTOR,
     limit_service_pb2.DESCRIPTOR,
     message_service_pb2.DESCRIPTOR,
     node_service_pb2.DESCRIPTOR,

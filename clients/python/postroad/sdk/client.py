@@ -23,6 +23,7 @@ from google.longrunning import operations_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from postroad.control.v1.account_service_pb2_grpc import AccountServiceStub
+from postroad.control.v1.book_service_pb2_grpc import BookServiceStub
 from postroad.control.v1.credential_service_pb2_grpc import CredentialServiceStub
 from postroad.control.v1.limit_service_pb2_grpc import LimitServiceStub
 from postroad.control.v1.message_service_pb2_grpc import MessageServiceStub
@@ -35,6 +36,7 @@ from postroad.sdk.interceptors import AsyncStreamInterceptor, AsyncUnaryIntercep
 if TYPE_CHECKING:
     # The asynchronous faces of the stubs exist for type checkers only.
     from postroad.control.v1.account_service_pb2_grpc import AccountServiceAsyncStub
+    from postroad.control.v1.book_service_pb2_grpc import BookServiceAsyncStub
     from postroad.control.v1.credential_service_pb2_grpc import CredentialServiceAsyncStub
     from postroad.control.v1.limit_service_pb2_grpc import LimitServiceAsyncStub
     from postroad.control.v1.message_service_pb2_grpc import MessageServiceAsyncStub
@@ -55,6 +57,7 @@ class Client:
         self.routing_rules = RoutingRuleServiceStub(intercepted)
         self.limits = LimitServiceStub(intercepted)
         self.messages = MessageServiceStub(intercepted)
+        self.books = BookServiceStub(intercepted)
         self.nodes = NodeServiceStub(intercepted)
         self.operations = operations_pb2_grpc.OperationsStub(intercepted)  # type: ignore[no-untyped-call]  # Google's, untyped
         self._health: Any = health_pb2_grpc.HealthStub(intercepted)
@@ -88,6 +91,7 @@ class AsyncClient:
         self.routing_rules: RoutingRuleServiceAsyncStub = RoutingRuleServiceStub(channel)
         self.limits: LimitServiceAsyncStub = LimitServiceStub(channel)
         self.messages: MessageServiceAsyncStub = MessageServiceStub(channel)
+        self.books: BookServiceAsyncStub = BookServiceStub(channel)
         self.nodes: NodeServiceAsyncStub = NodeServiceStub(channel)
         self.operations = operations_pb2_grpc.OperationsStub(channel)  # type: ignore[no-untyped-call]  # Google's, untyped
         self._health: Any = health_pb2_grpc.HealthStub(channel)

@@ -27,6 +27,7 @@ class ReportLedgerRequest(_message.Message):
 
     OPEN_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
+    STATEMENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___LedgerOpen:
         """Before the first Batch of a spool."""
@@ -35,17 +36,22 @@ class ReportLedgerRequest(_message.Message):
     def batch(self) -> Global___LedgerBatch:
         """Records."""
 
+    @_builtins.property
+    def statement(self) -> Global___LedgerStatement:
+        """Answer to a Question."""
+
     def __init__(
         self,
         *,
         open: Global___LedgerOpen | None = ...,
         batch: Global___LedgerBatch | None = ...,
+        statement: Global___LedgerStatement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "message", b"message", "open", b"open"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "message", b"message", "open", b"open", "statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "message", b"message", "open", b"open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "message", b"message", "open", b"open", "statement", b"statement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "batch"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "batch", "statement"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -59,6 +65,7 @@ class ReportLedgerResponse(_message.Message):
 
     CURSOR_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    QUESTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def cursor(self) -> Global___LedgerCursor:
         """Records up to here are stored."""
@@ -67,17 +74,22 @@ class ReportLedgerResponse(_message.Message):
     def refusal(self) -> Global___LedgerRefusal:
         """The spool may not report."""
 
+    @_builtins.property
+    def question(self) -> Global___LedgerQuestion:
+        """Which recipients wait?"""
+
     def __init__(
         self,
         *,
         cursor: Global___LedgerCursor | None = ...,
         refusal: Global___LedgerRefusal | None = ...,
+        question: Global___LedgerQuestion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "message", b"message", "refusal", b"refusal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "message", b"message", "question", b"question", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "message", b"message", "refusal", b"refusal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "message", b"message", "question", b"question", "refusal", b"refusal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["cursor", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["cursor", "refusal", "question"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -241,3 +253,174 @@ class LedgerRefusal(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LedgerRefusal: _TypeAlias = LedgerRefusal  # noqa: Y015
+
+@_typing.final
+class LedgerQuestion(_message.Message):
+    """Asks a spool for the recipients that wait in it, those being sent included,
+    as of a record: of all accounts one total each; of one account a total for
+    each bucket; of some buckets of an account the recipients by name. A bucket
+    is the lowest 12 bits of a message id.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPOOL_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    AS_OF_RECORD_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    BUCKETS_FIELD_NUMBER: _builtins.int
+    spool: _builtins.str
+    """UUID of the spool."""
+    number: _builtins.int
+    """Of this question on this stream; the statement repeats it."""
+    as_of_record: _builtins.int
+    """The spool speaks as of this record: it takes back what its later ones say."""
+    account: _builtins.str
+    """`accounts/{account}`; empty for a total of every account."""
+    @_builtins.property
+    def buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """With an account only; empty for a total of each bucket."""
+
+    def __init__(
+        self,
+        *,
+        spool: _builtins.str = ...,
+        number: _builtins.int = ...,
+        as_of_record: _builtins.int = ...,
+        account: _builtins.str = ...,
+        buckets: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "as_of_record", b"as_of_record", "buckets", b"buckets", "number", b"number", "spool", b"spool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerQuestion: _TypeAlias = LedgerQuestion  # noqa: Y015
+
+@_typing.final
+class LedgerStatement(_message.Message):
+    """What a spool says to a Question."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPOOL_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    TOTALS_FIELD_NUMBER: _builtins.int
+    RECIPIENTS_FIELD_NUMBER: _builtins.int
+    WITHOUT_DEADLINE_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    spool: _builtins.str
+    """UUID of the spool."""
+    number: _builtins.int
+    """As in the question."""
+    error: _builtins.str
+    """Why there is no answer, empty otherwise: the records are gone, there are
+    too many of them, or the file cannot be read.
+    """
+    @_builtins.property
+    def totals(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitingTotal]:
+        """One for each account or bucket in which a recipient waits."""
+
+    @_builtins.property
+    def recipients(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitingRecipient]:
+        """Where buckets were asked for: the recipients in them."""
+
+    @_builtins.property
+    def without_deadline(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitingRecipient]:
+        """Recipients without a time at which they are due, or with one that nothing
+        explains; at most 100, and where totals of accounts were asked for only.
+        """
+
+    @_builtins.property
+    def quarantined(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Where buckets were asked for: ids of messages in them that the spool has
+        set aside because they could not be read.
+        """
+
+    def __init__(
+        self,
+        *,
+        spool: _builtins.str = ...,
+        number: _builtins.int = ...,
+        error: _builtins.str = ...,
+        totals: _abc.Iterable[Global___WaitingTotal] | None = ...,
+        recipients: _abc.Iterable[Global___WaitingRecipient] | None = ...,
+        without_deadline: _abc.Iterable[Global___WaitingRecipient] | None = ...,
+        quarantined: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "number", b"number", "quarantined", b"quarantined", "recipients", b"recipients", "spool", b"spool", "totals", b"totals", "without_deadline", b"without_deadline"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerStatement: _TypeAlias = LedgerStatement  # noqa: Y015
+
+@_typing.final
+class WaitingTotal(_message.Message):
+    """Recipients that wait, in short."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    BUCKET_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    account: _builtins.str
+    """`accounts/{account}`."""
+    bucket: _builtins.int
+    """Where buckets were asked for."""
+    count: _builtins.int
+    """How many."""
+    digest: _builtins.bytes
+    """Which: the sum over all of them of message id times the weight of their
+    index, modulo 2^128 - 1; 16 bytes, big endian. The weight of an index is the
+    first half of SHA-256 over `postroad waiting recipient ` and its digits.
+    """
+    def __init__(
+        self,
+        *,
+        account: _builtins.str = ...,
+        bucket: _builtins.int = ...,
+        count: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "bucket", b"bucket", "count", b"count", "digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitingTotal: _TypeAlias = WaitingTotal  # noqa: Y015
+
+@_typing.final
+class WaitingRecipient(_message.Message):
+    """A recipient that waits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    message_id: _builtins.bytes
+    """UUIDv7, 16 bytes."""
+    index: _builtins.int
+    """Position in the envelope."""
+    account: _builtins.str
+    """`accounts/{account}`."""
+    def __init__(
+        self,
+        *,
+        message_id: _builtins.bytes = ...,
+        index: _builtins.int = ...,
+        account: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "index", b"index", "message_id", b"message_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitingRecipient: _TypeAlias = WaitingRecipient  # noqa: Y015

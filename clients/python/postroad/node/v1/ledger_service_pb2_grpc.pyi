@@ -41,7 +41,9 @@ class LedgerServiceStub:
     without gaps, with at most 8 unanswered; each is stored in one transaction
     and answered by a new Cursor. After a Cursor that lies before what was
     acknowledged the node sends again from there. PERMISSION_DENIED for another
-    node's spool.
+    node's spool. Now and then the control plane asks with a Question which
+    recipients wait in a spool; the node answers each with a Statement, in its
+    own time. A node that does not know Questions leaves them unanswered.
     """
 
 @_typing.type_check_only
@@ -57,7 +59,9 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     without gaps, with at most 8 unanswered; each is stored in one transaction
     and answered by a new Cursor. After a Cursor that lies before what was
     acknowledged the node sends again from there. PERMISSION_DENIED for another
-    node's spool.
+    node's spool. Now and then the control plane asks with a Question which
+    recipients wait in a spool; the node answers each with a Statement, in its
+    own time. A node that does not know Questions leaves them unanswered.
     """
 
 class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -76,7 +80,9 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         without gaps, with at most 8 unanswered; each is stored in one transaction
         and answered by a new Cursor. After a Cursor that lies before what was
         acknowledged the node sends again from there. PERMISSION_DENIED for another
-        node's spool.
+        node's spool. Now and then the control plane asks with a Question which
+        recipients wait in a spool; the node answers each with a Statement, in its
+        own time. A node that does not know Questions leaves them unanswered.
         """
 
 def add_LedgerServiceServicer_to_server(servicer: LedgerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

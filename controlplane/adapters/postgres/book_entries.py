@@ -1,0 +1,73 @@
+"""Keeps the books while records are stored: how many recipients a transaction accepted, and how many ended, by day.
+
+Contract. `Entered` is told of the rows that `BY_DAY` answers, each with how many recipients of a partition, account and
+state were written, and answers how many those are together. `ENTER` is a statement for the end of the transaction; its
+arguments begin with the spool, and those from the fifth on are `Entered.columns()`. A partition is a day, by its name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from datetime import date
+from typing import Any
+
+import asyncpg
+
+from dataplane.core.queue import TERMINAL, State
+
+BY_DAY = """
+SELECT right(partition::regclass::text, 8) AS day, account, state, count(*) AS count
+FROM written GROUP BY partition, account, state
+"""
+_ENDS = (State.SENT, State.BOUNCED, State.FAILED, State.EXPIRED, State.CANCELLED)
+_NAMES = ("accepted", *(state.name.lower() for state in _ENDS))
+_TYPES = ", ".join(f"${number}::bigint[]" for number in range(7, 7 + len(_NAMES)))
+_SUMS = ", ".join(f"{name} = e.{name} + excluded.{name}" for name in _NAMES)
+ENTER = f"""
+INSERT INTO postroad.book_entries AS e (spool, account, day, {", ".join(_NAMES)})
+SELECT $1, u.* FROM unnest($5::text[], $6::date[], {_TYPES}) AS u
+ON CONFLICT (spool, account, day) DO UPDATE SET {_SUMS}
+"""
+
+# What a recipient that is accepted counts as, beside the states that ended.
+_ACCEPTED = State.QUEUED
+
+Written = Iterable[asyncpg.Record]
+
+
+class Entered:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str, State]] = Counter()
+
+    def accepted(self, written: Written) -> int:
+        """Recipients came in, some of them with their end."""
+        return self._count(written, new=True)
+
+    def changed(self, written: Written) -> int:
+        """Recipients that had not ended were changed, some of them to their end."""
+        return self._count(written, new=False)
+
+    def add(self, other: Entered) -> None:
+        """What another part of the transaction did."""
+        self._counts.update(other._counts)
+
+    def columns(self) -> list[list[Any]]:
+        """Accounts, days and a column for each kind of entry."""
+        places = sorted({place[:2] for place in self._counts})
+        days = [date(int(day[:4]), int(day[4:6]), int(day[6:])) for _, day in places]
+        entries = [[self._counts[(*place, kind)] for place in places] for kind in (_ACCEPTED, *_ENDS)]
+        return [[account for account, _ in places], days, *entries]
+
+    def _count(self, written: Written, *, new: bool) -> int:
+        total = 0
+        for row in written:
+            count, state = row["count"], State(row["state"])
+            total += count
+            if new:
+                self._counts[row["account"], row["day"], _ACCEPTED] += count
+            if state in TERMINAL:
+                self._counts[row["account"], row["day"], state] += count
+        return total

@@ -1,0 +1,238 @@
+"""The ledger's side of the books, and what comparisons with spools found, in PostgreSQL.
+
+Contract. Implements `ports_fleet.BookStore`. Each answer about a spool is read in one snapshot together with the
+spool's cursor, so that it is exact as of that record however busily records are stored meanwhile; nobody waits for it.
+Who waits is found by an index that holds nobody else.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import date, datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.session import Connection
+from controlplane.domain.books import MOST_NAMED, Comparison, Entries, Finding, FindingKind, LedgerSide
+from controlplane.ports_fleet import BookHealth, LedgerBooks, SilentSpool
+from dataplane.core.waiting import Tally, Waiting, tally_of_sum
+
+MOST_NAMES = 20_000
+
+# Ids added up in three parts, each of which is a number without sign; `digits` are the 32 of an id.
+_PARTS = """
+    sum(('x' || substr(digits, 1, 12))::bit(48)::bigint) AS high,
+    sum(('x' || substr(digits, 13, 10))::bit(40)::bigint) AS middle,
+    sum(('x' || substr(digits, 23))::bit(40)::bigint) AS low
+"""
+# OFFSET keeps the planner from reading all messages of all days to find those of the few that wait.
+_MESSAGE = "SELECT spool, node FROM postroad.messages WHERE message_id = r.message_id OFFSET 0"
+_WAITING = f"""
+    SELECT m.spool, r.account, r.recipient_index, r.message_id, replace(r.message_id::text, '-', '') AS digits
+    FROM postroad.recipients AS r CROSS JOIN LATERAL ({_MESSAGE}) AS m
+    WHERE r.state < 6 AND m.spool = ANY($1::uuid[])
+"""
+WAITING_TOTALS = f"""
+SELECT spool, account, recipient_index, count(*) AS count,
+    count(*) FILTER (WHERE message_id < postroad.message_id_bound($2)) AS earlier, {_PARTS}
+FROM ({_WAITING}) AS waiting GROUP BY spool, account, recipient_index
+"""
+WAITING_BY_BUCKET = f"""
+SELECT substr(digits, 30) AS bucket, recipient_index, count(*) AS count, {_PARTS}
+FROM ({_WAITING} AND r.account = $2) AS waiting GROUP BY substr(digits, 30), recipient_index
+"""
+WAITING_BY_NAME = f"""
+SELECT message_id, recipient_index FROM ({_WAITING} AND r.account = $2) AS waiting
+WHERE substr(digits, 30) = ANY($3::text[]) LIMIT {MOST_NAMES}
+"""
+_ENTRIES = """
+SELECT spool, account, sum(accepted)::bigint AS accepted, sum(sent)::bigint AS sent, sum(bounced)::bigint AS bounced,
+    sum(failed)::bigint AS failed, sum(expired)::bigint AS expired, sum(cancelled)::bigint AS cancelled
+FROM postroad.book_entries WHERE spool = ANY($1::uuid[]) AND day >= $2 GROUP BY spool, account
+"""
+# Whoever's spool it was: one that the fleet knows no more is silent, too.
+_SILENT = f"""
+SELECT * FROM (
+    SELECT m.spool, m.node, r.account, r.message_id, r.recipient_index,
+        count(*) OVER (PARTITION BY m.spool, r.account) AS count,
+        row_number() OVER (PARTITION BY m.spool, r.account ORDER BY r.message_id, r.recipient_index) AS number
+    FROM postroad.recipients AS r CROSS JOIN LATERAL ({_MESSAGE}) AS m
+    WHERE r.state < 6
+        AND NOT EXISTS (SELECT FROM postroad.book_comparisons AS c WHERE c.spool = m.spool AND c.compare_time >= $1)
+        AND NOT EXISTS (SELECT FROM postroad.spools AS s WHERE s.spool = m.spool AND s.create_time >= $1)
+) AS numbered WHERE number <= {MOST_NAMED}
+"""
+_PUT_BOOKS = """
+INSERT INTO postroad.books (
+    spool, node, as_of_record, compare_time, account, accepted, sent, bounced, failed, expired, cancelled, waiting,
+    earlier, spool_waiting, ledger_digest, spool_digest
+)
+SELECT $1, $2, $3, $4, u.* FROM unnest(
+    $5::text[], $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bigint[],
+    $13::bigint[], $14::bigint[], $15::bytea[], $16::bytea[]
+) AS u
+"""
+_PUT_COMPARISON = """
+INSERT INTO postroad.book_comparisons (spool, node, as_of_record, compare_time) VALUES ($1, $2, $3, $4)
+ON CONFLICT (spool) DO UPDATE
+SET node = excluded.node, as_of_record = excluded.as_of_record, compare_time = excluded.compare_time
+"""
+_PUT_FINDINGS = """
+INSERT INTO postroad.book_findings AS f (
+    spool, node, first_seen_time, last_seen_time, kind, account, message_id, recipient_index, detail
+)
+SELECT $1, $2, $3, $3, u.* FROM unnest($4::smallint[], $5::text[], $6::uuid[], $7::integer[], $8::text[]) AS u
+ON CONFLICT (spool, account, kind, message_id, recipient_index) WHERE resolve_time IS NULL
+DO UPDATE SET last_seen_time = excluded.last_seen_time, detail = excluded.detail, node = excluded.node
+"""
+_RESOLVE = """
+UPDATE postroad.book_findings SET resolve_time = $2
+WHERE spool = $1 AND resolve_time IS NULL AND last_seen_time < $2 AND account <> ALL ($3::text[])
+"""
+_RESOLVE_SILENT = """
+UPDATE postroad.book_findings SET resolve_time = $1
+WHERE kind = $2 AND resolve_time IS NULL AND last_seen_time < $1
+"""
+_FORGET_SPOOLS = """
+DELETE FROM postroad.{table} AS b WHERE NOT EXISTS (SELECT FROM postroad.spools AS s WHERE s.spool = b.spool)
+"""
+
+
+class PostgresBooks:
+    """`ports_fleet.BookStore`; see the module."""
+
+    def __init__(self, database: FleetDatabase) -> None:
+        self._database = database
+
+    async def read_books(self, spools: Sequence[str]) -> Mapping[str, LedgerBooks]:
+        """As the port says."""
+        ids = [UUID(spool) for spool in spools]
+        async with self._snapshot("books_read") as connection:
+            first_day = await connection.fetchval("SELECT first_day FROM postroad.book_start")
+            cursors = await connection.fetch("SELECT spool, cursor FROM postroad.spools WHERE spool = ANY($1)", ids)
+            entries = await connection.fetch(_ENTRIES, ids, first_day)
+            waiting = await connection.fetch(WAITING_TOTALS, ids, first_day)
+        accounts: dict[UUID, dict[str, LedgerSide]] = defaultdict(dict)
+        for row in entries:
+            accounts[row["spool"]][row["account"]] = LedgerSide(Entries(*(row[name] for name in Entries._fields)))
+        for row in waiting:
+            side = accounts[row["spool"]].get(row["account"], LedgerSide())
+            total, earlier = side.waiting.plus(_tally(row)), side.earlier + row["earlier"]
+            accounts[row["spool"]][row["account"]] = side._replace(waiting=total, earlier=earlier)
+        return {str(row["spool"]): LedgerBooks(row["cursor"], accounts[row["spool"]]) for row in cursors}
+
+    async def waiting_by_bucket(self, spool: str, account: str) -> tuple[int, Mapping[int, Tally]]:
+        """As the port says."""
+        async with self._snapshot("books_waiting_by_bucket") as connection:
+            cursor = await _cursor(connection, spool)
+            rows = await connection.fetch(WAITING_BY_BUCKET, [UUID(spool)], account)
+        buckets: dict[int, Tally] = {}
+        for row in rows:
+            bucket = int(row["bucket"], 16)
+            buckets[bucket] = buckets.get(bucket, Tally()).plus(_tally(row))
+        return cursor, buckets
+
+    async def waiting_by_name(self, spool: str, account: str, buckets: Sequence[int]) -> tuple[int, set[Waiting]]:
+        """As the port says."""
+        digits = [f"{bucket:03x}" for bucket in buckets]
+        async with self._snapshot("books_waiting_by_name") as connection:
+            cursor = await _cursor(connection, spool)
+            rows = await connection.fetch(WAITING_BY_NAME, [UUID(spool)], account, digits)
+        return cursor, {Waiting(row["message_id"].bytes, row["recipient_index"]) for row in rows}
+
+    async def conclude(self, comparison: Comparison, now: datetime) -> None:
+        """As the port says."""
+        spool = UUID(comparison.spool)
+        head = (spool, comparison.node, comparison.as_of_record, now)
+        books = [
+            [book.account for book in comparison.books],
+            *([book.ledger.entries[place] for book in comparison.books] for place in range(len(Entries._fields))),
+            [book.ledger.waiting.count for book in comparison.books],
+            [book.ledger.earlier for book in comparison.books],
+            [book.spool_waiting.count for book in comparison.books],
+            [book.ledger.waiting.digest.to_bytes(16) for book in comparison.books],
+            [book.spool_waiting.digest.to_bytes(16) for book in comparison.books],
+        ]
+        async with self._database.transaction("books_conclude") as connection:
+            # Two streams of a node may follow each other closely.
+            await connection.execute(_PUT_COMPARISON, *head)
+            await connection.execute("DELETE FROM postroad.books WHERE spool = $1", spool)
+            await connection.execute(_PUT_BOOKS, *head, *books)
+            await _put_findings(connection, spool, comparison.node, comparison.findings, now)
+            await connection.execute(_RESOLVE, spool, now, list(comparison.unjudged))
+
+    async def silent_spools(self, before: datetime) -> list[SilentSpool]:
+        """As the port says."""
+        async with self._database.transaction("books_silent") as connection:
+            rows = await connection.fetch(_SILENT, before)
+        nodes = {row["spool"]: row["node"] for row in rows}
+        counts: dict[UUID, dict[str, int]] = defaultdict(dict)
+        named: dict[UUID, dict[str, list[Waiting]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            counts[row["spool"]][row["account"]] = row["count"]
+            named[row["spool"]][row["account"]].append(Waiting(row["message_id"].bytes, row["recipient_index"]))
+        return [SilentSpool(str(spool), node, counts[spool], named[spool]) for spool, node in nodes.items()]
+
+    async def report_silent(self, spools: Mapping[tuple[str, str], Sequence[Finding]], now: datetime) -> None:
+        """As the port says."""
+        async with self._database.transaction("books_report_silent") as connection:
+            for (spool, node), findings in spools.items():
+                await _put_findings(connection, UUID(spool), node, findings, now)
+            await connection.execute(_RESOLVE_SILENT, now, int(FindingKind.SPOOL_SILENT))
+
+    async def forget_books(self, first_day: date, resolved_before: datetime) -> None:
+        """As the port says."""
+        async with self._database.transaction("books_forget") as connection:
+            await connection.execute("DELETE FROM postroad.book_entries WHERE day < $1", first_day)
+            await connection.execute("DELETE FROM postroad.book_findings WHERE resolve_time < $1", resolved_before)
+            for table in ("books", "book_comparisons"):
+                await connection.execute(_FORGET_SPOOLS.format(table=table))
+
+    async def health(self, now: datetime) -> BookHealth:
+        """As the port says."""
+        async with self._database.transaction("books_health") as connection:
+            findings = await connection.fetch(
+                "SELECT kind, count(*) AS count FROM postroad.book_findings WHERE resolve_time IS NULL GROUP BY kind"
+            )
+            ages = await connection.fetch(
+                """
+                SELECT s.spool, coalesce(c.compare_time, s.create_time) AS since
+                FROM postroad.spools AS s LEFT JOIN postroad.book_comparisons AS c USING (spool)
+                """
+            )
+        counts = {FindingKind(row["kind"]): row["count"] for row in findings}
+        return BookHealth(counts, {str(row["spool"]): (now - row["since"]).total_seconds() for row in ages})
+
+    @asynccontextmanager
+    async def _snapshot(self, name: str) -> AsyncIterator[Connection]:
+        async with self._database.transaction(name) as connection:
+            await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            yield connection
+
+
+async def _put_findings(
+    connection: Connection, spool: UUID, node: str, findings: Sequence[Finding], now: datetime
+) -> None:
+    columns: list[list[Any]] = [
+        [int(finding.kind) for finding in findings],
+        [finding.account for finding in findings],
+        [finding.message_id for finding in findings],
+        [finding.recipient_index for finding in findings],
+        [finding.detail for finding in findings],
+    ]
+    await connection.execute(_PUT_FINDINGS, spool, node, now, *columns)
+
+
+async def _cursor(connection: Connection, spool: str) -> int:
+    cursor: int = await connection.fetchval("SELECT cursor FROM postroad.spools WHERE spool = $1", UUID(spool))
+    return cursor
+
+
+def _tally(row: asyncpg.Record) -> Tally:
+    ids_sum = (int(row["high"]) << 80) + (int(row["middle"]) << 40) + int(row["low"])
+    return tally_of_sum(row["count"], ids_sum, row["recipient_index"])

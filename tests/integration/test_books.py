@@ -1,0 +1,402 @@
+"""Books: a real spool reports to the ledger, both are compared while they move, and what a hand deleted is named."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import sqlite3
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from controlplane.adapters.postgres import books as books_module
+from controlplane.adapters.postgres.books import PostgresBooks
+from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.ledger import PostgresLedger
+from controlplane.domain.books import MOST_NAMED, Comparison, FindingKind
+from controlplane.jobs.books import SILENT_AFTER, book_jobs
+from controlplane.ports_fleet import BookHealth, RawBatch, SpoolOpening
+from controlplane.services.auditing import Auditor
+from dataplane.adapters.spool_sqlite import SqliteSpool
+from dataplane.core.ids import MessageId, format_message_id
+from dataplane.core.queue import State
+from dataplane.core.waiting import WaitingQuestion
+from support.databases import Database
+from support.fleet import NOW, NOW_MS, accepted, add_node, execute, fetch, fleet_database, message_id
+from support.random_mail import Mail, file_of
+from support.spools import ManualClock, open_durable
+
+NODE = "node-1"
+Found = tuple[FindingKind, str | None, int | None]
+
+
+@dataclass
+class Plane:
+    """A ledger, a spool that reports to it, and what compares them."""
+
+    database: Database
+    fleet: FleetDatabase
+    spool: SqliteSpool
+    compared: asyncio.Queue[Comparison] = field(default_factory=asyncio.Queue)
+    reasons: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+
+    def __post_init__(self) -> None:
+        self.ledger = PostgresLedger(self.fleet, retention=timedelta(days=30))
+        self.store = PostgresBooks(self.fleet)
+        self.mail = Mail(self.spool, random.Random(7), NOW_MS)
+        self.stored = 0
+        self.time = NOW
+
+    async def open(self) -> None:
+        """Begin to report."""
+        await self.ledger.open_spool(NODE, SpoolOpening(self.name, 1, 0, 1, 0), NOW)
+
+    @property
+    def name(self) -> str:
+        return self.spool.identity.spool
+
+    async def report(self, most: int = 10_000) -> None:
+        """Bring what the spool has to tell to the ledger, or a part of it."""
+        first, records = await self.spool.records(self.stored, most, 1 << 30)
+        if records:
+            await self.ledger.store(NODE, RawBatch(self.name, 1, first, records), NOW)
+            self.stored = first + len(records) - 1
+
+    @contextlib.asynccontextmanager
+    async def comparing(self) -> AsyncIterator[None]:
+        """Go round and round."""
+
+        async def ask(question: WaitingQuestion) -> None:
+            account = question.account and f"accounts/{question.account}"
+            statement = await self.spool.waiting(question._replace(account=account))
+            without = [(owner.removeprefix("accounts/"), one) for owner, one in statement.without_deadline]
+            totals = [(owner.removeprefix("accounts/"), *rest) for owner, *rest in statement.totals]
+            comparer.answered(statement._replace(totals=tuple(totals), without_deadline=tuple(without)))  # type: ignore[arg-type]
+
+        auditor = Auditor(
+            self.store,
+            self.now,
+            interval_s=0.01,
+            report=lambda _, reason: self.reasons.put_nowait(reason),
+            concluded=self.compared.put_nowait,
+        )
+        comparer = auditor.attend(NODE, ask)
+        comparer.reports(self.name, taken=True)
+        task = asyncio.create_task(comparer.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def now(self) -> Any:
+        self.time += timedelta(seconds=1)
+        return self.time
+
+    async def compare(self) -> Comparison:
+        """One comparison that begins now."""
+        while not self.compared.empty():
+            self.compared.get_nowait()
+        async with self.comparing(), asyncio.timeout(20):
+            return await self.compared.get()
+
+    async def findings(self, *, resolved: bool = False) -> list[Found]:
+        """What is stored."""
+        rows = await fetch(
+            self.database,
+            """
+            SELECT kind, message_id::text, recipient_index FROM postroad.book_findings
+            WHERE (resolve_time IS NOT NULL) = $1 ORDER BY kind, message_id, recipient_index
+            """,
+            resolved,
+        )
+        return [(FindingKind(row[0]), row[1], row[2]) for row in rows]
+
+    def harm(self, sql: str, *arguments: object) -> None:
+        """Do something to the spool that nobody should."""
+        with sqlite3.connect(file_of(self.spool)) as database:
+            database.execute(sql, arguments)
+
+
+@pytest.fixture
+async def plane(migrated_database: Database, tmp_path: Path) -> AsyncIterator[Plane]:
+    await add_node(migrated_database, NODE)
+    clock = ManualClock()
+    clock.now_ms = NOW_MS
+    spool = await open_durable(tmp_path / str(uuid.uuid4()), clock)
+    async with fleet_database(migrated_database) as fleet:
+        plane = Plane(migrated_database, fleet, spool)
+        await plane.open()
+        yield plane
+    await spool.close()
+
+
+def _named(kind: FindingKind, raw_id: MessageId, index: int = 0) -> Found:
+    return kind, format_message_id(raw_id), index
+
+
+async def _waiting(plane: Plane, count: int = 3) -> list[MessageId]:
+    """Messages of one recipient that wait on both sides."""
+    ids = [await plane.mail.accept(1) for _ in range(count)]
+    for one in ids:
+        await plane.mail.settle(one, {0: State.DEFERRED})
+    await plane.report()
+    return ids
+
+
+# --- while nothing is wrong
+
+
+async def test_both_sides_agree_while_they_move(plane: Plane) -> None:
+    compared: list[Comparison] = []
+    async with plane.comparing(), asyncio.timeout(60):
+        while len({one.as_of_record for one in compared}) < 6:
+            await plane.mail.step()
+            await plane.mail.step()
+            # The ledger is always a part of the way behind.
+            await plane.report(most=plane.mail.choice.randint(1, 2))
+            while not plane.compared.empty():
+                compared.append(plane.compared.get_nowait())
+
+    assert plane.reasons.empty()
+    assert [(one.findings, one.unjudged) for one in compared] == [((), ())] * len(compared)
+    assert all(book.agrees and book.ledger.balances for one in compared for book in one.books)
+    assert await plane.findings() == []
+
+
+async def test_a_book_counts_what_was_accepted_and_how_it_ended(plane: Plane) -> None:
+    ends = [State.SENT, State.SENT, State.BOUNCED, State.FAILED, State.EXPIRED, State.CANCELLED, State.DEFERRED]
+    at_once = await plane.mail.accept(len(ends))
+    await plane.mail.settle(at_once, dict(enumerate(ends)))
+    later = await plane.mail.accept(2)
+    await plane.mail.settle(later, {0: State.DEFERRED})
+    await plane.report()
+    await plane.mail.settle(later, {0: State.SENT})
+    await plane.report()
+
+    (book,) = (await plane.compare()).books
+
+    assert (book.account, book.spool, book.node, book.as_of_record) == ("demo", plane.name, NODE, 3)
+    assert book.ledger.entries._asdict() == {
+        "accepted": 9,
+        "sent": 3,
+        "bounced": 1,
+        "failed": 1,
+        "expired": 1,
+        "cancelled": 1,
+    }
+    assert (book.ledger.waiting.count, book.spool_waiting.count, book.ledger.earlier) == (2, 2, 0)
+    assert book.ledger.balances
+    assert book.agrees
+
+
+async def test_what_comes_twice_or_cannot_be_stored_is_not_counted(plane: Plane) -> None:
+    good, bad = accepted(message_id(), state=6), accepted(message_id(), state=99)
+    records = [one.SerializeToString() for one in (good, bad, good)]
+
+    await plane.ledger.store(NODE, RawBatch(plane.name, 1, 1, records), NOW)
+    await plane.ledger.store(NODE, RawBatch(plane.name, 1, 1, records), NOW)
+
+    rows = await fetch(plane.database, "SELECT account, day, accepted, sent FROM postroad.book_entries")
+    assert [tuple(row) for row in rows] == [("demo", NOW.date(), 1, 1)]
+
+
+# --- what a hand did
+
+
+@pytest.mark.parametrize("deletion", ["DELETE FROM recipient WHERE message_id = ?", "DELETE FROM message WHERE id = ?"])
+async def test_what_is_gone_from_a_spool_is_named(plane: Plane, deletion: str) -> None:
+    lost, *_ = await _waiting(plane)
+    assert (await plane.compare()).findings == ()
+
+    plane.harm(deletion, lost)
+
+    (book,) = (await plane.compare()).books
+    assert (book.agrees, book.ledger.waiting.count, book.spool_waiting.count) == (False, 3, 2)
+    assert await plane.findings() == [_named(FindingKind.MISSING_IN_SPOOL, lost)]
+
+
+async def test_what_is_gone_from_the_ledger_is_named_and_the_book_does_not_balance(plane: Plane) -> None:
+    lost, *_ = await _waiting(plane)
+
+    await execute(plane.database, "DELETE FROM postroad.recipients WHERE message_id = $1", UUID(bytes=lost))
+
+    (book,) = (await plane.compare()).books
+    assert (book.agrees, book.ledger.balances) == (False, False)
+    unbalanced = (FindingKind.UNBALANCED, None, None)
+    assert await plane.findings() == [_named(FindingKind.MISSING_IN_LEDGER, lost), unbalanced]
+
+
+async def test_a_message_that_is_gone_from_the_ledger_is_named(plane: Plane) -> None:
+    lost, *_ = await _waiting(plane)
+
+    await execute(plane.database, "DELETE FROM postroad.messages WHERE message_id = $1", UUID(bytes=lost))
+
+    await plane.compare()
+    assert _named(FindingKind.MISSING_IN_LEDGER, lost) in await plane.findings()
+
+
+async def test_a_record_that_could_not_be_stored_leaves_its_mail_to_be_named(plane: Plane) -> None:
+    plane.mail.now_ms = NOW_MS + 3 * 86_400_000
+    unknown = await plane.mail.accept(1)
+    await plane.mail.settle(unknown, {})
+    await plane.report()
+
+    await plane.compare()
+
+    assert await plane.findings() == [_named(FindingKind.MISSING_IN_LEDGER, unknown)]
+
+
+async def test_what_a_spool_set_aside_is_named_so(plane: Plane) -> None:
+    lost, *_ = await _waiting(plane)
+    plane.harm("UPDATE message SET checksum = checksum + 1 WHERE id = ?", lost)
+    with contextlib.suppress(Exception):
+        await plane.spool.load(lost)
+
+    await plane.compare()
+
+    assert await plane.findings() == [_named(FindingKind.QUARANTINED, lost)]
+
+
+async def test_who_waits_without_a_time_is_named(plane: Plane) -> None:
+    late, *_ = await _waiting(plane)
+
+    plane.harm("UPDATE recipient SET due_ms = 0 WHERE message_id = ?", late)
+
+    await plane.compare()
+    assert await plane.findings() == [_named(FindingKind.NO_DEADLINE, late)]
+
+
+async def test_a_finding_that_is_over_is_resolved_and_kept(plane: Plane) -> None:
+    late, *_ = await _waiting(plane)
+    plane.harm("UPDATE recipient SET due_ms = 0 WHERE message_id = ?", late)
+    await plane.compare()
+    await plane.compare()
+    assert len(await plane.findings()) == 1
+
+    plane.harm("UPDATE recipient SET due_ms = ? WHERE message_id = ?", NOW_MS, late)
+    await plane.compare()
+
+    assert await plane.findings() == []
+    assert await plane.findings(resolved=True) == [_named(FindingKind.NO_DEADLINE, late)]
+
+
+async def test_many_are_named_in_part_and_counted(plane: Plane) -> None:
+    await _waiting(plane, MOST_NAMED + 20)
+    plane.harm("DELETE FROM recipient")
+
+    comparison = await plane.compare()
+
+    assert comparison.unjudged == ("demo",)
+    named = [one for one in comparison.findings if one.message_id is not None]
+    assert 0 < len(named) <= MOST_NAMED
+
+
+# --- what cannot be compared
+
+
+async def test_a_spool_that_cannot_answer_keeps_its_books(plane: Plane) -> None:
+    await _waiting(plane)
+    before = await plane.compare()
+    await execute(plane.database, "UPDATE postroad.spools SET cursor = 1000")
+
+    async with plane.comparing(), asyncio.timeout(20):
+        reason = await plane.reasons.get()
+
+    assert "1000 was asked for" in reason
+    rows = await fetch(plane.database, "SELECT as_of_record, waiting FROM postroad.books")
+    assert [tuple(row) for row in rows] == [(before.as_of_record, 3)]
+
+
+async def test_a_silent_spool_is_named_with_its_mail_until_it_speaks(plane: Plane) -> None:
+    ids = await _waiting(plane)
+    jobs = {job.name: job for job in book_jobs(plane.store, retention=timedelta(days=30), sampled=lambda _: None)}
+    await execute(plane.database, "UPDATE postroad.spools SET create_time = $1", NOW - 2 * SILENT_AFTER)
+
+    await jobs["report_silent_spools"].run(NOW)
+
+    silent = sorted(_named(FindingKind.SPOOL_SILENT, one) for one in ids)
+    assert await plane.findings() == silent
+    await plane.compare()
+    assert await plane.findings() == []
+
+
+async def test_mail_of_a_spool_that_nobody_knows_any_more_is_named(plane: Plane) -> None:
+    (lost,) = await _waiting(plane, 1)
+    await plane.compare()
+    await execute(plane.database, "DELETE FROM postroad.spools")
+    jobs = {job.name: job for job in book_jobs(plane.store, retention=timedelta(days=30), sampled=lambda _: None)}
+
+    await jobs["forget_books"].run(NOW)
+    await jobs["report_silent_spools"].run(NOW)
+
+    assert await fetch(plane.database, "SELECT FROM postroad.books") == []
+    assert await plane.findings() == [_named(FindingKind.SPOOL_SILENT, lost)]
+
+
+async def test_books_end_with_the_days_that_are_kept(plane: Plane) -> None:
+    await _waiting(plane)
+    seen: list[BookHealth] = []
+    jobs = {job.name: job for job in book_jobs(plane.store, retention=timedelta(days=30), sampled=seen.append)}
+
+    await jobs["forget_books"].run(NOW + timedelta(days=30))
+    assert len(await fetch(plane.database, "SELECT FROM postroad.book_entries")) == 1
+    await jobs["forget_books"].run(NOW + timedelta(days=31))
+    assert await fetch(plane.database, "SELECT FROM postroad.book_entries") == []
+    await jobs["count_findings"].run(NOW + timedelta(seconds=30))
+    assert seen[0].findings == {}
+    assert seen[0].ages_s.keys() == {plane.name}
+
+
+async def test_mail_of_before_the_books_is_compared_and_not_counted(plane: Plane) -> None:
+    await execute(plane.database, "UPDATE postroad.book_start SET first_day = $1", NOW.date() + timedelta(days=1))
+    await _waiting(plane)
+
+    (book,) = (await plane.compare()).books
+
+    assert (book.ledger.entries.accepted, book.ledger.waiting.count, book.ledger.earlier) == (0, 3, 3)
+    assert book.ledger.balances
+    assert book.agrees
+
+
+# --- what it costs
+
+
+async def test_who_waits_is_found_by_an_index_among_many_who_do_not(plane: Plane) -> None:
+    await plane.ledger.store(NODE, RawBatch(plane.name, 1, 1, [accepted(message_id()).SerializeToString()]), NOW)
+    spool = UUID(plane.name)
+    await execute(
+        plane.database,
+        """
+        WITH new AS (
+            INSERT INTO postroad.messages (
+                message_id, account, accept_time, sender, size_bytes, header_message_id, subject, credential,
+                client_address, client_helo, client_tls, session, node, spool
+            )
+            SELECT (substr(m.message_id::text, 1, 24) || lpad(to_hex(n), 12, '0'))::uuid, 'demo', now(), '', 1, '', '',
+                '', '', '', '', '', 'node-1', m.spool
+            FROM postroad.messages AS m, generate_series(1, 50000) AS n
+            RETURNING message_id
+        )
+        INSERT INTO postroad.recipients (message_id, recipient_index, account, address, state, attempts, update_time)
+        SELECT message_id, 0, 'demo', 'a@example.net', CASE WHEN random() < 0.01 THEN 4 ELSE 6 END, 1, now() FROM new
+        """,
+    )
+    await execute(plane.database, "ANALYZE postroad.recipients, postroad.messages")
+    queries = [
+        (books_module.WAITING_TOTALS, [spool], NOW.date()),
+        (books_module.WAITING_BY_BUCKET, [spool], "demo"),
+        (books_module.WAITING_BY_NAME, [spool], "demo", ["000"]),
+    ]
+
+    for sql, *arguments in queries:
+        plan = "\n".join(row[0] for row in await fetch(plane.database, f"EXPLAIN {sql}", *arguments))
+        assert "Seq Scan on recipients" not in plan, plan
+        assert "Seq Scan on messages" not in plan, plan
