@@ -29,21 +29,6 @@ class BooksService:
         after = (position[0], position[1]) if position else None
         async with self._database.transaction(scope_of(caller)) as work:
             found = await work.books.list_page(account, after, size + 1)
-        more = (
-            self._tokens.seal([found[size - 1].account, found[size - 1].spool], arguments) if len(found) > size else ""
-        )
-        return found[:size], more
-
-    async def list_findings(
-        self, caller: Caller, account: str | None, page_size: int, page_token: str, *, resolved: bool
-    ) -> tuple[list[StoredFinding], str]:
-        """Return a page, newest first, and the token of the next; those that are over where `resolved`."""
-        caller.require_account(account)
-        size, arguments = coerce_page_size(page_size), ["ListBookFindings", account or "", str(resolved)]
-        position = self._tokens.open(page_token, arguments)
-        before = int(position[0]) if position else None
-        async with self._database.transaction(scope_of(caller)) as work:
-            found = await work.books.list_findings(account, before, size + 1, resolved=resolved)
         if len(found) <= size:
             return found, ""
         last = found[size - 1]

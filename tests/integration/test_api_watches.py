@@ -94,6 +94,37 @@ async def test_a_reader_that_reads_nothing_gives_its_watch_back(
         call.cancel()
 
 
+async def read_to_the_end(call: Any, seen: list[str]) -> None:
+    """What was on its way when a watch was ended is still read."""
+    while (page := await call.read()) is not grpc.aio.EOF:
+        seen += [event.position for event in page.events]
+    await call
+
+
+async def test_a_reader_that_was_ended_resumes_without_gap_or_double(
+    stack: ApiStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "READER_S", 0.2)
+    client = await stack.make_account("acme")
+    message = await add_events(stack.database, "acme", MUCH)
+    slow = watch(client, "acme", message=message)
+    seen = [event.position for event in (await slow.read()).events]
+    await until(lambda: any(method.endswith("WatchEvents") for method, _, _ in stack.calls))
+    with pytest.raises(grpc.aio.AioRpcError):
+        await read_to_the_end(slow, seen)
+    assert 0 < len(seen) < MUCH
+
+    again = watch(client, "acme", message=message, position=seen[-1])
+    while len(seen) < MUCH:
+        seen += [event.position for event in (await again.read()).events]
+    again.cancel()
+
+    rows = await stack.as_superuser(
+        "SELECT change_xid::text || '-' || position FROM postroad.delivery_events ORDER BY change_xid, position"
+    )
+    assert seen == [row[0] for row in rows]
+
+
 async def test_a_watch_says_nothing_more_once_its_key_is_gone(stack: ApiStack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "_ADMITTED_S", 0.0)
     client = await stack.make_account("acme")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from datetime import timedelta
 
+import asyncpg
 import pytest
 
 from controlplane.adapters.postgres.ledger import PostgresLedger
@@ -142,6 +144,25 @@ async def test_the_first_outcome_stays_and_a_later_one_becomes_an_event(
     events = await fetch(migrated_database, "SELECT type, reply_text FROM postroad.delivery_events")
     assert [tuple(row) for row in events] == [(9, "bounced after sent")]
     assert await _count(migrated_database, "ledger_rejects") == 0
+
+
+async def test_watchers_are_woken_once_for_a_batch(ledger: PostgresLedger, migrated_database: Database) -> None:
+    await _open(ledger)
+    heard: list[str] = []
+    listener = await asyncpg.connect(migrated_database.dsn())
+    try:
+        for channel in ("postroad_ledger", "end"):
+            await listener.add_listener(channel, lambda _, __, one, ___: heard.append(one))
+
+        await _store(ledger, 1, *(accepted(message_id(), state=SENT) for _ in range(500)))
+        await execute(migrated_database, 'NOTIFY "end"')
+        async with asyncio.timeout(10):
+            while "end" not in heard:
+                await listener.execute("SELECT 1")
+    finally:
+        await listener.close()
+
+    assert heard == ["postroad_ledger", "end"]
 
 
 async def test_a_gap_is_refused_and_changes_nothing(ledger: PostgresLedger, migrated_database: Database) -> None:
