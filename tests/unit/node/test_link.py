@@ -27,6 +27,8 @@ MESSAGES: list[link.Message] = [
     link.LedgerPause(SPOOL),
     link.LedgerRecords(SPOOL, 3, 12, [b"", b"\x00\xff" * 300, b"x"]),
     link.LedgerCursor(SPOOL, 14),
+    link.LedgerQuestion(SPOOL, 3, 41, "accounts/demo", (0, 4095)),
+    link.LedgerStatement(b"\x00\xff statement"),
     link.RunCommand("c1", SPOOL, 1, "accounts/demo", (b"\x01" * 16, b"\x02" * 16)),
     link.RunCommand(
         *("c2", SPOOL, 6, "accounts/-", (), "providers/new"),
