@@ -18,6 +18,7 @@ from controlplane.adapters.grpc.errors import ApiStatusError, code_of
 from controlplane.domain.access import METHOD_SCOPES, Scope
 from postroad.control.v1 import (
     account_service_pb2,
+    book_service_pb2,
     credential_service_pb2,
     limit_service_pb2,
     message_service_pb2,
@@ -32,6 +33,7 @@ from support.databases import Database
 
 _FILES = (
     account_service_pb2,
+    book_service_pb2,
     credential_service_pb2,
     limit_service_pb2,
     message_service_pb2,
@@ -205,6 +207,17 @@ _EVENT = """
 """
 _COMMAND = "INSERT INTO postroad.commands (account, verb, spool, message_ids) VALUES ($2, 1, $1, ARRAY[$1::uuid])"
 
+_BOOK = """
+INSERT INTO postroad.books (
+    account, spool, node, as_of_record, compare_time, accepted, sent, bounced, failed, expired, cancelled, waiting,
+    earlier, spool_waiting, ledger_digest, spool_digest
+) VALUES ($2, $1, 'edge-1', 1, now(), 0, 0, 0, 0, 0, 0, 0, 0, 0, '', '')
+"""
+_FINDING = """
+INSERT INTO postroad.book_findings (account, spool, node, kind, detail, first_seen_time, last_seen_time)
+VALUES ($2, $1, 'edge-1', 4, '', now(), now())
+"""
+
 ACCOUNT_TABLES = (
     *("accounts", "account_sender_domains", "account_networks", "api_keys", "smtp_credentials"),
     *(
@@ -216,7 +229,7 @@ ACCOUNT_TABLES = (
         "config_revisions",
         "denials",
     ),
-    *("messages", "recipients", "delivery_events", "commands", "audit_log"),
+    *("messages", "recipients", "delivery_events", "commands", "books", "book_findings", "audit_log"),
 )
 
 
@@ -263,6 +276,8 @@ async def fill(stack: ApiStack, client: Client, account: str) -> None:
     await stack.as_superuser(_RECIPIENT, one, account)
     await stack.as_superuser(_EVENT, one, account)
     await stack.as_superuser(_COMMAND, one, account)
+    await stack.as_superuser(_BOOK, one, account)
+    await stack.as_superuser(_FINDING, one, account)
 
 
 async def test_no_account_writes_rows_of_another_one_whatever_the_code_asks(stack: ApiStack) -> None:

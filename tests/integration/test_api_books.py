@@ -80,8 +80,8 @@ async def test_others_are_closed_to_an_account(acme: Client, parent: str, method
     assert error.code is grpc.StatusCode.PERMISSION_DENIED
 
 
-async def test_an_operator_reads_every_account_page_by_page(stack: ApiStack, acme: Client) -> None:
-    assert acme
+@pytest.mark.usefixtures("acme")
+async def test_an_operator_reads_every_account_page_by_page(stack: ApiStack) -> None:
     for method, field in (("ListBooks", "books"), ("ListBookFindings", "book_findings")):
         names, token = [], ""
         while True:
@@ -93,9 +93,7 @@ async def test_an_operator_reads_every_account_page_by_page(stack: ApiStack, acm
         assert len(names) == len(set(names)) == 6
 
 
-async def test_what_is_over_is_shown_where_it_is_asked_for(
-    stack: ApiStack, acme: Client, migrated_database: Database
-) -> None:
+async def test_what_is_over_is_shown_where_it_is_asked_for(acme: Client, migrated_database: Database) -> None:
     async with fleet_database(migrated_database) as fleet:
         over = _comparison(SPOOLS[0])._replace(findings=())
         await PostgresBooks(fleet).conclude(over, NOW.replace(hour=1))
@@ -105,4 +103,3 @@ async def test_what_is_over_is_shown_where_it_is_asked_for(
 
     assert (len(shown), len(every)) == (2, 3)
     assert [one.spool for one in every if one.HasField("resolve_time")] == [SPOOLS[0]]
-    assert stack

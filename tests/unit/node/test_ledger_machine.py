@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataplane import link
+from dataplane.adapters.ledger_codec import encode_statement
 from dataplane.agent import ledger_machine as lm
+from dataplane.core.waiting import Tally, WaitingStatement
 from dataplane.link import LedgerRecords, SpoolState
-from postroad.node.v1.ledger_service_pb2 import LedgerCursor, LedgerRefusal, ReportLedgerResponse
+from postroad.node.v1.ledger_service_pb2 import LedgerCursor, LedgerQuestion, LedgerRefusal, ReportLedgerResponse
 
 S = "spool-a"
 
@@ -147,3 +150,16 @@ def test_a_spool_whose_worker_is_gone_is_not_pulled() -> None:
     assert machine.receive(cursor(1)) == [lm.Stored(S, 1)]
     machine.disconnected()
     assert machine.connected() == []
+
+
+def test_a_question_goes_to_the_worker_and_its_statement_back() -> None:
+    machine = reporting()
+    question = LedgerQuestion(spool=S, number=4, as_of_record=7, account="accounts/demo", buckets=[1, 2])
+
+    asked = machine.receive(ReportLedgerResponse(question=question))
+    statement = encode_statement(WaitingStatement(S, 4, totals=(("accounts/demo", 1, Tally(2, 3)),)))
+    (sent,) = machine.statement(link.LedgerStatement(statement))
+
+    assert asked == [lm.Ask(link.LedgerQuestion(S, 4, 7, "accounts/demo", (1, 2)))]
+    assert isinstance(sent, lm.SendLedger)
+    assert sent.request.statement.SerializeToString() == statement
