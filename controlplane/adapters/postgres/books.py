@@ -8,8 +8,7 @@ Who waits is found by an index that holds nobody else.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime
 from typing import Any
 from uuid import UUID
@@ -23,6 +22,8 @@ from controlplane.ports_fleet import BookHealth, LedgerBooks, SilentSpool
 from dataplane.core.waiting import Tally, Waiting, tally_of_sum
 
 MOST_NAMES = 20_000
+
+_SNAPSHOT = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 
 # Ids added up in three parts, each of which is a number without sign; `digits` are the 32 of an id.
 _PARTS = """
@@ -112,7 +113,8 @@ class PostgresBooks:
     async def read_books(self, spools: Sequence[str]) -> Mapping[str, LedgerBooks]:
         """As the port says."""
         ids = [UUID(spool) for spool in spools]
-        async with self._snapshot("books_read") as connection:
+        async with self._database.transaction("books_read") as connection:
+            await connection.execute(_SNAPSHOT)
             first_day = await connection.fetchval("SELECT first_day FROM postroad.book_start")
             cursors = await connection.fetch("SELECT spool, cursor FROM postroad.spools WHERE spool = ANY($1)", ids)
             entries = await connection.fetch(_ENTRIES, ids, first_day)
@@ -128,7 +130,8 @@ class PostgresBooks:
 
     async def waiting_by_bucket(self, spool: str, account: str) -> tuple[int, Mapping[int, Tally]]:
         """As the port says."""
-        async with self._snapshot("books_waiting_by_bucket") as connection:
+        async with self._database.transaction("books_waiting_by_bucket") as connection:
+            await connection.execute(_SNAPSHOT)
             cursor = await _cursor(connection, spool)
             rows = await connection.fetch(WAITING_BY_BUCKET, [UUID(spool)], account)
         buckets: dict[int, Tally] = {}
@@ -140,7 +143,8 @@ class PostgresBooks:
     async def waiting_by_name(self, spool: str, account: str, buckets: Sequence[int]) -> tuple[int, set[Waiting]]:
         """As the port says."""
         digits = [f"{bucket:03x}" for bucket in buckets]
-        async with self._snapshot("books_waiting_by_name") as connection:
+        async with self._database.transaction("books_waiting_by_name") as connection:
+            await connection.execute(_SNAPSHOT)
             cursor = await _cursor(connection, spool)
             rows = await connection.fetch(WAITING_BY_NAME, [UUID(spool)], account, digits)
         return cursor, {Waiting(row["message_id"].bytes, row["recipient_index"]) for row in rows}
@@ -207,12 +211,6 @@ class PostgresBooks:
             )
         counts = {FindingKind(row["kind"]): row["count"] for row in findings}
         return BookHealth(counts, {str(row["spool"]): (now - row["since"]).total_seconds() for row in ages})
-
-    @asynccontextmanager
-    async def _snapshot(self, name: str) -> AsyncIterator[Connection]:
-        async with self._database.transaction(name) as connection:
-            await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-            yield connection
 
 
 async def _put_findings(

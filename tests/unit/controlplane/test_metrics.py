@@ -8,7 +8,9 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from controlplane.domain.books import FindingKind
 from controlplane.metric_table import METRICS, PROCESS_METRICS
+from controlplane.ports_fleet import BookHealth
 from controlplane.telemetry import Metrics
 
 POSTGRES = Path(__file__).parents[3] / "controlplane" / "adapters" / "postgres"
@@ -31,7 +33,9 @@ def filled() -> Metrics:
     metrics.loop_sampled(0.002)
     metrics.config_answered("ack")
     metrics.records_ingested(10, 1)
+    metrics.books_compared()
     metrics.leading(now=True)
+    metrics.books_sampled(BookHealth({FindingKind.NO_DEADLINE: 2}, {"7c0e0b5a": 12.5}))
     metrics.job_failed("retention")
     metrics.certificates_sampled({"server": 80.0, "ca": 3000.0})
     return metrics
@@ -43,6 +47,16 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
         for family in text_string_to_metric_families(metrics.render().decode())
         for sample in family.samples
     }
+
+
+def test_who_leads_no_more_tells_nothing_of_the_books() -> None:
+    metrics = filled()
+    assert samples(metrics)["audit_findings", (("kind", "no_deadline"),)] == 2
+    assert samples(metrics)["audit_findings", (("kind", "unbalanced"),)] == 0
+
+    metrics.leading(now=False)
+
+    assert not [name for name, _ in samples(metrics) if name in {"audit_findings", "audit_age_seconds"}]
 
 
 def test_what_is_exported_is_what_the_table_says() -> None:
