@@ -5,7 +5,7 @@ which record the snapshot goes, and what the records after the one that was aske
 no record has told of yet does not count, and neither does a recipient whose message is gone: nobody can send it.
 
 The pass over the table is made in pages, so that SQLite adds up ids without the interpreter, whose lock is free
-meanwhile: 1.7 s for a million recipients, 0.2 s of them in Python, 2 ms at a time. The snapshot keeps the WAL from
+meanwhile: 0.5 s for 300,000 recipients, 0.06 s of them in Python, 2 ms at a time. The snapshot keeps the WAL from
 starting over for as long. A question that cannot be answered is answered with an error.
 """
 
