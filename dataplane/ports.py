@@ -6,6 +6,7 @@ client that leaves never cancels a commit.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from dataplane.core.config import Denials, NodeSettings, SealedValue, SmtpProvider, Target
     from dataplane.core.envelope import Envelope, RecipientRow
+    from dataplane.core.idempotency import Submitted
     from dataplane.core.ids import MessageId
     from dataplane.core.ledger import LedgerRecord
     from dataplane.core.policy import CompiledAccount
@@ -199,8 +201,15 @@ class Spool(Protocol):
     def accept(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
         """Store a message whole; done means durable. SpoolFullError, SpoolFailedError.
 
-        SpoolError, and nothing stored, for an id that is there already and for recipients that are none, terminal or
-        share an index.
+        SpoolError, and nothing stored, for an id that is there already, for a submission key that a message of the last
+        24 hours has, and for recipients that are none, terminal or share an index.
+        """
+        ...
+
+    def submitted(self, key_hash: bytes) -> Submitted | None:
+        """Return which message was stored under this key in the last 24 hours, whatever became of it; None for none.
+
+        Cheap, from what is durable: a message that is being stored is not among them. SpoolError.
         """
         ...
 
@@ -357,6 +366,49 @@ class Limiter(Protocol):
 
     async def close(self) -> None:
         """Release connections."""
+        ...
+
+
+# --- idempotent submission
+
+
+class Claimed(enum.Enum):
+    """What the fleet knows of a key.
+
+    YES: nobody had it, and now this message has it. PENDING: another message with this content is being stored. STORED:
+    one was. OTHER: a message with another content has it. UNKNOWN: nobody could be asked.
+    """
+
+    YES = enum.auto()
+    PENDING = enum.auto()
+    STORED = enum.auto()
+    OTHER = enum.auto()
+    UNKNOWN = enum.auto()
+
+
+class Claim(NamedTuple):
+    """An answer; `message_id` is that of the message that was STORED, empty otherwise."""
+
+    state: Claimed
+    message_id: bytes = b""
+
+
+class Claims(Protocol):
+    """Which submission keys are taken, over all spools of the fleet. Nothing here raises or waits for long.
+
+    A claim ends by `stored`, by `withdraw`, or by itself after `idempotency.PENDING_MS`.
+    """
+
+    def claim(self, key_hash: bytes, content_hash: bytes, message_id: MessageId) -> asyncio.Future[Claim]:
+        """Take the key for a message that is about to be stored; the answer may be there already."""
+        ...
+
+    def stored(self, key_hash: bytes, content_hash: bytes, message_id: MessageId) -> None:
+        """The message is durable: it answers for its key from now on. Lost when nobody can be told."""
+        ...
+
+    def withdraw(self, key_hash: bytes, message_id: MessageId) -> None:
+        """The message was not stored: give its key free, unless another has it. Lost when nobody can be told."""
         ...
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
 from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.idempotency import Submitted
 from dataplane.core.ids import MessageId
 from dataplane.ports import (
     Cursor,
@@ -89,6 +90,11 @@ class NullSpool:
             error = SpoolError("the spool is closed")
         loop.call_soon(_resolve, future, result, error)
         return future
+
+    def submitted(self, key_hash: bytes) -> Submitted | None:
+        """None: it is gone."""
+        self._check_open()
+        return None
 
     async def load(self, message_id: MessageId) -> StoredMessage | None:
         """None: it is gone."""

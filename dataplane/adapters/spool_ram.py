@@ -20,6 +20,7 @@ from typing import ClassVar, TypeVar
 
 from dataplane.adapters.spool_tail import TAIL_BYTES, AcknowledgedTail
 from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.idempotency import KEY_WINDOW_MS, Submitted
 from dataplane.core.ids import MessageId, message_id_time_ms
 from dataplane.core.queue import TERMINAL, State
 from dataplane.ports import (
@@ -69,6 +70,7 @@ class RamSpool:
         self._first = 1
         self._acknowledged = 0
         self._tail = AcknowledgedTail(0, clock.monotonic())
+        self._keys: dict[bytes, tuple[int, Submitted]] = {}
         self._pending: list[Callable[[], None]] = []
         self._commits = 0
         self._closed = False
@@ -144,13 +146,29 @@ class RamSpool:
             raise SpoolError("a message of this id is stored already")
         if not self.has_room(len(content)):
             raise SpoolFullError("the spool's capacity is used up")
+        key = envelope.submission_key
+        if key is not None and self._submitted(key.key_hash, envelope.accepted_ms) is not None:
+            raise SpoolError("a message has this submission key already")
         rows = {row.index: row for row in recipients}
         if len(rows) < len(recipients):
             raise SpoolError("two recipients share an index")
+        if key is not None:
+            self._forget_keys(envelope.accepted_ms)
+            self._keys.pop(key.key_hash, None)
+            self._keys[key.key_hash] = (envelope.accepted_ms, Submitted(key.content_hash, envelope.message_id))
         self._messages[envelope.message_id] = _Message(envelope, content, rows)
         self._bytes += len(content)
         for row in recipients:
             self._enqueue(envelope.message_id, row)
+
+    def _submitted(self, key_hash: bytes, now_ms: int) -> Submitted | None:
+        time_ms, submitted = self._keys.get(key_hash, (0, None))
+        return submitted if time_ms > now_ms - KEY_WINDOW_MS else None
+
+    def _forget_keys(self, now_ms: int) -> None:
+        aged = [key for key, (time_ms, _) in islice(self._keys.items(), 2) if time_ms <= now_ms - KEY_WINDOW_MS]
+        for key in aged:
+            del self._keys[key]
 
     def _settle(self, settlement: Settlement) -> int:
         message = self._messages.get(settlement.message_id)
@@ -249,6 +267,11 @@ class RamSpool:
         found = nsmallest(limit, (place for place in places if place > after))
         rows = [(message_id, self._messages[message_id].recipients[index]) for message_id, index in found]
         return [WalkedRow(message_id, row.index, row.state, row.queue_key) for message_id, row in rows]
+
+    def submitted(self, key_hash: bytes) -> Submitted | None:
+        """What was stored under a submission key in the last 24 hours."""
+        self._check_open()
+        return self._submitted(key_hash, self._clock.wall_ms())
 
     async def keys(self) -> list[KeyHead]:
         """Every queue key with sendable recipients, sorted."""

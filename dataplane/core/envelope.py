@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from dataplane.core.idempotency import SubmissionKey
 from dataplane.core.ids import MessageId
 from dataplane.core.queue import State
 
@@ -25,7 +26,7 @@ class Envelope:
 
     `sender` is empty for the null sender; domains are lower case. `size_bytes` counts the content as delivered. Times
     are milliseconds since 1970 by the node's wall clock. `headers` holds the unfolded values of the few fields that
-    routing rules may look at, by lower-case name.
+    routing rules may look at, by lower-case name. `submission_key` is None for a message that came without one.
     """
 
     message_id: MessageId
@@ -44,6 +45,7 @@ class Envelope:
     smtputf8: bool
     body_8bit: bool
     headers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    submission_key: SubmissionKey | None = None
 
 
 class RecipientRow(NamedTuple):

@@ -3,7 +3,8 @@
 Contract. `scan` takes the content as accepted (CRLF line ends, dots unstuffed) and never raises: what is wrong
 stands in `HeaderScan.problem`, a reply's code, enhanced code and text. `prepare` returns the content with
 `Received` first and `Date` and `Message-ID` where they were missing (RFC 6409, 8.1 to 8.3); every byte of the
-content follows unchanged, Bcc fields too.
+content follows unchanged, Bcc fields too. One field is ours and goes no further: `without_key` takes out
+`Idempotency-Key`, its folding with it and nothing else.
 
     content                                 header block             what `prepare` does
     fields, blank line, body                up to the blank line     puts fields on top
@@ -14,7 +15,8 @@ content follows unchanged, Bcc fields too.
 
 Where readers of mail disagree about what a header says, it is refused, since a forged author hides there: a line
 that is no field, spaces in or behind a field's name, folding lines of white space only, CR or LF alone, two From
-or two Sender fields, and authors that cannot be read (`dataplane.core.authors`).
+or two Sender fields, and authors that cannot be read (`dataplane.core.authors`). So is an `Idempotency-Key` that
+is not one field of 1 to 255 visible ASCII characters: who sends one relies on it.
 A missing From is no problem here: `has_from` says so.
 """
 
@@ -36,13 +38,16 @@ MAX_SUBJECT_CHARS = 200
 MAX_MESSAGE_ID_OCTETS = 998
 MAX_RULE_VALUE_CHARS = 1_000
 MAX_RULE_VALUES = 50
+MAX_KEY_CHARS = 255
 
 _NAME_OCTETS = bytes(octet for octet in range(33, 127) if octet != ord(":"))
 _WHITE = frozenset({b" ", b"\t"})
 _RULE_PREFIX = RULE_HEADER_PREFIX.encode("ascii")
-_NAMES_READ = frozenset({b"received", b"date", b"message-id", b"from", b"sender"}) | frozenset(
+_KEY = b"idempotency-key"
+_NAMES_READ = frozenset({b"received", b"date", b"message-id", b"from", b"sender", _KEY}) | frozenset(
     {name.encode("ascii") for name in RULE_HEADER_NAMES}
 )
+_VISIBLE_OCTETS = bytes(range(33, 127))
 
 _ENCODED_WORD = re.compile(r"=\?([A-Za-z0-9_.:-]{1,40})(?:\*[A-Za-z0-9-]{1,40})?\?([bBqQ])\?([^? ]*+)\?=")
 _BETWEEN_WORDS = re.compile(r"(\?=)[ \t]++(?==\?)")
@@ -69,7 +74,8 @@ class HeaderScan(NamedTuple):
     `header_bytes` counts the fields without the blank line. `author_domains` are the domains of From and Sender,
     each once, A-labels in lower case. `subject` is decoded and cut, `message_id` is empty above 998 octets; both
     and `rule_values` (by lower-case name, unfolded, Subject decoded, cut at 1,000 characters) hold no control
-    characters. `body_only` says that the first line is no field. With a problem the rest may be incomplete.
+    characters. `body_only` says that the first line is no field. `idempotency_key` is empty without that field. With
+    a problem the rest may be incomplete.
     """
 
     header_bytes: int
@@ -84,6 +90,7 @@ class HeaderScan(NamedTuple):
     message_id: str
     rule_values: dict[str, tuple[str, ...]]
     problem: HeaderProblem | None
+    idempotency_key: bytes = b""
 
 
 _TOO_LARGE = HeaderProblem(552, "5.3.4", "the header is larger than 262144 bytes")
@@ -92,6 +99,8 @@ _MALFORMED = HeaderProblem(550, "5.6.0", "the header has a line that is no field
 _LOOP = HeaderProblem(554, "5.4.6", "too many Received fields: the message goes in a circle")
 _MANY_AUTHORS = HeaderProblem(550, "5.6.0", "the header has more than one From or Sender field")
 _UNREADABLE = HeaderProblem(550, "5.6.0", "the addresses in From or Sender cannot be read")
+_MANY_KEYS = HeaderProblem(550, "5.6.0", "the header has more than one Idempotency-Key field")
+_BAD_KEY = HeaderProblem(550, "5.6.0", "the Idempotency-Key is not 1 to 255 visible ASCII characters")
 
 
 def scan(content: bytes) -> HeaderScan:
@@ -190,6 +199,11 @@ def _read_values(values: dict[bytes, list[bytes]], header_bytes: int, field_coun
     has_date = values.pop(b"date", None) is not None
     from_values = values.pop(b"from", [])
     domains, problem = _authors(from_values, values.pop(b"sender", []))
+    keys = values.pop(_KEY, None)
+    key = b""
+    if keys is not None:
+        key, key_problem = _read_key(keys)
+        problem = problem or key_problem
     rule_values = _rule_values(values) if values else {}
     subject = rule_values.get("subject")
     return HeaderScan(
@@ -205,7 +219,17 @@ def _read_values(values: dict[bytes, list[bytes]], header_bytes: int, field_coun
         _text(message_ids[0]) if message_ids and len(message_ids[0]) <= MAX_MESSAGE_ID_OCTETS else "",
         rule_values,
         problem if received_count <= MAX_RECEIVED else _LOOP,
+        key,
     )
+
+
+def _read_key(values: list[bytes]) -> tuple[bytes, HeaderProblem | None]:
+    if len(values) > 1:
+        return b"", _MANY_KEYS
+    key = values[0].strip(b" \t")
+    if not 0 < len(key) <= MAX_KEY_CHARS or key.translate(None, _VISIBLE_OCTETS):
+        return b"", _BAD_KEY
+    return key, None
 
 
 def _authors(from_values: list[bytes], sender_values: list[bytes]) -> tuple[tuple[str, ...], HeaderProblem | None]:
@@ -310,6 +334,17 @@ def received_line(receipt: Receipt) -> bytes:
         f"\tby {receipt.hostname} with {receipt.protocol} id {receipt.message_id}{recipient};\r\n"
         f"\t{receipt.date}\r\n"
     ).encode()
+
+
+def without_key(content: bytes, scanned: HeaderScan) -> bytes:
+    """Return the content without its one `Idempotency-Key` field; it must have one, in its first `header_bytes`."""
+    lines = b"\r\n" + content[: scanned.header_bytes].lower() + b"\r\n"
+    # What is found here stands two octets earlier in the content: behind the line end that was put in front.
+    start = lines.index(b"\r\n" + _KEY + b":")
+    end = lines.index(b"\r\n", start + 2)
+    while lines[end + 2 : end + 3] in _WHITE:
+        end = lines.index(b"\r\n", end + 2)
+    return content[:start] + content[end:]
 
 
 def prepare(content: bytes, scanned: HeaderScan, received: bytes, date: str, message_id: str) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 from dataplane.adapters.spool_null import NullSpool
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.adapters.spool_sqlite import SqliteSpool
-from dataplane.core.envelope import RecipientRow
+from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.idempotency import SubmissionKey, Submitted
 from dataplane.core.ids import MessageId, first_message_id
 from dataplane.core.queue import State
 from dataplane.ports import Cursor, Due, KeyHead, QueueDepth, Spool, SpoolError, WalkedRow
@@ -42,6 +44,7 @@ ADAPTERS: dict[str, type[SqliteSpool | RamSpool | NullSpool]] = {
 CONTENT = b"Subject: Hello\r\n\r\nbody\r\n"
 TEN_MINUTES_S = 600.0
 TAIL_BYTES = 64 * 1024 * 1024
+DAY_S = 24 * 3_600.0
 
 
 @pytest.fixture
@@ -772,3 +775,102 @@ async def test_a_walk_goes_on_behind_what_was_changed_meanwhile(keeper: Spool) -
 async def test_a_walk_of_nothing_is_empty(spool: Spool) -> None:
     assert await spool.walk((MessageId(b""), 0), make_id(), 10) == []
     assert await spool.describe(make_id()) is None
+
+# --- submission keys ---
+
+
+def keyed(name: bytes, clock: ManualClock, *, content_hash: bytes = b"c" * 32, checked: bool = False) -> Envelope:
+    envelope = make_envelope(accepted_ms=clock.now_ms)
+    return replace(envelope, submission_key=SubmissionKey(name * 32, content_hash, checked))
+
+
+async def test_a_spool_knows_no_key_that_it_was_not_given(spool: Spool) -> None:
+    assert spool.submitted(b"k" * 32) is None
+
+
+async def test_messages_with_keys_are_stored_as_others_are(spool: Spool, clock: ManualClock) -> None:
+    await asyncio.gather(*(spool.accept(keyed(b"%c" % name, clock), CONTENT, [make_row()]) for name in range(100)))
+
+
+async def test_a_key_answers_with_its_message(keeper: Spool, clock: ManualClock) -> None:
+    envelopes = [keyed(name, clock, content_hash=name * 32) for name in (b"a", b"b")]
+    for envelope in envelopes:
+        await keeper.accept(envelope, CONTENT, [make_row()])
+    for name, envelope in zip((b"a", b"b"), envelopes, strict=True):
+        assert keeper.submitted(name * 32) == Submitted(name * 32, envelope.message_id)
+    assert keeper.submitted(b"c" * 32) is None
+
+
+@pytest.mark.parametrize("checked", [False, True])
+async def test_a_message_keeps_its_key(keeper: Spool, clock: ManualClock, *, checked: bool) -> None:
+    envelope = keyed(b"k", clock, checked=checked)
+    await keeper.accept(envelope, CONTENT, [make_row()])
+    stored = await keeper.load(envelope.message_id)
+    assert stored is not None
+    assert stored.envelope == envelope
+
+
+async def test_a_key_outlives_its_message_for_a_day(keeper: Spool, clock: ManualClock) -> None:
+    envelope, row = keyed(b"k", clock), make_row()
+    await keeper.accept(envelope, CONTENT, [row])
+    await keeper.settle(settlement(envelope.message_id, [change(row, State.SENT)], b"record", reported=True))
+    assert await keeper.load(envelope.message_id) is None
+    clock.advance(DAY_S - 1)
+    assert keeper.submitted(b"k" * 32) == Submitted(b"c" * 32, envelope.message_id)
+    clock.advance(1)
+    assert keeper.submitted(b"k" * 32) is None
+
+
+async def test_a_key_that_a_message_has_is_refused_and_nothing_is_stored(keeper: Spool, clock: ManualClock) -> None:
+    first, second = keyed(b"k", clock), keyed(b"k", clock)
+    await keeper.accept(first, CONTENT, [make_row()])
+    with pytest.raises(SpoolError):
+        await keeper.accept(second, CONTENT, [make_row()])
+    assert await keeper.load(second.message_id) is None
+    assert keeper.submitted(b"k" * 32) == Submitted(b"c" * 32, first.message_id)
+    assert (await keeper.stats()).waiting_count == 1
+
+
+async def test_of_messages_at_once_with_one_key_one_is_stored(keeper: Spool, clock: ManualClock) -> None:
+    envelopes = [keyed(b"k", clock) for _ in range(5)]
+    others = [keyed(b"%d" % number, clock) for number in range(5)]
+    writes = [keeper.accept(envelope, CONTENT, [make_row()]) for envelope in (*envelopes, *others)]
+    ends = await asyncio.gather(*writes, return_exceptions=True)
+    assert [type(end) for end in ends[5:]] == [type(None)] * 5, "nobody else's message fails with them"
+    assert [end is None for end in ends[:5]].count(True) == 1
+    assert all(isinstance(end, SpoolError) for end in ends[:5] if end is not None)
+    assert len(await keeper.unreported(100)) == 6
+
+
+async def test_a_key_may_be_used_again_after_a_day(keeper: Spool, clock: ManualClock) -> None:
+    await keeper.accept(keyed(b"k", clock), CONTENT, [make_row()])
+    clock.advance(DAY_S)
+    second = keyed(b"k", clock, content_hash=b"d" * 32)
+    await keeper.accept(second, CONTENT, [make_row()])
+    assert keeper.submitted(b"k" * 32) == Submitted(b"d" * 32, second.message_id)
+
+
+async def test_a_key_is_kept_with_a_content_that_arrives_in_pieces(keeper: Spool, clock: ManualClock) -> None:
+    for size_bytes in (1_000, 100_000):
+        envelope = keyed(b"%c" % (size_bytes % 251), clock)
+        assert envelope.submission_key is not None
+        incoming = keeper.receive(envelope.message_id)
+        await incoming.write(b"x" * size_bytes)
+        assert keeper.submitted(envelope.submission_key.key_hash) is None
+        await incoming.accept(envelope, [make_row()])
+        assert keeper.submitted(envelope.submission_key.key_hash) == Submitted(b"c" * 32, envelope.message_id)
+
+
+async def test_no_key_is_known_of_a_message_that_was_not_stored(keeper: Spool, clock: ManualClock) -> None:
+    envelope = keyed(b"k", clock)
+    await keeper.accept(envelope, CONTENT, [make_row()])
+    twin = replace(envelope, submission_key=SubmissionKey(b"l" * 32, b"c" * 32))
+    with pytest.raises(SpoolError):
+        await keeper.accept(twin, CONTENT, [make_row()])
+    assert keeper.submitted(b"l" * 32) is None
+
+
+async def test_keys_are_not_looked_up_after_close(spool: Spool) -> None:
+    await spool.close()
+    with pytest.raises(SpoolError):
+        spool.submitted(b"k" * 32)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import apsw
@@ -13,6 +14,7 @@ import pytest
 
 from dataplane.adapters.spool_sqlite import SalvageReport, SqliteSpool
 from dataplane.core.envelope import Envelope
+from dataplane.core.idempotency import SubmissionKey, Submitted
 from dataplane.core.ids import format_message_id
 from dataplane.core.queue import State
 from dataplane.ports import SpoolError, SpoolFailedError
@@ -324,4 +326,65 @@ async def test_a_flipped_bit_in_a_recipient_is_found(folder: Path, clock: Manual
     spool = await open_durable(folder, clock)
     with pytest.raises(SpoolError, match="quarantined"):
         await spool.load(envelope.message_id)
+    await spool.close()
+
+
+async def fill_keys(folder: Path, clock: ManualClock) -> list[Envelope]:
+    """A spool whose messages have keys; closed."""
+    spool = await open_durable(folder, clock)
+    keys = [SubmissionKey(number.to_bytes(32, "big"), b"c" * 32) for number in range(COUNT)]
+    envelopes = [replace(make_envelope(), submission_key=key) for key in keys]
+    await asyncio.gather(*(spool.accept(envelope, CONTENT, [make_row(0), make_row(1)]) for envelope in envelopes))
+    await spool.close()
+    return envelopes
+
+
+def answers(spool: SqliteSpool, envelope: Envelope) -> bool:
+    """Whether the key names its message; never another one."""
+    assert envelope.submission_key is not None
+    submitted = spool.submitted(envelope.submission_key.key_hash)
+    assert submitted in {None, Submitted(b"c" * 32, envelope.message_id)}
+    return submitted is not None
+
+
+async def test_keys_that_can_be_read_are_kept(folder: Path, clock: ManualClock) -> None:
+    envelopes = await fill_keys(folder, clock)
+    (folder / "failed").write_text("a test says so")
+    destroy(folder, pages(folder, "submission_key")[1])
+    spool = await open_durable(folder, clock)
+    assert spool.salvage is not None
+    assert spool.salvage.lost_messages == ()
+    assert spool.salvage.damaged_places == 1
+    kept = [answers(spool, envelope) for envelope in envelopes].count(True)
+    assert COUNT // 2 < kept < COUNT
+    await spool.close()
+
+
+async def test_a_flipped_bit_in_a_key_is_found_and_never_answers(folder: Path, clock: ManualClock) -> None:
+    envelopes = await fill_keys(folder, clock)
+    connection = apsw.Connection(str(folder / "spool.db"))
+    connection.execute("UPDATE submission_key SET content_hash = zeroblob(32) WHERE number = 7")
+    connection.close()
+    failures: list[SpoolFailedError] = []
+    spool = await open_durable(folder, clock, on_failed=failures.append)
+    with pytest.raises(SpoolError):
+        [answers(spool, envelope) for envelope in envelopes]
+    assert len(failures) == 1
+    await spool.close()
+    spool = await open_durable(folder, clock)
+    assert [answers(spool, envelope) for envelope in envelopes].count(False) == 1
+    await spool.close()
+
+
+async def test_a_file_without_a_table_of_keys_is_salvaged_all_the_same(folder: Path, clock: ManualClock) -> None:
+    envelopes = await fill(folder, clock)
+    connection = apsw.Connection(str(folder / "spool.db"))
+    connection.execute("DROP TABLE submission_key")
+    connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    (folder / "failed").write_text("a test says so")
+    spool = await open_durable(folder, clock)
+    assert spool.salvage is not None
+    await check_kept(spool, envelopes, spool.salvage)
+    assert spool.submitted(b"k" * 32) is None
     await spool.close()

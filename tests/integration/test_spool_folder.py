@@ -7,12 +7,14 @@ import json
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import apsw
 import pytest
 
 from dataplane.adapters.spool_sqlite import SpoolLimits, SqliteSpool, reader
+from dataplane.core.idempotency import SubmissionKey
 from dataplane.core.queue import TERMINAL, State
 from dataplane.ports import Cursor, SpoolError
 from support.spools import (
@@ -28,6 +30,7 @@ from support.spools import (
     settlement,
 )
 
+DAY_S = 24 * 3_600.0
 CONTENT = b"x" * 4096
 LARGE = b"y" * 200_000
 FAR_FUTURE_MS = 4_000_000_000_000
@@ -127,7 +130,7 @@ async def test_the_file_is_made_as_it_has_to_stay(folder: Path, clock: ManualClo
     spool = await open_durable(folder, clock)
     writer = spool._commits._connection
     pragmas = ["journal_mode", "synchronous", "auto_vacuum", "page_size", "wal_autocheckpoint", "user_version"]
-    assert [writer.execute(f"PRAGMA {name}").get for name in pragmas] == ["wal", 2, 2, 8192, 0, 1]
+    assert [writer.execute(f"PRAGMA {name}").get for name in pragmas] == ["wal", 2, 2, 8192, 0, 2]
     await spool.close()
 
 
@@ -151,7 +154,7 @@ async def test_a_newer_layout_that_says_so_is_used_by_the_version_before(folder:
     envelope = make_envelope()
     await spool.accept(envelope, CONTENT, [make_row()])
     await spool.close()
-    set_layout(folder, 2, 1)
+    set_layout(folder, 3, 2)
     spool = await open_durable(folder, clock)
     assert await spool.load(envelope.message_id) is not None
     await spool.accept(make_envelope(), CONTENT, [make_row()])
@@ -160,12 +163,66 @@ async def test_a_newer_layout_that_says_so_is_used_by_the_version_before(folder:
 
 async def test_a_newer_layout_that_does_not_is_refused_and_left_alone(folder: Path, clock: ManualClock) -> None:
     await (await open_durable(folder, clock)).close()
-    set_layout(folder, 2, 2)
+    set_layout(folder, 3, 3)
     before = (folder / "spool.db").read_bytes()
     with pytest.raises(SpoolError, match="newer version"):
         await open_durable(folder, clock)
     assert (folder / "spool.db").read_bytes() == before
     assert not (folder / "failed").exists()
+
+
+async def test_a_file_of_the_first_layout_is_given_its_table_of_keys(folder: Path, clock: ManualClock) -> None:
+    spool = await open_durable(folder, clock)
+    envelope = make_envelope()
+    await spool.accept(envelope, CONTENT, [make_row()])
+    await spool.close()
+    connection = apsw.Connection(str(folder / "spool.db"))
+    connection.execute("DROP TABLE submission_key")
+    connection.close()
+    set_layout(folder, 1, 1)
+    for _ in range(2):
+        spool = await open_durable(folder, clock)
+        assert spool.salvage is None
+        assert await spool.load(envelope.message_id) is not None
+        key = SubmissionKey(uuid.uuid4().bytes * 2, b"c" * 32)
+        await spool.accept(replace(make_envelope(), submission_key=key), CONTENT, [make_row()])
+        assert spool.submitted(key.key_hash) is not None
+        await spool.close()
+    connection = apsw.Connection(str(folder / "spool.db"))
+    # What this version writes the one before can go on with.
+    assert connection.execute("PRAGMA user_version").get == 2
+    assert connection.execute("SELECT readable_by FROM state").get == 1
+    connection.close()
+
+
+async def test_keys_that_are_too_old_are_removed_as_new_ones_come(folder: Path, clock: ManualClock) -> None:
+    spool = await open_durable(folder, clock)
+    for day in range(4):
+        keys = [SubmissionKey(bytes([day, number]) * 16, b"c" * 32) for number in range(200)]
+        envelopes = [replace(make_envelope(accepted_ms=clock.now_ms), submission_key=key) for key in keys]
+        await asyncio.gather(*(spool.accept(envelope, CONTENT, [make_row()]) for envelope in envelopes))
+        assert spool._reader._connection.execute("SELECT count(*) FROM submission_key").get == 200
+        assert all(spool.submitted(key.key_hash) is not None for key in keys)
+        clock.advance(DAY_S)
+    await spool.close()
+
+
+async def test_keys_that_are_too_old_are_swept_where_no_new_ones_come(folder: Path, clock: ManualClock) -> None:
+    spool = await open_durable(folder, clock)
+    keys: list[SubmissionKey] = []
+    for day in range(2):
+        keys = [SubmissionKey(bytes([day, number]) * 16, b"c" * 32) for number in range(250)]
+        envelopes = [replace(make_envelope(accepted_ms=clock.now_ms), submission_key=key) for key in keys]
+        await asyncio.gather(*(spool.accept(envelope, CONTENT, [make_row()]) for envelope in envelopes))
+        assert await spool.forget_keys() == 0
+        clock.advance(DAY_S / 2)
+    before = spool._commits.commits
+    assert await spool.forget_keys() == 250
+    assert spool._commits.commits - before == 3, "no commit removes many of them, and there is none without need"
+    assert spool.submitted(keys[0].key_hash) is not None
+    clock.advance(DAY_S / 2)
+    assert await spool.forget_keys() == 250
+    await spool.close()
 
 
 async def test_a_crash_while_the_file_was_made_is_no_harm(folder: Path, clock: ManualClock) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from dataplane.core.headers import (
     MAX_HEADER_BYTES,
+    MAX_KEY_CHARS,
     HeaderProblem,
     Receipt,
     decode_words,
@@ -13,6 +14,7 @@ from dataplane.core.headers import (
     prepare,
     received_line,
     scan,
+    without_key,
 )
 
 USUAL = (
@@ -223,3 +225,35 @@ def test_a_helo_that_could_break_the_line_is_left_out(helo: str) -> None:
     line = received_line(Receipt(helo, "192.0.2.7", "h", "ESMTP", "i", "d"))
     assert line.startswith(b"Received: from unknown (")
     assert line.count(b"\r\n") == 3
+
+
+@pytest.mark.parametrize("header", [b"Idempotency-Key: %b", b"idempotency-KEY:%b", b"Idempotency-Key:\r\n\t%b \t"])
+@pytest.mark.parametrize("key", [b"a", b"order-4711", b'!"#~', b"x" * MAX_KEY_CHARS, b"Idempotency-Key:"])
+def test_a_key_is_read_and_taken_out(header: bytes, key: bytes) -> None:
+    content = b"From: a@b.c\r\n" + header % key + b"\r\nSubject: x\r\n\r\nbody\r\n"
+    found = scan(content)
+    assert (found.idempotency_key, found.problem) == (key, None)
+    assert "idempotency-key" not in found.rule_values
+    assert without_key(content, found) == b"From: a@b.c\r\nSubject: x\r\n\r\nbody\r\n"
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b" ", b" \t", b" a b", b" a\r\n b", b" a\tb", b" \xc3\xa9", b" a\x7f", b" " + b"x" * 256]
+)
+def test_a_key_that_is_none_is_refused(value: bytes) -> None:
+    problem = HeaderProblem(550, "5.6.0", "the Idempotency-Key is not 1 to 255 visible ASCII characters")
+    found = scan(b"From: a@b.c\r\nIdempotency-Key:" + value + b"\r\n\r\n")
+    assert (found.idempotency_key, found.problem) == (b"", problem)
+
+
+@pytest.mark.parametrize("second", [b"Idempotency-Key: a", b"idempotency-key: b", b"Idempotency-Key:"])
+def test_two_keys_are_refused(second: bytes) -> None:
+    problem = HeaderProblem(550, "5.6.0", "the header has more than one Idempotency-Key field")
+    found = scan(b"Idempotency-Key: a\r\nFrom: a@b.c\r\n" + second + b"\r\n\r\n")
+    assert (found.idempotency_key, found.problem) == (b"", problem)
+
+
+@pytest.mark.parametrize("name", [b"X-Idempotency-Key", b"Idempotency-Keys", b"Idempotency", b"Subject"])
+def test_another_field_is_no_key(name: bytes) -> None:
+    found = scan(name + b": Idempotency-Key: a\r\nFrom: a@b.c\r\n\r\nIdempotency-Key: a\r\n")
+    assert (found.idempotency_key, found.problem) == (b"", None)

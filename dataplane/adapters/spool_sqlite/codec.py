@@ -16,6 +16,7 @@ from zlib import crc32
 import orjson
 
 from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.idempotency import SubmissionKey, Submitted
 from dataplane.core.ids import MessageId
 from dataplane.core.queue import State
 
@@ -38,9 +39,19 @@ class Recipient(NamedTuple):
     queue_key: str
 
 
+class KeyRow(NamedTuple):
+    """A row of the table `submission_key`, in the order of its columns behind `number`."""
+
+    key_hash: bytes
+    content_hash: bytes
+    message_id: bytes
+    time_ms: int
+    checksum: int
+
+
 def encode_envelope(envelope: Envelope, recipients: Sequence[RecipientRow]) -> bytes:
     """Return the JSON of an envelope with the addresses of all its recipients."""
-    fields = {
+    fields: dict[str, Any] = {
         "account": envelope.account,
         "sender": envelope.sender,
         "recipients": {str(row.index): row.address for row in recipients},
@@ -56,6 +67,9 @@ def encode_envelope(envelope: Envelope, recipients: Sequence[RecipientRow]) -> b
         "body_8bit": envelope.body_8bit,
         "headers": envelope.headers,
     }
+    key = envelope.submission_key
+    if key is not None:
+        fields["submission_key"] = [key.key_hash.hex(), key.content_hash.hex(), key.checked]
     try:
         return orjson.dumps(fields)
     except TypeError:
@@ -84,11 +98,17 @@ def decode_envelope(message_id: MessageId, encoded: bytes) -> tuple[Envelope, di
             smtputf8=fields["smtputf8"],
             body_8bit=fields["body_8bit"],
             headers={name: tuple(values) for name, values in fields["headers"].items()},
+            submission_key=_submission_key(fields["submission_key"]) if "submission_key" in fields else None,
         )
         addresses = {int(index): address for index, address in fields["recipients"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedRowError("an envelope cannot be decoded") from error
     return envelope, addresses
+
+
+def _submission_key(values: list[Any]) -> SubmissionKey:
+    key_hash, content_hash, checked = values
+    return SubmissionKey(bytes.fromhex(key_hash), bytes.fromhex(content_hash), bool(checked))
 
 
 def _loads(encoded: bytes) -> Any:
@@ -185,3 +205,24 @@ def unpack_records(packed: bytes, count: int) -> list[bytes]:
     if len(records) != count or position != len(packed):
         raise DamagedRowError("records do not fill their row")
     return records
+
+
+def encode_key(envelope: Envelope) -> KeyRow | None:
+    """Return the row that keeps the message's submission key; None for a message without one."""
+    key = envelope.submission_key
+    if key is None:
+        return None
+    fields = (key.key_hash, key.content_hash, envelope.message_id, envelope.accepted_ms)
+    return KeyRow(*fields, key_checksum(*fields))
+
+
+def key_checksum(key_hash: bytes, content_hash: bytes, message_id: bytes, time_ms: int) -> int:
+    """Checksum of a submission key's row."""
+    return crc32(b"%b%b%b%d" % (key_hash, content_hash, message_id, time_ms))
+
+
+def decode_key(row: KeyRow) -> Submitted:
+    """Return what the row knows of its key. DamagedRowError for a wrong checksum."""
+    if key_checksum(*row[:4]) != row.checksum:
+        raise DamagedRowError("a submission key does not match its checksum")
+    return Submitted(row.content_hash, row.message_id)

@@ -14,14 +14,17 @@ import apsw
 
 from dataplane.adapters.spool_sqlite.codec import (
     DamagedRowError,
+    KeyRow,
     Recipient,
     decode_envelope,
+    decode_key,
     decode_recipient,
     message_checksum,
     unpack_records,
 )
 from dataplane.adapters.spool_sqlite.schema import fetch
 from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.idempotency import Submitted
 from dataplane.core.ids import MessageId
 from dataplane.core.queue import State
 from dataplane.ports import Cursor, Due, KeyHead, StoredMessage, WalkedRow
@@ -67,6 +70,10 @@ SELECT message_id, idx, state, queue_key FROM recipient
 WHERE (message_id, idx) > (?1, ?2) AND message_id < ?3 AND state BETWEEN 1 AND 5 ORDER BY message_id, idx LIMIT ?4
 """
 IS_UNREPORTED = "SELECT 1 FROM unreported WHERE message_id = ?"
+SUBMITTED = """
+SELECT key_hash, content_hash, message_id, time_ms, checksum FROM submission_key WHERE key_hash = ? AND time_ms > ?
+"""
+OLDEST_KEY = "SELECT time_ms FROM submission_key ORDER BY number LIMIT 1"
 OWNS_CONTENT = """
 SELECT EXISTS (SELECT 1 FROM message WHERE id = ?1) OR EXISTS (SELECT 1 FROM quarantine WHERE id = ?1)
 """
@@ -158,6 +165,16 @@ class Reader:
         """The lowest id, which is the oldest to the millisecond."""
         row = self._cursor.execute(OLDEST).fetchone()
         return row[0] if row else None
+
+    def submitted(self, key_hash: bytes, after_ms: int) -> Submitted | None:
+        """What was stored under a key after `after_ms`."""
+        rows = fetch(self._cursor, SUBMITTED, (key_hash, after_ms))
+        return decode_key(KeyRow(*rows[0])) if rows else None
+
+    def has_aged_key(self, before_ms: int) -> bool:
+        """Whether the first of the submission keys is as old as that."""
+        rows = fetch(self._cursor, OLDEST_KEY)
+        return bool(rows) and rows[0][0] <= before_ms
 
     def owns_content(self, message_id: MessageId) -> bool:
         """Whether a row needs the file of this message."""

@@ -28,9 +28,11 @@ import orjson
 from dataplane.adapters.spool_sqlite import schema
 from dataplane.adapters.spool_sqlite.codec import (
     DamagedRowError,
+    KeyRow,
     Recipient,
     check_recipient,
     decode_envelope,
+    decode_key,
     message_checksum,
 )
 from dataplane.adapters.spool_sqlite.contents import Contents
@@ -188,6 +190,7 @@ def _copy_from(folder: Path, copy: _Copy, vfs: str | None) -> None:
         copy.copy_unreported(old)
         copy.copy_outbox(old)
         copy.copy_quarantine(old)
+        copy.copy_keys(old)
     finally:
         old.close()
 
@@ -342,6 +345,23 @@ class _Copy:
         with self._new:
             for row in self._walk(fetch, 1 << 128):
                 self._new.execute("INSERT OR IGNORE INTO quarantine VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def copy_keys(self, old: apsw.Connection) -> None:
+        """Submission keys whose checksum holds; one that is lost may be used again."""
+        if not schema.scalar(old, "SELECT count(*) FROM sqlite_schema WHERE name = 'submission_key'"):
+            return
+        columns = "key_hash, content_hash, message_id, time_ms, checksum"
+
+        def fetch(position: int, limit: int) -> list[tuple[int, Row]]:
+            sql = f"SELECT number, {columns} FROM submission_key WHERE number > ? ORDER BY number LIMIT ?"  # noqa: S608
+            return [(row[0], row[1:]) for row in schema.fetch(old, sql, (position, limit))]
+
+        insert = f"INSERT OR IGNORE INTO submission_key ({columns}) VALUES (?, ?, ?, ?, ?)"  # noqa: S608
+        with self._new:
+            for row in self._walk(fetch, (1 << 63) - 1):
+                with contextlib.suppress(DamagedRowError):
+                    decode_key(KeyRow(*row))
+                    self._new.execute(insert, row)
 
     def finish(self, reason: str, quarantine: Path) -> SalvageReport:
         """Drop recipients without a message, count what is there, and say what is not."""

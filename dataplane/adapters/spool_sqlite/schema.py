@@ -1,15 +1,17 @@
 """What lies in `spool.db`, and how its connections are opened.
 
-    state        one row: whose file it is, and the counters that must not be found by counting rows
-    message      envelope, addresses and, unless it lies in content/, content
-    recipient    one row per recipient that is not terminal; the two partial indexes are the queue and the attempts
-    unreported   messages whose envelope is in no record yet; apart, so that the mark does not rewrite a wide row
-    outbox       records not acknowledged and the tail of those that are, many to a row
-    quarantine   messages whose row or content did not match its checksum
+    state            one row: whose file it is, and the counters that must not be found by counting rows
+    message          envelope, addresses and, unless it lies in content/, content
+    recipient        one row per recipient that is not terminal; the two partial indexes are the queue and the attempts
+    unreported       messages whose envelope is in no record yet; apart, so that the mark does not rewrite a wide row
+    outbox           records not acknowledged and the tail of those that are, many to a row
+    quarantine       messages whose row or content did not match its checksum
+    submission_key   keys of messages of the last 24 hours, in the order of acceptance; they outlive their message
 
 `user_version` is the layout's number. A newer layout that this code can still read and write says so in
-`state.readable_by`; otherwise opening fails. `rank` is the negated priority, so that one comparison of row values
-follows the order of `ports.Cursor`. Opening raises apsw's errors; the caller tells damage from the rest.
+`state.readable_by`; otherwise opening fails. A file of an older layout is given what it lacks when it is opened: layout
+2 added `submission_key`, which code of layout 1 leaves alone. `rank` is the negated priority, so that one comparison of
+row values follows the order of `ports.Cursor`. Opening raises apsw's errors; the caller tells damage from the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from dataplane.ports import SpoolError
 Row = tuple[Any, ...]
 
 DATABASE = "spool.db"
-LAYOUT = 1
+LAYOUT = 2
+# The oldest code that may use what this code writes.
+_READABLE_BY = 1
 APPLICATION_ID = 0x50525350
 PAGE_BYTES = 8192
 # Kept small on purpose: the file's pages are in the system's cache anyway, and the queue must not grow into our memory.
@@ -97,6 +101,16 @@ SELECT lower(hex(r.message_id)) AS message,
        m.content_bytes
 FROM recipient AS r LEFT JOIN message AS m ON m.id = r.message_id;
 """
+_SUBMISSION_KEYS = """
+CREATE TABLE submission_key (
+    number INTEGER PRIMARY KEY,
+    key_hash BLOB NOT NULL CONSTRAINT uq_submission_key_key_hash UNIQUE,
+    content_hash BLOB NOT NULL,
+    message_id BLOB NOT NULL,
+    time_ms INTEGER NOT NULL,
+    checksum INTEGER NOT NULL
+) STRICT;
+"""
 
 
 def open_writer(path: Path, vfs: str | None = None) -> apsw.Connection:
@@ -126,10 +140,10 @@ def prepare(connection: apsw.Connection, spool: str) -> None:
     layout = scalar(connection, "PRAGMA user_version")
     if layout == 0:
         with connection:
-            connection.execute(_TABLES)
+            connection.execute(_TABLES + _SUBMISSION_KEYS)
             connection.execute(
                 "INSERT INTO state VALUES (1, ?, ?, 0, 0, 1, 0, 0, 0)",
-                (spool, LAYOUT),
+                (spool, _READABLE_BY),
             )
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {LAYOUT}")
@@ -139,6 +153,10 @@ def prepare(connection: apsw.Connection, spool: str) -> None:
         raise SpoolError(f"spool.db has layout {layout}, which needs a newer version of Postroad")
     if owner != spool:
         raise SpoolError(f"spool.db belongs to spool {owner}, not to {spool}")
+    if layout < LAYOUT:
+        with connection:
+            connection.execute(_SUBMISSION_KEYS)
+            connection.execute(f"PRAGMA user_version = {LAYOUT}")
 
 
 def scalar(connection: apsw.Connection, sql: str, bindings: tuple[Any, ...] = ()) -> int:

@@ -27,6 +27,7 @@ from dataplane.adapters.spool_sqlite.codec import (
     DamagedRowError,
     Recipient,
     encode_envelope,
+    encode_key,
     encode_recipient,
     message_checksum,
 )
@@ -44,12 +45,14 @@ from dataplane.adapters.spool_sqlite.statement import make_statement
 from dataplane.adapters.spool_sqlite.transaction import (
     Accept,
     Acknowledge,
+    ForgetKeys,
     Operation,
     Quarantine,
     Settle,
     WriteRecord,
 )
 from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.idempotency import KEY_WINDOW_MS, Submitted
 from dataplane.core.ids import MessageId, format_message_id, message_id_time_ms
 from dataplane.core.queue import TERMINAL
 from dataplane.core.transaction import is_canonical
@@ -77,6 +80,7 @@ Result = TypeVar("Result")
 RESERVE = "reserve"
 _PAGE_OF_KEYS = 100
 _PAGE_OF_IDS = 500
+_KEYS_A_COMMIT = 100
 # Several, so that one that waits for the disk to sync a file does not hold up those that append or read.
 _FILE_THREADS = 4
 
@@ -216,7 +220,7 @@ class SqliteSpool:
         encoded, rows = self._encode(envelope, recipients, len(content))
         checksum = message_checksum(message_id, encoded, content)
         inline = content if len(content) <= self._limits.inline_bytes else None
-        return Accept(future, (message_id, checksum, len(content), encoded, inline), rows)
+        return Accept(future, (message_id, checksum, len(content), encoded, inline), rows, encode_key(envelope))
 
     def _encode(
         self, envelope: Envelope, recipients: Sequence[RecipientRow], unwritten_bytes: int
@@ -312,7 +316,8 @@ class SqliteSpool:
         if message_id != incoming.message_id:
             raise SpoolError("the content was begun for another message")
         encoded, rows = self._encode(envelope, recipients, 0)
-        self._behind[message_id] = [Accept(future, (message_id, 0, incoming.size_bytes, encoded, None), rows)]
+        row = (message_id, 0, incoming.size_bytes, encoded, None)
+        self._behind[message_id] = [Accept(future, row, rows, encode_key(envelope))]
 
     def content_ended(self, incoming: SqliteIncoming, error: SpoolError | None) -> None:
         """See `incoming.Host`."""
@@ -364,11 +369,24 @@ class SqliteSpool:
             await self.in_file_thread(self._contents.remove, orphans)
         return len(left) + len(orphans)
 
+    async def forget_keys(self) -> int:
+        """Remove submission keys that are older than 24 hours, some in each commit; return how many. SpoolError."""
+        forgotten = 0
+        while True:
+            before_ms = self._clock.wall_ms() - KEY_WINDOW_MS
+            if not self._read(self._reader.has_aged_key, before_ms):
+                return forgotten
+            future: asyncio.Future[int] = self._loop.create_future()
+            self._submit(ForgetKeys(future, before_ms, _KEYS_A_COMMIT))
+            forgotten += await future
+
     async def _sweep_hourly(self) -> None:
         while True:
             with contextlib.suppress(OSError, apsw.Error):
                 await self.sweep()
                 await self.in_file_thread(self._reserve.hold)
+            with contextlib.suppress(SpoolError):
+                await self.forget_keys()
             await asyncio.sleep(ORPHAN_AGE_S)
 
     # --- reads ---
@@ -413,6 +431,13 @@ class SqliteSpool:
         self._submit(Quarantine(future, message_id, reason, self._clock.wall_ms()))
         await future
         return SpoolError(f"message {format_message_id(message_id)} is quarantined: {reason}")
+
+    def submitted(self, key_hash: bytes) -> Submitted | None:
+        """What was stored under a submission key in the last 24 hours. A damaged row fails the spool."""
+        try:
+            return self._read(self._reader.submitted, key_hash, self._clock.wall_ms() - KEY_WINDOW_MS)
+        except DamagedRowError as error:
+            raise self._give_up(apsw.CorruptError(str(error))) from error
 
     async def keys(self) -> list[KeyHead]:
         """Every queue key with sendable recipients, sorted; a page of keys at a time, so others get their turns."""

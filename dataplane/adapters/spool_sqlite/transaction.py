@@ -20,10 +20,17 @@ from zlib import crc32
 
 import apsw
 
-from dataplane.adapters.spool_sqlite.codec import Recipient, message_checksum_of_parts, pack_records, recipient_checksum
+from dataplane.adapters.spool_sqlite.codec import (
+    KeyRow,
+    Recipient,
+    message_checksum_of_parts,
+    pack_records,
+    recipient_checksum,
+)
 from dataplane.adapters.spool_sqlite.errors import ISOLATED
 from dataplane.adapters.spool_sqlite.schema import fetch
 from dataplane.adapters.spool_tail import TAIL_BYTES, AcknowledgedTail
+from dataplane.core.idempotency import KEY_WINDOW_MS
 from dataplane.core.ids import MessageId
 from dataplane.core.queue import TERMINAL
 from dataplane.ports import RecipientChange, Settlement, SpoolError
@@ -41,6 +48,14 @@ _INSERT_MESSAGE = "INSERT INTO message (id, checksum, content_bytes, envelope, c
 _INSERT_RECIPIENT = (
     "INSERT INTO recipient (message_id, idx, state, attempt, due_ms, rank, incarnation, checksum, queue_key) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+_INSERT_KEY = (
+    "INSERT INTO submission_key (key_hash, content_hash, message_id, time_ms, checksum) VALUES (?, ?, ?, ?, ?)"
+)
+_DELETE_AGED_KEY = "DELETE FROM submission_key WHERE key_hash = ? AND time_ms <= ?"
+_DELETE_AGED_KEYS = (
+    "DELETE FROM submission_key WHERE time_ms <= ?2 "
+    "AND number IN (SELECT number FROM submission_key ORDER BY number LIMIT ?1)"
 )
 _INSERT_UNREPORTED = "INSERT INTO unreported (message_id) VALUES (?)"
 _DELETE_UNREPORTED = "DELETE FROM unreported WHERE message_id = ?"
@@ -118,6 +133,7 @@ class Accept(Operation):
 
     row: tuple[MessageId, int, int, bytes, bytes | None]
     recipients: Sequence[Recipient]
+    key: KeyRow | None = None
 
     def complete(self, content_checksum: int) -> None:
         """Put in the checksum of a content that was written before the envelope was known."""
@@ -179,6 +195,19 @@ class Quarantine(Operation):
     message_id: MessageId
     reason: str
     time_ms: int
+
+
+@dataclass(slots=True, eq=False)
+class ForgetKeys(Operation):
+    """Remove submission keys up to `before_ms`, of the oldest `count`; the result is how many went."""
+
+    before_ms: int
+    count: int
+
+    @property
+    def is_patient(self) -> bool:
+        """They are found by nobody any more."""
+        return True
 
 
 class Transaction:
@@ -251,7 +280,22 @@ class Transaction:
         for start in range(0, len(recipients), _SLICE_ROWS):
             self._connection.executemany(_INSERT_RECIPIENT, recipients[start : start + _SLICE_ROWS])
             yield
+        keys = [accept.key for accept in accepts if accept.key is not None]
+        for start in range(0, len(keys), _SLICE_ROWS):
+            self._store_keys(keys[start : start + _SLICE_ROWS])
+            yield
         self._waiting_count += len(recipients)
+
+    def _store_keys(self, keys: Sequence[KeyRow]) -> None:
+        """Store keys; for each, two that are too old go, so that there are never many more than 24 hours bring."""
+        aged = [(key.key_hash, key.time_ms - KEY_WINDOW_MS) for key in keys]
+        self._connection.executemany(_DELETE_AGED_KEY, aged)
+        self._forget_keys(2 * len(keys), min(before_ms for _, before_ms in aged))
+        self._connection.executemany(_INSERT_KEY, keys)
+
+    def _forget_keys(self, count: int, before_ms: int) -> int:
+        self._execute(_DELETE_AGED_KEYS, (count, before_ms))
+        return self._connection.changes()
 
     def _apply(self, operation: Operation) -> None:
         match operation:
@@ -267,6 +311,8 @@ class Transaction:
                 self._acknowledge(operation)
             case Quarantine():
                 self._quarantine(operation)
+            case ForgetKeys():
+                operation.result = self._forget_keys(operation.count, operation.before_ms)
 
     # --- settlements ---
 
