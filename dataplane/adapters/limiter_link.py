@@ -106,9 +106,9 @@ async def _exchange_surely(connection: AbstractConnection, calls: Sequence[bytes
     if missing:
         load = pack_command("FUNCTION", "LOAD", "REPLACE", function_library())
         loaded, *repeated = await _exchange(connection, [load, *(calls[number] for number in missing)])
-        _raise_error([loaded])
         for number, answer in zip(missing, repeated, strict=True):
-            answers[number] = answer
+            # Who may not load gives what is missing up, not what is there.
+            answers[number] = loaded if isinstance(loaded, ResponseError) else answer
     return answers
 
 

@@ -21,6 +21,9 @@ A failover is each time that workers go over to their local shares, and each tim
 (restart, FLUSHALL, promotion of a replica that lags); time counts twice while both, shares and buckets, refill. What
 lies above a limit after a loss is less for long buckets, which are seeded (`limiter_levels`).
 
+Other functions of the library go the same way by `call`: they leave with what limits ask, and share the breaker; their
+own refusals give no server up.
+
 Where Redis' user may call functions only, somebody else loads the library (docs/decisions/0005); in a cluster it needs
 `+cluster|slots` as well.
 """
@@ -161,6 +164,18 @@ class RedisLimiter:
             return
         for tag, part in _by_tag(slots).items():
             self._shard_of(tag).release(tag, part)
+
+    def call(self, tag: str, packed: bytes) -> asyncio.Future[Any]:
+        """Call a function whose keys have this tag; the result is None when no server answered, and is never an error.
+
+        Nobody repeats a call that was lost: it may have been done. The answer may be there already.
+        """
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if not self._slots:
+            self._ask_first(Wish("", (), (), answer, packed))
+        else:
+            self._shard_of(tag).ask(Wish(tag, (), (), answer, packed))
+        return answer
 
     async def close(self) -> None:
         """Drop the connections; whoever waits is answered by the local limiter."""

@@ -56,12 +56,23 @@ _ASKING = pack_command("ASKING")
 
 
 class Wish:
-    """What somebody waits for: `takes` or `slots` of one lot."""
+    """What somebody waits for: `takes` or `slots` of one lot, or what a server says to a packed `call`.
 
-    __slots__ = ("answer", "asking", "hops", "lot", "slots", "takes")
+    `answer` is a Grant; to a call it is the server's, or None.
+    """
 
-    def __init__(self, lot: str, takes: Sequence[Take], slots: Sequence[Slot], answer: asyncio.Future[Grant]) -> None:
+    __slots__ = ("answer", "asking", "call", "hops", "lot", "slots", "takes")
+
+    def __init__(
+        self,
+        lot: str,
+        takes: Sequence[Take],
+        slots: Sequence[Slot],
+        answer: asyncio.Future[Any],
+        call: bytes = b"",
+    ) -> None:
         self.lot = lot
+        self.call = call
         self.takes = takes
         self.slots = slots
         self.answer = answer
@@ -172,7 +183,11 @@ class Shard:
     def answer_locally(self, wishes: Sequence[Wish]) -> None:
         """Let the local share decide for those who still wait."""
         for wish in wishes:
-            if not wish.answer.done():
+            if wish.answer.done():
+                continue
+            if wish.call:
+                wish.answer.set_result(None)
+            else:
                 grant = self._local.hold_now(wish.slots) if wish.slots else self._local.take_now(wish.takes)
                 self._counters.local += 1
                 self._counters.local_granted += grant.allowed
@@ -286,7 +301,11 @@ class Shard:
     def _decisions(self, batch: Sequence[Wish]) -> list[_Call]:
         takes: dict[tuple[str, bool], list[Wish]] = {}
         holds: dict[tuple[str, bool], list[Wish]] = {}
+        others: list[Wish] = []
         for wish in batch:
+            if wish.call:
+                others.append(wish)
+                continue
             kind = holds if wish.slots else takes
             kind.setdefault((wish.lot, wish.asking), []).append(wish)
         calls = []
@@ -299,6 +318,9 @@ class Shard:
         for (_, asking), wishes in holds.items():
             calls += self._asked(asking)
             calls.append(_Call(pack_hold([wish.slots for wish in wishes]), self._held(wishes)))
+        for wish in others:
+            calls += self._asked(wish.asking)
+            calls.append(_Call(wish.call, self._called(wish)))
         return calls
 
     def _asked(self, asking: bool) -> list[_Call]:  # noqa: FBT001 - a key of the dictionaries above
@@ -330,6 +352,16 @@ class Shard:
                 return
             for wish, wait_us, refused in zip(wishes, answer[::2], answer[1::2], strict=True):
                 self._answer(wish, _grant(wish.slots, wait_us, refused) if refused else _GRANTED)
+
+        return settle
+
+    def _called(self, wish: Wish) -> Callable[[Any], None]:
+        def settle(answer: Any) -> None:
+            if isinstance(answer, AskError | TryAgainError | ClusterDownError):
+                self._moved((wish,), answer)
+            elif not wish.answer.done():
+                # A refusal of this one call says nothing about the server: limits go on there.
+                wish.answer.set_result(None if isinstance(answer, ResponseError) else answer)
 
         return settle
 

@@ -131,6 +131,12 @@ def pack_release(slots: Sequence[Slot]) -> bytes:
     return b"".join((head, *map(_slot_key, slots), *(_text(slot.holder) for slot in slots)))
 
 
+def pack_call(function: str, key: str, *arguments: str | int) -> bytes:
+    """Pack the call of a function with one key."""
+    words = (_number(each) if isinstance(each, int) else _text(each) for each in arguments)
+    return b"".join((_head(function.encode(), 1, len(arguments)), _text(key), *words))
+
+
 def pack_command(*words: str) -> bytes:
     """Pack any command."""
     return b"".join((b"*%d\r\n" % len(words), *map(_text, words)))

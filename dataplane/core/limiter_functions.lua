@@ -1,6 +1,6 @@
 #!lua name=postroad
--- Limits in Redis or Valkey: token buckets, and slots that are held for a while. The number in a name stands for its
--- meaning: nodes of two versions may share a server, so a function that means something else gets another number.
+-- Limits in Redis or Valkey: token buckets, and slots that are held for a while; and which keys of submissions are taken.
+-- The number in a name stands for its meaning: nodes of two versions may share a server, so a function that means something else gets another number.
 --
 -- Keys are "postroad:{<tag>}<key>" (dataplane.core.limits names both); in a cluster all keys of a call have one tag.
 -- Capacities and levels are whole micro-tokens, rates micro-tokens a second, with a fraction where there is one; costs
@@ -15,6 +15,8 @@
 --                 the level below 0 for a debt
 --   slots         sorted set: holder, end in us        nobody holds one                        with the last holder
 --   epoch         when it was made, in us              what lay here was lost: a new epoch     after 40 days
+--   submission    "pending <message> <content>" or     nobody has the key                      as the caller says
+--                 "stored <message> <content>"
 --
 --   postroad_take_2    KEYS epoch, bucket...                    FCALL
 --                      ARGS epoch the caller knows, empty when it does not care; number of buckets; capacity and rate
@@ -37,6 +39,13 @@
 --     Returns the level of each now, below 0 for a debt; a missing bucket is full.
 --   postroad_count_1   KEYS slots...    no ARGS                                       FCALL or FCALL_RO
 --     Returns how many slots of each are held now.
+--   postroad_claim_1   KEYS submission  ARGS message, hash of the content, milliseconds   FCALL
+--     Lets the message have the key for so long if nobody has it. Returns what it found and the message that has it:
+--     0 nobody, or this message; 1 another is pending; 2 another is stored; 3 another content, pending or stored.
+--   postroad_stored_1  KEYS submission  ARGS message, hash of the content, milliseconds   FCALL
+--     Notes for so long that the message is stored, unless the key is another's. Returns 0.
+--   postroad_withdraw_1 KEYS submission ARGS message                                  FCALL
+--     Gives the key free if the message has it and is pending. Returns 0.
 --
 -- A user that calls them needs, on ~postroad:*, +fcall +time +get +set +pexpireat +zadd +zrem +zcard +zscore +zrange
 -- +zremrangebyscore; one that looks only, +fcall_ro +time +get +zcount. Who loads them: +function|load.
@@ -239,6 +248,43 @@ local function count(keys)
   return counts
 end
 
+local function submission_at(key)
+  return string.match(redis.call('GET', key) or '', '^(%l+) (%S+) (%S+)$')
+end
+
+local function note_submission(key, state, args)
+  redis.call('SET', key, state .. ' ' .. args[1] .. ' ' .. args[2], 'PX', args[3])
+end
+
+local function claim(keys, args)
+  local state, message, content = submission_at(keys[1])
+  if not state or (state == 'pending' and message == args[1]) then
+    note_submission(keys[1], 'pending', args)
+    return {0, args[1]}
+  end
+  if content ~= args[2] then
+    return {3, message}
+  end
+  return {state == 'stored' and 2 or 1, message}
+end
+
+local function stored(keys, args)
+  local state, message = submission_at(keys[1])
+  if not state or message == args[1] then
+    note_submission(keys[1], 'stored', args)
+  end
+  return 0
+end
+
+local function withdraw(keys, args)
+  local state, message = submission_at(keys[1])
+  if state == 'pending' and message == args[1] then
+    -- A time that is over removes it, by a right that callers have.
+    redis.call('PEXPIREAT', keys[1], 1)
+  end
+  return 0
+end
+
 redis.register_function('postroad_take_2', take)
 redis.register_function('postroad_seed_2', seed)
 redis.register_function('postroad_refund_2', refund)
@@ -246,3 +292,6 @@ redis.register_function('postroad_hold_1', hold)
 redis.register_function('postroad_release_1', release)
 redis.register_function{function_name='postroad_peek_2', callback=peek, flags={'no-writes'}}
 redis.register_function{function_name='postroad_count_1', callback=count, flags={'no-writes'}}
+redis.register_function('postroad_claim_1', claim)
+redis.register_function('postroad_stored_1', stored)
+redis.register_function('postroad_withdraw_1', withdraw)
