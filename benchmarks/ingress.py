@@ -25,6 +25,7 @@ from dataplane.core.envelope import Envelope, RecipientRow
 from dataplane.core.policy import CompiledAccount, compile_account, compile_networks
 from dataplane.ingress.admission import Admission
 from dataplane.ingress.counters import IngressCounters
+from dataplane.ingress.idempotency import Submissions
 from dataplane.ingress.listeners import Ingress, Mode
 from dataplane.ingress.protocol import Timeouts
 from dataplane.ingress.submission import Submission
@@ -169,19 +170,20 @@ def _cpu_s() -> float:
 
 def quiet_submission() -> Submission:
     """Return a submission of one account, bound to loopback, behind which nothing is asked, kept or told."""
-    nobody = _Nobody()
+    nobody, spool, counters = _Nobody(), NullSpool(), IngressCounters()
     return Submission(
         config=_Config(),
-        spool=NullSpool(),
+        spool=spool,
         limiter=nobody,
         handover=nobody,
         clock=SystemClock(),
         log=nobody,
         admission=Admission(100_000, 100_000),
-        counters=IngressCounters(),
+        counters=counters,
         hostname="bench",
         random=os.urandom,
         max_content_bytes=1 << 28,
+        keyed=Submissions(spool, None, counters, nobody),
     )
 
 

@@ -42,6 +42,7 @@ NOISY = frozenset(
         "delivery.spool_read_failed",
         "listener.paused",
         "message.limited",
+        "message.repeated",
         "message.not_stored",
         "session.failed",
     }

@@ -55,6 +55,12 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("smtp_active_sessions", "SMTP sessions that are open"),
     _counter("smtp_message_enqueued_total", "Messages stored and answered 250"),
     _counter("smtp_messages_refused_total", "Messages refused for what they contain, after the dot"),
+    _counter(
+        "smtp_submission_keys_total",
+        "Messages with an Idempotency-Key by what became of them",
+        "result",
+        ("stored", "unchecked", "repeated", "pending", "conflicting"),
+    ),
     _counter("smtp_auth_attempts_total", "AUTH attempts", "result", ("succeeded", "failed", "throttled")),
     _histogram("smtp_enqueue_duration_seconds", "From the final dot to its answer", LATENCY_BOUNDS_S),
     _counter("smtp_commits_late_total", "Commits that outlasted the client's answer"),

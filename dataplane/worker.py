@@ -27,6 +27,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dataplane.adapters.claims_redis import RedisClaims
 from dataplane.adapters.config_view import MappedConfigView
 from dataplane.adapters.ledger_codec import encode_record, encode_statement
 from dataplane.adapters.limiter_link import Server
@@ -50,6 +51,7 @@ from dataplane.forwarding import RecordForwarder
 from dataplane.ingress.address_counts import AddressCounts
 from dataplane.ingress.admission import Admission
 from dataplane.ingress.counters import IngressCounters
+from dataplane.ingress.idempotency import Submissions
 from dataplane.ingress.listeners import Ingress, Mode
 from dataplane.ingress.submission import Submission
 from dataplane.ingress.tls import TlsHolder, server_context
@@ -58,7 +60,7 @@ from dataplane.lifecycle import DrainPlan, ProcessSignals, close_behind, report_
 from dataplane.link import SOCKET_PATH
 from dataplane.live_settings import LiveSettings, timeouts_of
 from dataplane.loop_lag import LoopLag
-from dataplane.ports import EventLog, Limiter, SpoolError, SpoolFailedError, SpoolFullError
+from dataplane.ports import Claims, EventLog, Limiter, SpoolError, SpoolFailedError, SpoolFullError
 from dataplane.process import EXIT_NO_SPACE, EXIT_UNAVAILABLE, Child
 from dataplane.settings import Settings, SettingsError, TlsSettings
 from dataplane.spool_folders import is_refused, lift_quarantine, quarantine_spool
@@ -320,6 +322,7 @@ class _Worker:
             random=os.urandom,
             max_content_bytes=bounds.content_bytes,
             spill_bytes=bounds.spill_bytes,
+            keyed=Submissions(self._spools[primary], self._claims(), self._counters, self._log),
             turnstile=self._turnstile(self._engines[primary]),
             delay_bytes=bounds.delay_bytes,
         )
@@ -329,6 +332,9 @@ class _Worker:
         modes = [Mode(listener.mode) for listener in self._settings.listeners]
         ingress.start(list(zip(sockets, modes, strict=True)))
         return ingress
+
+    def _claims(self) -> Claims | None:
+        return RedisClaims(self._limits) if self._limits is not None else None
 
     def _shared_counts(self) -> AddressCounts | None:
         return AddressCounts(self._child.counts_fd, self._index) if self._child.counts_fd >= 0 else None

@@ -94,6 +94,8 @@ BAD_RECIPIENT = make_reply(553, "1.3", "Recipient address not understood", "bad_
 NEEDS_SMTPUTF8 = make_reply(553, "6.7", "Address needs SMTPUTF8", "needs_smtputf8")
 NO_ROUTE = make_reply(550, "4.4", "No routing rule matches", "no_route")
 
+KEY_TAKEN = make_reply(550, "7.0", "This Idempotency-Key was used for another message", "key_taken")
+
 # --- size and content ------------------------------------------------------------------------------------------------
 
 TOO_BIG = make_reply(552, "3.4", "Message is too big", "too_big")
@@ -118,6 +120,9 @@ CONFIG_STALE = make_reply(451, "3.2", "Configuration is out of date, try again l
 COMMIT_TIMEOUT = make_reply(451, "3.0", "Storing took too long, try again", "commit_timeout")
 STORAGE_FAILED = make_reply(451, "3.0", "Storing failed, try again later", "storage_failed")
 STORAGE_FULL = make_reply(452, "3.1", "Out of storage, try again later", "storage_full")
+SUBMISSION_PENDING = make_reply(
+    451, "7.1", "A message with this Idempotency-Key is being stored, try again", "submission_pending"
+)
 OVERLOADED = make_reply(452, "3.1", "Too much mail at once, try again later", "overloaded")
 EARLY_TALKER = make_reply(554, "5.1", "Speak after the greeting", "early_talker")
 
@@ -127,10 +132,14 @@ def greeting(hostname: str) -> Reply:
     return make_reply(220, "", f"{hostname} ESMTP", "greeting")
 
 
-def queued(message_id: str) -> Reply:
+QUEUED, QUEUED_ONCE, REPEATED = "queued", "queued_once", "repeated"
+"""Why the dot is answered 250: stored; stored under a key that the fleet was asked for; stored before."""
+
+
+def queued(message_id: str, reason: str = QUEUED) -> Reply:
     """Return the 250 to the final dot; from here on the message is ours."""
     wire = b"250 2.0.0 queued as " + message_id.encode("ascii") + b"\r\n"
-    return Reply(250, "2.0.0", "queued as " + message_id, "queued", wire)
+    return Reply(250, "2.0.0", "queued as " + message_id, reason, wire)
 
 
 @lru_cache(maxsize=64)

@@ -17,7 +17,7 @@ class IngressCounters:
     """All since start, but `sessions_active` and `content_bytes`, which are now.
 
     `enqueue_seconds` goes from the dot to the 250; `answers_lost` counts messages stored whose 250 nobody could be
-    given: who sent them may send them again (window W1).
+    given: who sent them may send them again (window W1). `submissions_…` are messages with an Idempotency-Key.
     """
 
     sessions_active: int = 0
@@ -37,6 +37,11 @@ class IngressCounters:
     content_bytes: int = 0
     answers_lost: int = 0
     answers_delayed: int = 0
+    submissions_stored: int = 0
+    submissions_unchecked: int = 0
+    submissions_repeated: int = 0
+    submissions_pending: int = 0
+    submissions_conflicting: int = 0
     enqueue_seconds: Histogram = field(default_factory=lambda: Histogram(LATENCY_BOUNDS_S))
 
     def samples(self) -> Iterator[tuple[str, tuple[str, ...], float | tuple[float, ...]]]:
@@ -58,6 +63,14 @@ class IngressCounters:
             ("throttled", self.auth_throttled),
         ):
             yield "smtp_auth_attempts_total", (result,), count
+        for result, count in (
+            ("stored", self.submissions_stored),
+            ("unchecked", self.submissions_unchecked),
+            ("repeated", self.submissions_repeated),
+            ("pending", self.submissions_pending),
+            ("conflicting", self.submissions_conflicting),
+        ):
+            yield "smtp_submission_keys_total", (result,), count
         yield "smtp_message_enqueued_total", (), self.messages_enqueued
         yield "smtp_messages_refused_total", (), self.messages_refused
         yield "smtp_commits_late_total", (), self.commits_late

@@ -527,11 +527,13 @@ class SmtpProtocol(asyncio.Protocol, Timed):
         counters = self._service.counters
         told = self._finish_commit(number, reply)
         if reply.code == _STORED:
-            self._stored_last = told
+            # What has a key is not stored twice, however often it comes.
+            may_come_twice = reply.reason == replies.QUEUED
+            self._stored_last = told and may_come_twice
             if told:
                 counters.enqueue_seconds.observe(self._service.wheel.now() - ended_s)
             else:
-                counters.answers_lost += 1
+                counters.answers_lost += may_come_twice
 
     def _finish_commit(self, number: int, reply: Reply) -> bool:
         """Answer the dot, unless the client is gone or was answered when the deadline passed; say whether."""

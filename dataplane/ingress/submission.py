@@ -10,6 +10,8 @@ configuration pinned at MAIL until the transaction ends, and looks at denials an
     accept       checks the content, builds the envelope, and lets the spool commit it; `answer` is called once, with
                  250 after the commit or with the refusal, whether or not the client is still there
 
+A message with an `Idempotency-Key` loses that field, and may be answered without being stored (`idempotency`).
+
 Each recipient is counted as content in memory: from its 250 until the transaction ends, is dropped, or is committed.
 
 The commit belongs to the spool: nothing here cancels it. A fault of ours is a 4xx, never a 5xx.
@@ -39,7 +41,8 @@ from dataplane.core.envelope import (
     make_queue_key,
     recipient_bytes,
 )
-from dataplane.core.headers import HeaderScan, Receipt, format_date, head_of, prepare, received_line, scan
+from dataplane.core.headers import HeaderScan, Receipt, format_date, head_of, prepare, received_line, scan, without_key
+from dataplane.core.idempotency import SubmissionHash, SubmissionKey, hash_key
 from dataplane.core.ids import MessageId, format_message_id, new_message_id
 from dataplane.core.policy import CompiledAccount, denied, secret_matches, split_username
 from dataplane.core.queue import State
@@ -50,6 +53,7 @@ from dataplane.failpoints import failpoint
 from dataplane.ingress.admission import Admission, counting_key
 from dataplane.ingress.buckets import IngressLimits, MessageLimits, Permit
 from dataplane.ingress.counters import IngressCounters
+from dataplane.ingress.idempotency import Submissions
 from dataplane.ingress.turnstile import Turnstile
 from dataplane.ports import (
     Clock,
@@ -78,7 +82,10 @@ DELAY_BYTES = 128 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What all submitters of a worker share. `random` gives that many random octets."""
+    """What all submitters of a worker share. `random` gives that many random octets.
+
+    `keyed` takes care of messages with an `Idempotency-Key`.
+    """
 
     config: ConfigView
     spool: Spool
@@ -91,6 +98,7 @@ class Submission:
     hostname: str
     random: Callable[[int], bytes]
     max_content_bytes: int
+    keyed: Submissions
     spill_bytes: int = SPILL_BYTES
     limits: IngressLimits = field(default_factory=IngressLimits)
     delay_bytes: int = DELAY_BYTES
@@ -118,6 +126,7 @@ class _Large:
     message_id: MessageId
     scanned: HeaderScan
     header_message_id: str
+    hashed: SubmissionHash | None
     body_8bit: bool = False
     received_bytes: int = 0
 
@@ -125,6 +134,8 @@ class _Large:
         """Append what came, behind header fields that are `added`."""
         self.body_8bit = self.body_8bit or not all(piece.isascii() for piece in pieces)
         self.received_bytes += sum(map(len, pieces))
+        if self.hashed is not None:
+            self.hashed.add(*pieces)
         return self.incoming.write(added, *pieces)
 
 
@@ -307,8 +318,8 @@ class Submitter:
             self._shared.limiter.refund(permit.takes)
 
     def _settle(self, permit: Permit, size_bytes: int, answer: Answer, reply: Reply) -> None:
-        """A permitted message was stored or refused."""
-        if reply.code != _STORED:
+        """A permitted message was stored, refused, or had been stored before."""
+        if reply.code != _STORED or reply.reason == replies.REPEATED:
             self._shared.limiter.refund(permit.takes)
         elif permit.byte_takes:
             self._shared.limiter.refund(permit.difference(size_bytes))
@@ -332,8 +343,15 @@ class Submitter:
         now_ms = self._shared.clock.wall_ms()
         message_id = new_message_id(now_ms, self._shared.random(_RANDOM_OCTETS))
         added, header_message_id = self._complete(b"", scanned, hello, now_ms, format_message_id(message_id))
-        self._large = _Large(self._shared.spool.receive(message_id), message_id, scanned, header_message_id)
-        return self._large.write(pieces, added)
+        hashed = SubmissionHash(self._sender, self._recipients) if scanned.idempotency_key else None
+        incoming = self._shared.spool.receive(message_id)
+        large = self._large = _Large(incoming, message_id, scanned, header_message_id, hashed)
+        if hashed is not None:
+            whole = b"".join(pieces)
+            pieces = [without_key(whole, scanned)]
+            # The octets of the field came as well.
+            large.received_bytes = len(whole) - len(pieces[0])
+        return large.write(pieces, added)
 
     def drop(self) -> None:
         """Forget recipients and what `spill` has put into a file, and give back what was counted and granted."""
@@ -373,7 +391,30 @@ class Submitter:
             self._shared.counters.messages_refused += 1
             answer(refusal)
             return
-        self._store(content, scanned, hello, answer)
+        key = None
+        if scanned.idempotency_key:
+            content = without_key(content, scanned)
+            hashed = SubmissionHash(self._sender, self._recipients)
+            hashed.add(content)
+            key = self._key(scanned, hashed)
+            if self._is_answered(key, answer):
+                return
+        self._store(content, scanned, hello, answer, key)
+
+    def _key(self, scanned: HeaderScan, hashed: SubmissionHash) -> SubmissionKey:
+        return SubmissionKey(hash_key(self._account().account.uid, scanned.idempotency_key), hashed.digest())
+
+    def _is_answered(self, key: SubmissionKey, answer: Answer) -> bool:
+        """Whether there was nothing to store, and the client has its answer."""
+        try:
+            reply = self._shared.keyed.known(key, self._account_name, self.session_id)
+        except SpoolError as error:
+            reply = self.storage_refusal(error)
+        if reply is None:
+            return False
+        self._shared.counters.messages_refused += reply is replies.KEY_TAKEN
+        answer(reply)
+        return True
 
     def _content_refusal(self, scanned: HeaderScan) -> Reply | None:
         if scanned.problem is not None:
@@ -382,14 +423,16 @@ class Submitter:
             return replies.FROM_NOT_OWNED
         return None
 
-    def _store(self, content: bytes, scanned: HeaderScan, hello: Hello, answer: Answer) -> None:
+    def _store(
+        self, content: bytes, scanned: HeaderScan, hello: Hello, answer: Answer, key: SubmissionKey | None
+    ) -> None:
         shared = self._shared
         now_ms = shared.clock.wall_ms()
         message_id = new_message_id(now_ms, shared.random(_RANDOM_OCTETS))
         identifier = format_message_id(message_id)
         stored, header_message_id = self._complete(content, scanned, hello, now_ms, identifier)
         envelope = self._envelope(
-            message_id, len(stored), scanned, header_message_id, hello, now_ms, body_8bit=not content.isascii()
+            message_id, len(stored), scanned, header_message_id, hello, now_ms, key, body_8bit=not content.isascii()
         )
         keys = self._queue_keys(envelope)
         if not any(keys):
@@ -397,9 +440,13 @@ class Submitter:
             answer(replies.NO_ROUTE)
             return
         rows, handed_over = self._rows(keys, envelope)
+        handed_content = stored if handed_over else b""
+        if key is not None:
+            write = partial(shared.spool.accept, content=stored, recipients=rows)
+            self._store_once(envelope, key, write, handed_content, rows, answer)
+            return
         failpoint("accept.received")
         future = shared.spool.accept(envelope, stored, rows)
-        handed_content = stored if handed_over else b""
         future.add_done_callback(
             partial(self._stored, envelope, identifier, handed_content, rows, self._part_with_recipients(), answer)
         )
@@ -410,6 +457,11 @@ class Submitter:
         if content:
             # Should this write fail, accepting fails with it.
             large.write([content]).add_done_callback(asyncio.Future.exception)
+        key = None
+        if large.hashed is not None:
+            key = self._key(large.scanned, large.hashed)
+            if self._is_answered(key, answer):
+                return
         envelope = self._envelope(
             large.message_id,
             large.incoming.size_bytes,
@@ -417,6 +469,7 @@ class Submitter:
             large.header_message_id,
             hello,
             shared.clock.wall_ms(),
+            key,
             body_8bit=large.body_8bit,
         )
         keys = self._queue_keys(envelope)
@@ -425,13 +478,50 @@ class Submitter:
             answer(replies.NO_ROUTE)
             return
         rows, _ = self._rows(keys, envelope, in_memory=False)
-        failpoint("accept.received")
         self._large = None
+        if key is not None:
+            write = partial(large.incoming.accept, recipients=rows)
+            self._store_once(envelope, key, write, b"", rows, answer, large.incoming.discard)
+            return
+        failpoint("accept.received")
         future = large.incoming.accept(envelope, rows)
         identifier = format_message_id(large.message_id)
         future.add_done_callback(
             partial(self._stored, envelope, identifier, b"", rows, self._part_with_recipients(), answer)
         )
+
+    def _store_once(
+        self,
+        envelope: Envelope,
+        key: SubmissionKey,
+        write: Callable[[Envelope], asyncio.Future[None]],
+        content: bytes,
+        rows: list[RecipientRow],
+        answer: Answer,
+        discard: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Store a message when its key is free. Whoever leaves meanwhile leaves it as it is."""
+        shared, counted_bytes = self._shared, self._part_with_recipients()
+
+        def go_on(claimed: Envelope | Reply) -> None:
+            if isinstance(claimed, Reply):
+                shared.counters.content_bytes -= counted_bytes
+                shared.counters.messages_refused += claimed is replies.KEY_TAKEN
+                discard()
+                answer(claimed)
+                return
+            failpoint("accept.received")
+            identifier = format_message_id(claimed.message_id)
+            stored = partial(self._stored, claimed, identifier, content, rows, counted_bytes, answer)
+            try:
+                future = write(claimed)
+            except Exception as fault:  # noqa: BLE001 - nobody else answers for it any more
+                future = asyncio.get_running_loop().create_future()
+                future.set_exception(fault)
+                discard()
+            future.add_done_callback(stored)
+
+        shared.keyed.claim(envelope, key, go_on)
 
     def _envelope(
         self,
@@ -441,6 +531,7 @@ class Submitter:
         header_message_id: str,
         hello: Hello,
         now_ms: int,
+        key: SubmissionKey | None,
         *,
         body_8bit: bool,
     ) -> Envelope:
@@ -461,6 +552,7 @@ class Submitter:
             smtputf8=self._parameters.smtputf8,
             body_8bit=self._parameters.body_8bit or body_8bit,
             headers=scanned.rule_values,
+            submission_key=key,
         )
 
     def _complete(
@@ -545,6 +637,9 @@ class Submitter:
         shared = self._shared
         shared.counters.content_bytes -= counted_bytes
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
+        key = envelope.submission_key
+        if key is not None:
+            shared.keyed.ended(envelope, key, error)
         if error is not None:
             answer(self.storage_refusal(error))
             return
@@ -566,7 +661,8 @@ class Submitter:
             recipients=len(rows),
             size_bytes=envelope.size_bytes,
         )
-        answer(replies.queued(identifier))
+        once = key is not None and key.checked
+        answer(replies.queued(identifier, replies.QUEUED_ONCE if once else replies.QUEUED))
         failpoint("accept.answered")
 
     def storage_refusal(self, error: BaseException) -> Reply:

@@ -4,54 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import cast
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataplane.adapters.spool_ram import RamSpool
-from dataplane.ingress.protocol import SmtpProtocol
 from support.ingress import Clock, Node, make_node, until
+from support.octets import LINES, OPENING, open_session
 
 HEADER = b"From: app@example.com\r\nSubject: large\r\n\r\n"
-OPENING = b"EHLO c\r\nMAIL FROM:<app@example.com>\r\nRCPT TO:<b@example.net>\r\nDATA\r\n"
-LINES = st.sampled_from(
-    [b"", b".", b"..", b".x", b"x", b"x" * 70, b"\xc3\xa9", b"x" * 500, b"." * 40, b"MAIL FROM:<>", b"x" * 998]
-)
 # Below it nothing is spilled, and it holds the header of these messages.
 SPILL_BYTES = 100
-
-
-class Transport:
-    """What a session says, and whether it reads."""
-
-    def __init__(self) -> None:
-        self.said = b""
-        self.paused = False
-
-    def write(self, data: bytes) -> None:
-        self.said += data
-
-    def pause_reading(self) -> None:
-        self.paused = True
-
-    def resume_reading(self) -> None:
-        self.paused = False
-
-    def is_closing(self) -> bool:
-        return False
-
-    def get_extra_info(self, name: str) -> object:
-        return None
-
-
-def open_session(node: Node) -> tuple[SmtpProtocol, Transport]:
-    service, transport = node.ingress.service, Transport()
-    submitter = service.submission.submitter("127.0.0.1")
-    session = SmtpProtocol(service, submitter, service.limits, tls_available=False, tls_active=False)
-    node.admission.admit("127.0.0.1", counted=True)
-    session.connection_made(cast("asyncio.Transport", transport))
-    return session, transport
 
 
 async def store(lines: list[bytes], places: list[int], spill_bytes: int) -> tuple[bytes, Node]:

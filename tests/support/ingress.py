@@ -18,12 +18,13 @@ from dataplane.core.envelope import Envelope, RecipientRow
 from dataplane.core.policy import CompiledAccount, NetworkTable, compile_account, compile_networks
 from dataplane.ingress.admission import Admission
 from dataplane.ingress.counters import IngressCounters
+from dataplane.ingress.idempotency import Submissions
 from dataplane.ingress.listeners import Ingress, Mode
 from dataplane.ingress.protocol import Timeouts
 from dataplane.ingress.submission import DELAY_BYTES, SPILL_BYTES, Submission
 from dataplane.ingress.tls import TlsHolder
 from dataplane.ingress.turnstile import Turnstile
-from dataplane.ports import Grant, Slot, Spool, Take
+from dataplane.ports import Claims, Grant, Slot, Spool, Take
 
 HOSTNAME = "relay.example"
 SECRET = "prs_a-secret-that-is-in-no-log"
@@ -270,6 +271,7 @@ def make_node(
     delay_bytes: int = DELAY_BYTES,
     timeouts: Timeouts | None = None,
     turnstile: Turnstile | None = None,
+    claims: Claims | None = None,
 ) -> Node:
     """Everything but sockets; clients of `networks` may send for the account without AUTH."""
     clock, config, counters = Clock(), Config(), IngressCounters()
@@ -291,6 +293,7 @@ def make_node(
         random=os.urandom,
         max_content_bytes=max_content_bytes,
         spill_bytes=spill_bytes,
+        keyed=Submissions(spool, claims, counters, log),
         turnstile=turnstile,
         delay_bytes=delay_bytes,
     )

@@ -220,7 +220,7 @@ def snapshot(sink_port: int) -> StreamConfigResponse:
 
 @contextlib.asynccontextmanager
 async def lone_node(
-    folder: Path, failpoints: str = "", *, loses: bool = False, by_spool: bool = False
+    folder: Path, failpoints: str = "", *, loses: bool = False, by_spool: bool = False, redis_url: str = ""
 ) -> AsyncIterator[LoneNode]:
     """A node that serves. `by_spool` lets every message be read back from the spool instead of being handed over."""
     (folder / "spent").mkdir()
@@ -238,7 +238,8 @@ async def lone_node(
     await plane.start()
     try:
         plane.pki.write_identity(folder / "data")
-        settings_file = write_settings(folder, plane.address, workers=1, delivery=delivery)
+        shared = {"redis": {"url": redis_url}} if redis_url else {}
+        settings_file = write_settings(folder, plane.address, workers=1, delivery=delivery, **shared)
         async with running(settings_file, None, **environment) as process:
             stream = await plane.next_stream()
             stream.send(snapshot(sink.port))
