@@ -62,6 +62,7 @@ from controlplane.jobs.books import book_jobs
 from controlplane.jobs.housekeeping import housekeeping_jobs
 from controlplane.jobs.leader import Leader
 from controlplane.ports import LiveLimits, RequestBudget
+from controlplane.ports_fleet import Duplicate
 from controlplane.services.auditing import Auditor
 from controlplane.services.compile import POOL_KEY_PLACE
 from controlplane.services.enrollment import EnrollmentService
@@ -344,7 +345,12 @@ class _ControlPlane:
         self._nodes = grpc.aio.server(options=NODE_OPTIONS)
         self._config = NodeConfigServicer(self._fleet, _now, self._note)
         retention = timedelta(days=self._settings.retention.messages_days)
-        store = PostgresLedger(self._fleet_database, retention=retention, report=self._note_reject)
+        store = PostgresLedger(
+            self._fleet_database,
+            retention=retention,
+            report=self._note_reject,
+            report_duplicate=self._note_duplicate,
+        )
         auditor = Auditor(
             self._books,
             _now,
@@ -442,6 +448,16 @@ class _ControlPlane:
                     f"{one.kind.name} {one.account} {one.message_id or one.detail}" for one in comparison.findings[:5]
                 ],
             )
+
+    def _note_duplicate(self, duplicate: Duplicate) -> None:
+        self._metrics.duplicate_found()
+        self._log.warning(
+            "ledger.duplicate",
+            account=f"accounts/{duplicate.account}",
+            message=duplicate.message_id,
+            duplicate_of=duplicate.first_id,
+            checked=duplicate.checked,
+        )
 
     def _failed(self, event: str) -> Any:
         def report(what: str, error: Exception) -> None:

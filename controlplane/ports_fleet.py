@@ -345,6 +345,18 @@ class Stored(NamedTuple):
     rejected_count: int
 
 
+class Duplicate(NamedTuple):
+    """A message that was stored though another one of its account has its Idempotency-Key.
+
+    `checked` says that its spool could ask Redis, which did not know of the other.
+    """
+
+    message_id: str
+    first_id: str
+    account: str
+    checked: bool
+
+
 class LedgerStore(Protocol):
     """The record of every message."""
 
@@ -389,6 +401,10 @@ class JobStore(Protocol):
 
     async def delete_idempotency_keys(self, before: datetime) -> int:
         """Forget answers to requests made before then."""
+        ...
+
+    async def delete_submission_keys(self, before: datetime, limit: int) -> int:
+        """Forget at most `limit` keys of messages that were accepted before then; returns how many."""
         ...
 
     async def delete_enrollment_tokens(self, before: datetime) -> int:

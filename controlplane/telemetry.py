@@ -167,6 +167,10 @@ class Metrics:
         for spool, age_s in health.ages_s.items():
             self._gauges["audit_age_seconds"].labels(spool).set(age_s)
 
+    def duplicate_found(self) -> None:
+        """Two spools stored messages with one Idempotency-Key."""
+        self._counters["ledger_duplicates_total"].inc()
+
     def leading(self, *, now: bool) -> None:
         """Whether this process is the leader; what only the leader tells ends with that."""
         self._gauges["leader"].set(1 if now else 0)

@@ -18,7 +18,7 @@ from asyncpg.pgproto.pgproto import UUID
 from google.protobuf.message import DecodeError
 
 from dataplane.core.queue import TERMINAL, EventType, State
-from postroad.node.v1.ledger_pb2 import AttemptEvent, CommandResult, LedgerRecord
+from postroad.node.v1.ledger_pb2 import AcceptedMessage, AttemptEvent, CommandResult, LedgerRecord
 
 DAY_MS = 86_400_000
 
@@ -29,6 +29,7 @@ _QUEUED = int(State.QUEUED)
 _CONFLICT = int(EventType.CONFLICTING_OUTCOME)
 _ACCOUNT_PREFIX = "accounts/"
 _STORED_TEXT_LIMIT = 4_096
+_HASH_BYTES = 32
 
 # Positions in a recipient's row.
 STATE, _UPDATE_MS = 4, 7
@@ -40,6 +41,16 @@ class RecordError(Exception):
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
         self.reason = reason
+
+
+class KeyRow(NamedTuple):
+    """Which message has an Idempotency-Key; the time is that of its acceptance."""
+
+    account: str
+    key_hash: bytes
+    message_id: UUID
+    accept_time_ms: int
+    checked: bool
 
 
 class IdBounds(NamedTuple):
@@ -71,6 +82,7 @@ class RecordRows:
         self._bounds = bounds
         self.is_clean = clean
         self.messages: list[tuple[Any, ...]] = []
+        self.keys: list[KeyRow] = []
         # Rows are lists: a later record of the run may change them.
         self.accepted: dict[Key, list[Any]] = {}
         self.changed: dict[Key, list[Any]] = {}
@@ -120,8 +132,7 @@ class RecordRows:
             raise RecordError("BAD_ACCOUNT", "the record names no account")
         count = None
         if record.HasField("accepted"):
-            if abs(record.accepted.accept_time_ms - made_ms) > DAY_MS:
-                raise RecordError("MESSAGE_ID_OUT_OF_RANGE", "message id and time of acceptance are a day apart")
+            _check_accepted(record.accepted, made_ms)
             count = len(record.accepted.recipients)
         for update in record.recipients:
             if update.state not in _STATES or not _is_index(update.index, count):
@@ -149,6 +160,9 @@ class RecordRows:
             )
         )
         time_ms = accepted.accept_time_ms
+        if accepted.submission_key_hash:
+            key = (account, accepted.submission_key_hash, message_id, time_ms, accepted.submission_key_checked)
+            self.keys.append(KeyRow(*key))
         for index, address in enumerate(accepted.recipients):
             row = [message_id, index, account, self._text(address), _QUEUED, 0, 0, time_ms, 0, "", "", ""]
             self.accepted[(raw_id, index)] = row
@@ -230,6 +244,13 @@ def columns(rows: Iterable[Iterable[Any]], width: int) -> list[list[Any]]:
     """Rows turned into `width` lists, also when there are none."""
     turned = [list(column) for column in zip(*rows, strict=True)]
     return turned or [[] for _ in range(width)]
+
+
+def _check_accepted(accepted: AcceptedMessage, made_ms: int) -> None:
+    if abs(accepted.accept_time_ms - made_ms) > DAY_MS:
+        raise RecordError("MESSAGE_ID_OUT_OF_RANGE", "message id and time of acceptance are a day apart")
+    if len(accepted.submission_key_hash) not in {0, _HASH_BYTES}:
+        raise RecordError("BAD_SUBMISSION_KEY", "the hash of a submission key is none")
 
 
 def _is_index(index: int, count: int | None) -> bool:

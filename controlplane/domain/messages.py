@@ -101,7 +101,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """An accepted message; `events` are filled in for one message only, oldest first."""
+    """An accepted message; `events` are filled in for one message only, oldest first.
+
+    `duplicate_of` is the id of the message that had been stored under its Idempotency-Key, empty for none.
+    """
 
     message_id: str
     account: str
@@ -119,6 +122,7 @@ class Message:
     spool: str
     recipients: tuple[Recipient, ...] = ()
     events: tuple[Event, ...] = ()
+    duplicate_of: str = ""
 
     @property
     def state(self) -> State:

@@ -6,6 +6,7 @@ cut off anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 
 from controlplane.jobs.leader import Job
@@ -14,9 +15,12 @@ from controlplane.ports_fleet import JobStore
 # One day back: a node's clock, or its report, may lag behind midnight.
 _DAYS_BACK, _DAYS_AHEAD = 1, 3
 _IDEMPOTENCY = timedelta(hours=24)
+# A node may have been cut off for days when it tells of its messages.
+_SUBMISSION_KEYS = timedelta(days=7)
+_KEYS_A_BATCH = 10_000
 _EXPIRED_TOKENS = timedelta(days=1)
 _OLD_REVISIONS = timedelta(days=30)
-# A revision may be megabytes: few in a transaction, and what is left over after so many waits for the next run.
+# A revision may be megabytes: few in a transaction.
 _REVISIONS_A_BATCH, _BATCHES_A_RUN = 200, 100
 # One transaction, so that the nodes are sent the denials once a run at most.
 _DENIALS_A_RUN = 10_000
@@ -35,13 +39,14 @@ def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
     async def forget_requests(now: datetime) -> None:
         await store.delete_idempotency_keys(now - _IDEMPOTENCY)
 
+    async def forget_submission_keys(now: datetime) -> None:
+        await _in_batches(store.delete_submission_keys, now - _SUBMISSION_KEYS, _KEYS_A_BATCH)
+
     async def forget_tokens(now: datetime) -> None:
         await store.delete_enrollment_tokens(now - _EXPIRED_TOKENS)
 
     async def forget_revisions(now: datetime) -> None:
-        for _ in range(_BATCHES_A_RUN):
-            if await store.delete_config_revisions(now - _OLD_REVISIONS, _REVISIONS_A_BATCH) < _REVISIONS_A_BATCH:
-                return
+        await _in_batches(store.delete_config_revisions, now - _OLD_REVISIONS, _REVISIONS_A_BATCH)
 
     async def forget_denials(now: datetime) -> None:
         await store.delete_denials(now, _DENIALS_A_RUN)
@@ -50,7 +55,15 @@ def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
         Job("make_partitions", timedelta(hours=1), make_partitions),
         Job("drop_partitions", timedelta(hours=1), drop_partitions),
         Job("forget_requests", timedelta(minutes=10), forget_requests),
+        Job("forget_submission_keys", timedelta(minutes=10), forget_submission_keys),
         Job("forget_tokens", timedelta(hours=1), forget_tokens),
         Job("forget_revisions", timedelta(hours=6), forget_revisions),
         Job("forget_denials", timedelta(hours=1), forget_denials),
     ]
+
+
+async def _in_batches(delete: Callable[[datetime, int], Awaitable[int]], before: datetime, count: int) -> None:
+    """Delete `count` at a time; what is left over after so many batches waits for the next run."""
+    for _ in range(_BATCHES_A_RUN):
+        if await delete(before, count) < count:
+            return

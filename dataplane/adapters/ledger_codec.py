@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any
 
 from dataplane.core.envelope import Envelope
+from dataplane.core.idempotency import SubmissionKey
 from dataplane.core.ledger import AttemptEvent, CommandResult, LedgerRecord, RecipientUpdate
 from dataplane.core.waiting import Waiting, WaitingStatement
 from postroad.node.v1 import ledger_pb2 as pb
@@ -72,7 +73,7 @@ def _command_result(result: CommandResult) -> pb.CommandResult:
 
 
 def _accepted(envelope: Envelope, recipients: tuple[str, ...]) -> pb.AcceptedMessage:
-    return pb.AcceptedMessage(
+    accepted = pb.AcceptedMessage(
         accept_time_ms=envelope.accepted_ms,
         sender=envelope.sender,
         size_bytes=envelope.size_bytes,
@@ -85,6 +86,10 @@ def _accepted(envelope: Envelope, recipients: tuple[str, ...]) -> pb.AcceptedMes
         session=envelope.session,
         recipients=recipients,
     )
+    key = envelope.submission_key
+    if key is not None:
+        accepted.submission_key_hash, accepted.submission_key_checked = key.key_hash, key.checked
+    return accepted
 
 
 def _add_update(message: pb.LedgerRecord, update: RecipientUpdate) -> None:
@@ -130,7 +135,7 @@ def _repair(value: Any) -> Any:
     match value:
         case str():
             return value.encode("utf-8", "replace").decode("utf-8")
-        case RecipientUpdate():
+        case RecipientUpdate() | SubmissionKey():
             return value
         case tuple():
             return tuple([_repair(item) for item in value])

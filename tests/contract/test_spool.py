@@ -776,6 +776,7 @@ async def test_a_walk_of_nothing_is_empty(spool: Spool) -> None:
     assert await spool.walk((MessageId(b""), 0), make_id(), 10) == []
     assert await spool.describe(make_id()) is None
 
+
 # --- submission keys ---
 
 

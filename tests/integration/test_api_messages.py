@@ -96,6 +96,17 @@ async def test_a_message_has_its_recipients_its_timeline_and_a_derived_state(sta
     assert message.events[1].recipient == "r0@example.com"
 
 
+async def test_a_message_names_the_one_that_had_its_key_before(stack: ApiStack, client: Client) -> None:
+    first, second = message_id(20), message_id(10)
+    for one in (first, second):
+        await add_message(stack, one, SENT)
+    await stack.as_superuser("UPDATE postroad.messages SET duplicate_of = $2 WHERE message_id = $1", second, first)
+    found = [
+        await client.message("GetMessage", service.GetMessageRequest(name=name_of(one))) for one in (first, second)
+    ]
+    assert [message.duplicate_of for message in found] == ["", name_of(first)]
+
+
 async def test_messages_are_listed_newest_first_in_pages(stack: ApiStack, client: Client) -> None:
     ids = [message_id(age_s) for age_s in (0, 10, 20, 86_400)]
     for one in ids:

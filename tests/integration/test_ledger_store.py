@@ -6,13 +6,16 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from typing import Any
 
 import asyncpg
 import pytest
 
+from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.ports_fleet import (
     Cursor,
+    Duplicate,
     RawBatch,
     Refusal,
     RefusalReason,
@@ -424,3 +427,137 @@ async def test_a_spool_says_nothing_of_messages_that_another_one_accepted(
     assert await _states(migrated_database, own) == [SENT]
     assert await _count(migrated_database, "delivery_events") == 0
     assert await _count(migrated_database, "ledger_rejects") == 4
+
+
+# --- messages with an Idempotency-Key ---
+
+OTHER_SPOOL = str(uuid.uuid4())
+KEY_HASH = b"k" * 32
+HOUR_MS = 3_600_000
+
+
+async def _store_at(ledger: PostgresLedger, spool: str, first: int, *records: LedgerRecord) -> Stored:
+    """Store records of a spool, which is opened where it is new."""
+    await ledger.open_spool("edge-1", SpoolOpening(spool, 1, 0, 1, 1_000), NOW)
+    return await ledger.store(
+        "edge-1", RawBatch(spool, 1, first, [record.SerializeToString() for record in records]), NOW
+    )
+
+
+def _keyed(at_ms: int = NOW_MS, key_hash: bytes = KEY_HASH, *, account: str = "accounts/demo") -> LedgerRecord:
+    key: dict[str, Any] = {"submission_key_hash": key_hash, "submission_key_checked": False}
+    return accepted(message_id(at_ms), account=account, **key)
+
+
+async def _duplicates(database: Database) -> dict[bytes, bytes]:
+    rows = await fetch(
+        database, "SELECT message_id, duplicate_of FROM postroad.messages WHERE duplicate_of IS NOT NULL"
+    )
+    return {row["message_id"].bytes: row["duplicate_of"].bytes for row in rows}
+
+
+@pytest.fixture
+async def told(migrated_database: Database) -> AsyncIterator[tuple[PostgresLedger, list[Duplicate]]]:
+    """A ledger, and the duplicates that it tells of."""
+    await add_node(migrated_database)
+    duplicates: list[Duplicate] = []
+    async with fleet_database(migrated_database) as database:
+        yield PostgresLedger(database, retention=timedelta(days=30), report_duplicate=duplicates.append), duplicates
+
+
+Told = tuple[PostgresLedger, list[Duplicate]]
+
+
+async def test_a_message_that_two_spools_stored_under_one_key_is_found(told: Told, migrated_database: Database) -> None:
+    ledger, duplicates = told
+    first, second = _keyed(), _keyed(NOW_MS + 5)
+    await _store_at(ledger, SPOOL, 1, first)
+    assert duplicates == []
+    await _store_at(ledger, OTHER_SPOOL, 1, accepted(message_id()), second)
+    assert await _duplicates(migrated_database) == {second.message_id: first.message_id}
+    assert duplicates == [Duplicate(str(text_id(second.message_id)), str(text_id(first.message_id)), "demo", False)]
+
+
+async def test_mail_without_a_key_leaves_no_trace_of_one(told: Told, migrated_database: Database) -> None:
+    ledger, duplicates = told
+    await _store_at(ledger, SPOOL, 1, accepted(message_id()), accepted(message_id()))
+    await _store_at(ledger, OTHER_SPOOL, 1, accepted(message_id()))
+    assert (await _count(migrated_database, "submission_keys"), duplicates) == (0, [])
+
+
+async def test_the_same_key_of_another_account_or_another_day_is_no_duplicate(
+    told: Told, migrated_database: Database
+) -> None:
+    ledger, duplicates = told
+    old, new = _keyed(NOW_MS - 24 * HOUR_MS), _keyed(NOW_MS)
+    await _store_at(ledger, SPOOL, 1, old, _keyed(account="accounts/other"), _keyed(key_hash=b"l" * 32))
+    await _store_at(ledger, OTHER_SPOOL, 1, new)
+    assert duplicates == []
+    # From now on the newer one has the key; one that is heard of late, and is as old as the first, is none of it.
+    third = _keyed(NOW_MS + 1)
+    await _store_at(ledger, SPOOL, 4, third, _keyed(NOW_MS - 30 * HOUR_MS))
+    assert await _duplicates(migrated_database) == {third.message_id: new.message_id}
+
+
+async def test_what_is_heard_of_second_is_the_duplicate_whenever_it_was_accepted(
+    told: Told, migrated_database: Database
+) -> None:
+    ledger, _ = told
+    early, late = _keyed(NOW_MS - 23 * HOUR_MS), _keyed(NOW_MS)
+    await _store_at(ledger, SPOOL, 1, late)
+    await _store_at(ledger, OTHER_SPOOL, 1, early)
+    assert await _duplicates(migrated_database) == {early.message_id: late.message_id}
+
+
+async def test_several_with_one_key_in_one_batch_are_all_found(told: Told, migrated_database: Database) -> None:
+    ledger, duplicates = told
+    records = [_keyed(NOW_MS + number) for number in range(4)]
+    await _store_at(ledger, SPOOL, 1, *records)
+    assert await _duplicates(migrated_database) == {each.message_id: records[0].message_id for each in records[1:]}
+    assert len(duplicates) == 3
+
+
+async def test_what_is_told_again_is_counted_once(told: Told, migrated_database: Database) -> None:
+    ledger, duplicates = told
+    first, second = _keyed(), _keyed()
+    await _store_at(ledger, SPOOL, 1, first)
+    await _store_at(ledger, SPOOL, 2, first)
+    await _store_at(ledger, OTHER_SPOOL, 1, second)
+    await _store_at(ledger, OTHER_SPOOL, 2, second)
+    assert await _duplicates(migrated_database) == {second.message_id: first.message_id}
+    assert len(duplicates) == 1
+
+
+async def test_two_spools_that_tell_at_once_do_not_miss_each_other(told: Told, migrated_database: Database) -> None:
+    ledger, duplicates = told
+    keys = [bytes([number]) * 32 for number in range(40)]
+    await asyncio.gather(
+        _store_at(ledger, SPOOL, 1, *(_keyed(key_hash=key) for key in keys)),
+        _store_at(ledger, OTHER_SPOOL, 1, *(_keyed(key_hash=key) for key in reversed(keys))),
+    )
+    assert len(await _duplicates(migrated_database)) == len(duplicates) == 40
+
+
+async def test_a_key_beside_a_record_that_cannot_be_stored_is_noted_once(
+    told: Told, migrated_database: Database
+) -> None:
+    ledger, duplicates = told
+    first, second = _keyed(), _keyed()
+    await _store_at(ledger, SPOOL, 1, first)
+    stored = await _store_at(
+        ledger, OTHER_SPOOL, 1, second, changed(message_id(), update(0, SENT)), _keyed(key_hash=b"m")
+    )
+    assert stored.rejected_count == 2
+    assert await _duplicates(migrated_database) == {second.message_id: first.message_id}
+    assert len(duplicates) == 1
+
+
+async def test_keys_are_forgotten_some_at_a_time(told: Told, migrated_database: Database) -> None:
+    ledger, _ = told
+    old = [_keyed(NOW_MS - 200 * HOUR_MS, bytes([number]) * 32) for number in range(5)]
+    await _store_at(ledger, SPOOL, 1, *old, _keyed())
+    async with fleet_database(migrated_database) as database:
+        jobs = PostgresJobs(database)
+        before = NOW - timedelta(days=7)
+        assert [await jobs.delete_submission_keys(before, 3) for _ in range(3)] == [3, 2, 0]
+    assert await _count(migrated_database, "submission_keys") == 1

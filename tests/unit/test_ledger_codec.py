@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dataplane.adapters.ledger_codec import encode_record
 from dataplane.core.envelope import Envelope
+from dataplane.core.idempotency import SubmissionKey
 from dataplane.core.ids import MessageId
 from dataplane.core.ledger import AttemptEvent, CommandResult, LedgerRecord, RecipientUpdate
 from dataplane.core.queue import EventType, State
@@ -139,3 +140,13 @@ def test_an_outcome_with_text_that_is_no_unicode_is_stored_all_the_same() -> Non
 def test_no_text_makes_an_outcome_unstorable(text: str) -> None:
     record = replace(RECORD, events=(replace(EVENT, reply_text=text, enhanced_code=text),))
     pb.LedgerRecord.FromString(encode_record(record))
+
+
+def test_a_submission_key_travels_and_mail_without_one_says_nothing_of_it() -> None:
+    plain = pb.LedgerRecord.FromString(encode_record(RECORD)).accepted
+    assert (plain.submission_key_hash, plain.submission_key_checked) == (b"", False)
+    key = SubmissionKey(b"k" * 32, b"c" * 32, checked=True)
+    for subject in ("Hello", "\udcff"):
+        record = replace(RECORD, accepted=replace(ENVELOPE, submission_key=key, subject=subject))
+        found = pb.LedgerRecord.FromString(encode_record(record)).accepted
+        assert (found.submission_key_hash, found.submission_key_checked) == (b"k" * 32, True)

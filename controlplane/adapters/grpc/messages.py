@@ -175,7 +175,14 @@ def write_message(message: Message) -> pb.Message:
         spool=message.spool,
         recipients=[_write_recipient(recipient) for recipient in message.recipients],
         events=[write_event(event) for event in message.events],
+        duplicate_of=_duplicate_of(message),
     )
+
+
+def _duplicate_of(message: Message) -> str:
+    if not message.duplicate_of:
+        return ""
+    return names.format_name(names.MESSAGE, message.account, message.duplicate_of)
 
 
 def _write_recipient(recipient: Recipient) -> pb.Recipient:

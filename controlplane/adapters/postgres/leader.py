@@ -91,6 +91,18 @@ class PostgresJobs:
         """As the port says."""
         return await self._delete("DELETE FROM postroad.idempotency WHERE create_time < $1", before)
 
+    async def delete_submission_keys(self, before: datetime, limit: int) -> int:
+        """As the port says."""
+        return await self._delete(
+            """
+            DELETE FROM postroad.submission_keys WHERE accept_time < $1 AND (account, key_hash) IN (
+                SELECT account, key_hash FROM postroad.submission_keys WHERE accept_time < $1
+                ORDER BY accept_time LIMIT $2
+            )
+            """,
+            *(before, limit),
+        )
+
     async def delete_enrollment_tokens(self, before: datetime) -> int:
         """As the port says."""
         return await self._delete("DELETE FROM postroad.enrollment_tokens WHERE expire_time < $1", before)

@@ -16,6 +16,9 @@ UnavailableError leaves everything as it was.
 A spool speaks of messages that it accepted itself: what it says of others' is set aside, whoever's they are.
 A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
 What was accepted and what ended is entered into the spool's books by the statement that moves the cursor.
+
+Of two messages of an account with one Idempotency-Key, accepted within 24 hours, the one that is heard of second is
+marked as the duplicate of the other, and told: spools could not ask each other.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from controlplane.adapters.ledger_records import (
     DAY_MS,
     STATE,
     IdBounds,
+    KeyRow,
     RecordError,
     RecordRows,
     columns,
@@ -41,6 +45,7 @@ from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.session import Connection
 from controlplane.ports_fleet import (
     Cursor,
+    Duplicate,
     RawBatch,
     Refusal,
     RefusalReason,
@@ -61,6 +66,7 @@ _LOCK = """
 SELECT node, incarnation, cursor, accepted FROM postroad.spools WHERE spool = $1 FOR UPDATE
 """
 _EPOCH = "timestamptz 'epoch' + interval '1 ms' *"
+_WINDOW = "interval '24 hours'"
 _INSERT_MESSAGES = f"""
 INSERT INTO postroad.messages (
     message_id, account, accept_time, sender, size_bytes, header_message_id, subject, credential, client_address,
@@ -144,6 +150,33 @@ SET done_time = CASE WHEN u.d THEN $8::timestamptz END, update_time = $8, change
 FROM unnest($1::uuid[], $2::integer[], $3::integer[], $4::text[], $5::boolean[], $6::uuid[]) AS u (m, n, l, e, d, p)
 WHERE c.command = u.m AND c.spool = $7 AND c.done_time IS NULL
 """
+# In one order, so that two transactions with the same keys wait for each other and do not deadlock. A key that is there
+# is another message's, this one's from before, or too old to count: then it goes to who was accepted later.
+_NOTE_KEYS = f"""
+WITH u AS (
+    SELECT a, h, m, {_EPOCH} t AS t, c
+    FROM unnest($1::text[], $2::bytea[], $3::uuid[], $4::bigint[], $5::boolean[]) AS u (a, h, m, t, c)
+), noted AS (
+    INSERT INTO postroad.submission_keys AS k (account, key_hash, message_id, accept_time, checked)
+    SELECT a, h, m, t, c FROM u ORDER BY a, h
+    ON CONFLICT (account, key_hash) DO UPDATE SET
+        message_id = CASE WHEN excluded.accept_time >= k.accept_time + {_WINDOW} THEN excluded.message_id
+            ELSE k.message_id END,
+        checked = CASE WHEN excluded.accept_time >= k.accept_time + {_WINDOW} THEN excluded.checked ELSE k.checked END,
+        accept_time = CASE WHEN excluded.accept_time >= k.accept_time + {_WINDOW} THEN excluded.accept_time
+            ELSE k.accept_time END
+    RETURNING account, key_hash, message_id, accept_time
+)
+SELECT u.m AS message_id, noted.message_id AS first_id, u.a AS account, u.c AS checked
+FROM u JOIN noted ON noted.account = u.a AND noted.key_hash = u.h
+WHERE noted.message_id <> u.m AND u.t < noted.accept_time + {_WINDOW} AND u.t > noted.accept_time - {_WINDOW}
+"""
+_MARK_DUPLICATES = """
+UPDATE postroad.messages AS m SET duplicate_of = u.f
+FROM unnest($1::uuid[], $2::uuid[], $3::text[]) AS u (i, f, a)
+WHERE m.message_id = u.i AND m.account = u.a AND m.message_id BETWEEN $4 AND $5 AND m.duplicate_of IS NULL
+RETURNING m.message_id
+"""
 _REJECT = """
 INSERT INTO postroad.ledger_rejects (node, spool, incarnation, record_number, record, reason, detail)
 VALUES ($1, $2, $3, $4, $5, $6, $7)
@@ -159,8 +192,10 @@ class PostgresLedger:
         *,
         retention: timedelta,
         report: Callable[[str, str, str], None] = lambda _spool, _reason, _detail: None,
+        report_duplicate: Callable[[Duplicate], None] = lambda _duplicate: None,
     ) -> None:
         self._database = database
+        self._report_duplicate = report_duplicate
         self._retention_ms = int(retention.total_seconds() * 1000)
         self._report = report
         self._days_ready: set[int] = set()
@@ -232,6 +267,8 @@ class PostgresLedger:
             await connection.execute("SELECT pg_notify('postroad_ledger', '')")
         for reject in writer.rejects:
             self._report(batch.spool, reject.reason, f"record {reject.number}: {reject.text}")
+        for duplicate in writer.duplicates:
+            self._report_duplicate(duplicate)
         cursor = Cursor(batch.spool, records[-1][0])
         return Stored(cursor, len(records) - len(writer.rejects), len(writer.rejects))
 
@@ -302,6 +339,7 @@ class _Writer:
         self._now = now
         self.rejects: list[_Reject] = []
         self.entered = Entered()
+        self.duplicates: list[Duplicate] = []
 
     async def write(self, decoded: _Decoded) -> None:
         """Store all that can be stored, set the rest aside."""
@@ -356,7 +394,30 @@ class _Writer:
         if rows.results:
             progress = columns(rows.results.values(), 6)
             await connection.execute(_UPDATE_COMMANDS, *progress, self._spool, self._now)
+        if rows.keys:
+            # Last: what is found must not be undone with what follows.
+            await self._note_keys(rows.keys)
         return entered
+
+    async def _note_keys(self, rows: Sequence[KeyRow]) -> None:
+        """Note whose keys these are, and mark messages whose key is another's."""
+        found: list[asyncpg.Record] = []
+        while rows:
+            # A statement cannot change a row twice: a key that comes again has a statement of its own.
+            first = {(row.account, row.key_hash): row for row in reversed(rows)}
+            rows = [row for row in rows if first[row.account, row.key_hash] is not row]
+            found += await self._connection.fetch(_NOTE_KEYS, *columns(first.values(), 5))
+        if not found:
+            return
+        ids = [one["message_id"] for one in found]
+        firsts, accounts = [one["first_id"] for one in found], [one["account"] for one in found]
+        marked = await self._connection.fetch(_MARK_DUPLICATES, ids, firsts, accounts, min(ids), max(ids))
+        new = {one["message_id"] for one in marked}
+        self.duplicates += [
+            Duplicate(str(one["message_id"]), str(one["first_id"]), one["account"], one["checked"])
+            for one in found
+            if one["message_id"] in new
+        ]
 
     async def _check_own(self, rows: RecordRows, new: set[tuple[Any, ...]]) -> None:
         """Refuse what is said of messages that this spool did not accept; `new` are those that it accepted just now."""

@@ -233,6 +233,7 @@ def _message(row: asyncpg.Record, recipients: list[Recipient], events: list[Even
         spool=str(row["spool"]),
         recipients=tuple(recipients),
         events=tuple(events),
+        duplicate_of="" if row["duplicate_of"] is None else str(row["duplicate_of"]),
     )
 
 

@@ -124,6 +124,10 @@ class Store:
         self.asked.append(("idempotency", before))
         return 0
 
+    async def delete_submission_keys(self, before: datetime, limit: int) -> int:
+        self.asked.append(("submission_keys", before, limit))
+        return 0
+
     async def delete_enrollment_tokens(self, before: datetime) -> int:
         self.asked.append(("tokens", before))
         return 0
@@ -145,6 +149,7 @@ class Store:
         ("make_partitions", ("ensure", date(2026, 11, 19), 5)),
         ("drop_partitions", ("drop", date(2026, 10, 21))),
         ("forget_requests", ("idempotency", START - timedelta(hours=24))),
+        ("forget_submission_keys", ("submission_keys", START - timedelta(days=7), 10_000)),
         ("forget_tokens", ("tokens", START - timedelta(days=1))),
         ("forget_revisions", ("revisions", START - timedelta(days=30), 200)),
         ("forget_denials", ("denials", START, 10_000)),

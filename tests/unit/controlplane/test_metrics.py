@@ -34,6 +34,7 @@ def filled() -> Metrics:
     metrics.config_answered("ack")
     metrics.records_ingested(10, 1)
     metrics.books_compared()
+    metrics.duplicate_found()
     metrics.leading(now=True)
     metrics.books_sampled(BookHealth({FindingKind.NO_DEADLINE: 2}, {"7c0e0b5a": 12.5}))
     metrics.job_failed("retention")

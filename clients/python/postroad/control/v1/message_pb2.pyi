@@ -174,6 +174,7 @@ class Message(_message.Message):
     SPOOL_FIELD_NUMBER: _builtins.int
     RECIPIENTS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    DUPLICATE_OF_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`accounts/{account}/messages/{message}`; the id is the one that the 250
     named: a UUIDv7 in its usual form.
@@ -207,6 +208,11 @@ class Message(_message.Message):
     """`nodes/{node}` that accepted the message."""
     spool: _builtins.str
     """UUID of the spool that owns the message."""
+    duplicate_of: _builtins.str
+    """`accounts/{account}/messages/{message}` that another spool had stored in
+    the 24 hours before or after under the same Idempotency-Key, as far as the
+    ledger heard of it first; empty for none.
+    """
     @_builtins.property
     def accept_time(self) -> _timestamp_pb2.Timestamp:
         """When Postroad answered 250."""
@@ -238,10 +244,11 @@ class Message(_message.Message):
         spool: _builtins.str = ...,
         recipients: _abc.Iterable[Global___Recipient] | None = ...,
         events: _abc.Iterable[Global___DeliveryEvent] | None = ...,
+        duplicate_of: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "client_address", b"client_address", "client_helo", b"client_helo", "client_tls", b"client_tls", "credential", b"credential", "events", b"events", "header_message_id", b"header_message_id", "name", b"name", "node", b"node", "recipients", b"recipients", "sender", b"sender", "session", b"session", "size_bytes", b"size_bytes", "spool", b"spool", "state", b"state", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "client_address", b"client_address", "client_helo", b"client_helo", "client_tls", b"client_tls", "credential", b"credential", "duplicate_of", b"duplicate_of", "events", b"events", "header_message_id", b"header_message_id", "name", b"name", "node", b"node", "recipients", b"recipients", "sender", b"sender", "session", b"session", "size_bytes", b"size_bytes", "spool", b"spool", "state", b"state", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
