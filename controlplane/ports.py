@@ -246,6 +246,12 @@ class Nodes(Protocol):
     async def accept_spool(self, node: str, spool: str) -> bool:
         """Take what the spool reported for true; False when it was not refused. NotFoundError."""
 
+    async def lock_spool(self, spool: str) -> str:
+        """Whose the spool is, which stays so until the transaction ends. NotFoundError."""
+
+    async def move_spool(self, spool: str, node: str) -> None:
+        """Make it the node's; nodes hear of it."""
+
     async def get_pool(self, node_pool: str) -> NodePool:
         """NotFoundError."""
 

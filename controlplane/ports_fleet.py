@@ -124,8 +124,16 @@ class SpoolCommand(NamedTuple):
 # --- nodes ---------------------------------------------------------------------------------------------------------
 
 
+class SpoolLosses(NamedTuple):
+    """What a spool lost when a damaged file was replaced; see postroad.node.v1.SpoolStatus."""
+
+    messages: tuple[str, ...] = ()
+    message_count: int = 0
+    unnamed: bool = False
+
+
 class SpoolStatus(NamedTuple):
-    """A spool as its node sees it."""
+    """A spool as its node sees it; `refused`: the node sends nothing from it."""
 
     spool: str
     incarnation: int
@@ -133,6 +141,8 @@ class SpoolStatus(NamedTuple):
     last_record: int
     waiting_count: int
     open: bool
+    refused: bool = False
+    losses: SpoolLosses = SpoolLosses()
 
 
 class ConfigStatus(IntEnum):
@@ -244,11 +254,8 @@ class FleetRepository(Protocol):
         """Record a heartbeat, unless a newer stream took over."""
         ...
 
-    async def report_spools(self, node_id: str, spools: Sequence[SpoolStatus], now: datetime) -> list[str]:
-        """Register and update the node's spools; returns those that it must not send from.
-
-        Raises SpoolOwnershipError for another node's spool.
-        """
+    async def report_spools(self, node_id: str, spools: Sequence[SpoolStatus], now: datetime) -> list[SpoolOwner]:
+        """Register and update the node's spools; returns those that are its own, and leaves others' as they are."""
         ...
 
     async def list_spools(self, node_ids: Sequence[str]) -> list[SpoolOwner]:
@@ -281,15 +288,12 @@ class FleetRepository(Protocol):
 
 
 class SpoolOwner(NamedTuple):
-    """Whose a spool is and whether its records are taken."""
+    """Whose a spool is, whether its records are taken, and the last one that is stored."""
 
     spool: str
     node_id: str
     accepted: bool
-
-
-class SpoolOwnershipError(Exception):
-    """A node speaks for a spool that is another's."""
+    cursor: int
 
 
 # --- ledger --------------------------------------------------------------------------------------------------------
@@ -301,6 +305,7 @@ class RefusalReason(IntEnum):
     WENT_BACKWARDS = 1
     SUPERSEDED = 2
     GAP = 3
+    NOT_OWNED = 4
 
 
 class Cursor(NamedTuple):
@@ -361,7 +366,7 @@ class LedgerStore(Protocol):
     """The record of every message."""
 
     async def open_spool(self, node_id: str, opening: SpoolOpening, now: datetime) -> Cursor | Refusal:
-        """Register the spool or check that it continues; SpoolOwnershipError for another node's."""
+        """Register the spool or check that it continues; another node's is refused."""
         ...
 
     async def store(self, node_id: str, batch: RawBatch, now: datetime) -> Stored:

@@ -2,6 +2,7 @@
 
     run            start the node: the supervisor, an agent and the workers
     enroll         get the node's certificate with a one-time token
+    attach         take the folder of another node's spool into this node
     check-config   print the settings in force, without secrets
     agent, worker  the processes that `run` starts; of no use by hand
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
@@ -56,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     enroll.add_argument("--token", help="the one-time token; without, $POSTROAD_ENROLL_TOKEN")
     enroll.add_argument("--server", help="host:port of the control plane's public port")
     enroll.add_argument("--ca-file", type=Path, help="the CA of the public port's certificate")
+    attach = add("attach", _attach, "take the folder of another node's spool into this node")
+    attach.add_argument("folder", type=Path, help="the other node's spool/<uuid>, as mounted or copied here")
     for child in (add("agent", _agent, None), add("worker", _worker, None)):
         child.add_argument("--settings-fd", type=int, default=-1)
         child.add_argument("--lifeline-fd", type=int, default=-1)
@@ -94,6 +98,8 @@ def _run(parsed: argparse.Namespace, settings: Settings) -> int:
     from dataplane.supervisor import Supervisor
 
     config_file = parsed.config.absolute() if parsed.config is not None else None
+    # Until there is a handler: whoever finds us by the lock may send one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         prepare_data_dir(settings.data_dir)
         lock_data_dir(settings.data_dir)
@@ -124,6 +130,17 @@ def _enroll(parsed: argparse.Namespace, settings: Settings) -> int:
     except (IdentityError, OSError) as error:
         return _fail(str(error), EXIT_UNAVAILABLE)
     print(f"enrolled as {identity.node}, certificate good until {identity.not_after:%Y-%m-%d}")
+    return 0
+
+
+def _attach(parsed: argparse.Namespace, settings: Settings) -> int:
+    from dataplane.attachment import AttachmentError, attach
+
+    try:
+        said = attach(settings.data_dir, parsed.folder)
+    except AttachmentError as error:
+        return _fail(str(error), EXIT_UNAVAILABLE)
+    print(said, end="")
     return 0
 
 

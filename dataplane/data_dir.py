@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -38,4 +39,18 @@ def lock_data_dir(data_dir: Path) -> int:
         raise DataDirError(
             f"{data_dir} is in use by another node: give each its own data_dir, or stop the other one"
         ) from error
+    # For those who want to tell the node something; on a full disk they have to wait for its next start.
+    with contextlib.suppress(OSError):
+        os.truncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
     return descriptor
+
+
+def holder_of(data_dir: Path) -> int:
+    """The process of the node that runs on the data directory, 0 when none does or it could not be found out."""
+    try:
+        os.close(lock_data_dir(data_dir))
+    except DataDirError:
+        with contextlib.suppress(OSError, ValueError):
+            return int((data_dir / "node.lock").read_text(encoding="ascii"))
+    return 0

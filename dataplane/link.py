@@ -40,7 +40,7 @@ class LinkError(Exception):
 
 class SpoolState(NamedTuple):
     """A spool that a worker has open; `oldest_record` is the oldest it can still send, 0 for none written
-    yet.
+    yet. `refused`: nothing is sent from it. The rest is what it lost, as in `ports.SpoolLosses`.
     """
 
     spool: str
@@ -49,6 +49,10 @@ class SpoolState(NamedTuple):
     oldest_record: int
     last_record: int
     waiting_count: int
+    refused: bool = False
+    lost_messages: tuple[str, ...] = ()
+    lost_count: int = 0
+    unnamed_losses: bool = False
 
 
 class WorkerHello(NamedTuple):
@@ -156,8 +160,8 @@ class RunCommand(NamedTuple):
 
 
 class SpoolVerdict(NamedTuple):
-    """Whether the control plane refuses the spool (it came back older than it was): then nothing is sent from
-    it.
+    """Whether the control plane refuses the spool (it came back older than it was, or is another node's): then
+    nothing is sent from it.
     """
 
     spool: str
@@ -212,7 +216,12 @@ Message: TypeAlias = (
 
 
 def _spools(rows: list[list[Any]]) -> tuple[SpoolState, ...]:
-    return tuple(SpoolState(*row) for row in rows)
+    return tuple(_spool(*row) for row in rows)
+
+
+def _spool(*fields: Any) -> SpoolState:
+    state = SpoolState(*fields)
+    return state._replace(lost_messages=tuple(state.lost_messages))
 
 
 def _read_hello(fields: list[Any]) -> WorkerHello:

@@ -47,6 +47,17 @@ class SpoolIdentity:
     incarnation: int
 
 
+class SpoolLosses(NamedTuple):
+    """What a spool lost when damaged files were replaced: ids of messages (1,000 at most), how many messages and
+    records, and how many stretches could not be read, of which nobody can name the losses.
+    """
+
+    messages: tuple[str, ...] = ()
+    message_count: int = 0
+    record_count: int = 0
+    damaged_places: int = 0
+
+
 class Due(NamedTuple):
     """A waiting recipient at the head of a queue key."""
 

@@ -7,7 +7,8 @@ first takes mail, the others only deliver what they hold and wait to be needed a
     file in the folder   meaning                                          until
     quarantined          its worker ended three times within seconds of   the node starts again, or a
                          a start, or cannot open it and has others        worker opens it
-    refused              came back older than the control plane knew it   the control plane accepts it
+    refused              came back older than the control plane knew it,   the control plane accepts it
+                         or was attached and may still be another node's
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ REFUSED_FILE = "refused"
 def assign_spools(folder: Path, worker_count: int) -> list[list[str]]:
     """Names of the spools of each worker, the one that takes mail first; makes those that are missing. OSError."""
     folder.mkdir(mode=0o700, exist_ok=True)
-    names = list(_spool_names(folder))
+    names = list(spool_names(folder))
     while len(names) < worker_count:
         names.append(str(uuid.uuid4()))
         (folder / names[-1]).mkdir(mode=0o700)
@@ -43,7 +44,7 @@ def quarantine_spool(spool: Path, reason: str) -> None:
 
 def lift_quarantines(folder: Path) -> list[str]:
     """Take back what was set aside by the last run: starting the node again is how an operator asks for it."""
-    return [name for name in _spool_names(folder) if lift_quarantine(folder / name)]
+    return [name for name in spool_names(folder) if lift_quarantine(folder / name)]
 
 
 def lift_quarantine(spool: Path) -> bool:
@@ -62,12 +63,18 @@ def is_refused(spool: Path) -> bool:
 def mark_refused(spool: Path, *, refused: bool) -> None:
     """Keep the control plane's verdict, durably: without it a restart would send what was sent before."""
     if refused:
-        write_durably(spool / REFUSED_FILE, [b"came back older than the control plane knew it\n"])
+        write_durably(spool / REFUSED_FILE, [b"the control plane says that nothing may be sent from it\n"])
     else:
         (spool / REFUSED_FILE).unlink(missing_ok=True)
 
 
-def _spool_names(folder: Path) -> Iterator[str]:
+def mark_waiting(spool: Path, node: str) -> None:
+    """Let nothing be sent from a spool that was attached to `node` before the control plane has said that it may."""
+    write_durably(spool / REFUSED_FILE, [f"attached to {node}: waits for the control plane\n".encode()])
+
+
+def spool_names(folder: Path) -> Iterator[str]:
+    """Names of the spools in the folder. OSError."""
     for entry in folder.iterdir():
         try:
             name = str(uuid.UUID(entry.name))

@@ -16,7 +16,8 @@ who waits in its listening sockets is answered 421, and the sockets are closed s
 disk, or a system out of processes or descriptors, ends nothing that runs: what could not be written or started is tried
 again, and a worker that finds its spool's disk full is not left out for it.
 
-    SIGHUP           reads the settings again and has what may change taken over; a file that cannot be used is reported
+    SIGHUP           reads the settings again and takes over what may change; a file that cannot be used is reported;
+                     spools that were attached are given to the worker that has fewest, which drains and is started anew
     SIGTERM, SIGINT  asks the workers to drain, then the agent to end, so that the ledger gets out; all within
                      `drain_timeout_s`
     a second one     makes them hurry
@@ -51,7 +52,7 @@ from dataplane.process import EXIT_NO_SPACE
 from dataplane.restarts import Restarts
 from dataplane.settings import Settings, SettingsError, load_settings
 from dataplane.settings_handover import HandedSettings, anonymous_file, take_over
-from dataplane.spool_folders import assign_spools, lift_quarantines, quarantine_spool
+from dataplane.spool_folders import assign_spools, lift_quarantines, quarantine_spool, spool_names
 from dataplane.telemetry import set_log_level
 
 EXIT_UNDRAINED = 1
@@ -68,7 +69,9 @@ AGENT_STOP_S = 1.0
 
 @dataclass(slots=True)
 class Child:
-    """A process to keep running: `name` is `agent` or `worker-N`; sockets and spools are a worker's."""
+    """A process to keep running: `name` is `agent` or `worker-N`; sockets and spools are a worker's. One that is
+    `renewed` was asked to end, to be started again with other arguments.
+    """
 
     name: str
     arguments: list[str]
@@ -82,6 +85,7 @@ class Child:
     started_at: float = 0.0
     start_due: float | None = 0.0
     given_up: bool = False
+    renewed: bool = False
 
 
 class Supervisor:
@@ -122,7 +126,7 @@ class Supervisor:
         sockets = bind_listeners(self._settings.listeners, len(spools))
         self._ports = [bound.getsockname()[1] for bound in sockets[0]]
         self._workers = [
-            Child(f"worker-{index}", ["worker", "--index", str(index), "--spools", ",".join(names)], bound, names)
+            Child(f"worker-{index}", _worker_arguments(index, names), bound, names)
             for index, (names, bound) in enumerate(zip(spools, sockets, strict=True))
         ]
         self._agent.arguments = ["agent", "--workers", str(len(spools))]
@@ -152,6 +156,7 @@ class Supervisor:
     def _reload(self) -> None:
         """Read the settings again; what may change is handed to every process, what cannot be used changes nothing."""
         self._reload_requested = False
+        self._take_attached()
         try:
             read = _effective(load_settings(self._config_file, self._folder))
             taken = take_over(self._settings, read)
@@ -169,6 +174,23 @@ class Supervisor:
             self._log.warning("settings.need_restart", settings=taken.kept)
         self._signal(self._children, signal.SIGHUP)
         _say({"event": "node.reloaded", "ok": True})
+
+    def _take_attached(self) -> None:
+        """Give spools that came since the start to the workers that have fewest; those end in order and begin anew."""
+        known = {spool for worker in self._workers for spool in worker.spools}
+        try:
+            attached = sorted(set(spool_names(Path("spool"))) - known)
+        except OSError as error:
+            self._log.warning("spool.not_looked_for", error=str(error))
+            return
+        for spool in attached:
+            worker = min((one for one in self._workers if not one.given_up), key=lambda one: len(one.spools))
+            worker.spools.append(spool)
+            worker.arguments = _worker_arguments(self._workers.index(worker), worker.spools)
+            self._log.info("spool.attached", spool=spool, name=worker.name)
+            if worker.process is not None and not worker.renewed:
+                worker.renewed = True
+                self._signal([worker], signal.SIGTERM)
 
     def _until_next_look(self, now: float) -> float | None:
         due = [child.start_due for child in self._children if child.process is None and child.start_due is not None]
@@ -244,8 +266,9 @@ class Supervisor:
             if child.process is None or (code := child.process.poll()) is None:
                 continue
             ran_for_s = time.monotonic() - child.started_at
+            renewed, child.renewed = child.renewed, False
             # One that ends although nobody asked it to is news, whatever it says of itself.
-            if restart or code:
+            if (restart and not renewed) or code:
                 self._log.warning("process.ended", name=child.name, code=code, ran_for_s=round(ran_for_s, 3))
             else:
                 self._log.info("process.ended", name=child.name, code=code, ran_for_s=round(ran_for_s, 3))
@@ -256,7 +279,10 @@ class Supervisor:
                 self._selector.unregister(child.ready_pipe)
                 child.ready_pipe.close()
                 child.ready_pipe = None
-            if restart:
+            if restart and renewed and not code:
+                child.start_due = 0.0
+                self._write_ready()
+            elif restart:
                 self._plan_restart(child, ran_for_s, code)
                 self._write_ready()
 
@@ -399,6 +425,8 @@ class Supervisor:
         former = {number: signal.signal(number, self._stop_requested) for number in (signal.SIGTERM, signal.SIGINT)}
         former[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._reload_asked)
         former[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, _child_ended)
+        # Held back since the node's lock was taken: who found us by it may send one at once.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         try:
             yield
         finally:
@@ -422,6 +450,10 @@ class Supervisor:
 def _effective(settings: Settings) -> Settings:
     """The settings with the number of workers filled in."""
     return settings.model_copy(update={"workers": settings.workers or min(available_cores(), MAX_WORKERS)})
+
+
+def _worker_arguments(index: int, spools: Sequence[str]) -> list[str]:
+    return ["worker", "--index", str(index), "--spools", ",".join(spools)]
 
 
 def _say(state: Mapping[str, object]) -> None:

@@ -8,8 +8,9 @@ spools alone; agent, control plane, PostgreSQL and Redis may all be away. What i
     second SIGTERM          goes to the end of the above at once
     SIGHUP                  takes over what of the settings may change; nobody's session ends
     the spool failed        ends at once with WorkerError: the next start salvages it
-    the spool is refused    marks the folder and ends; started again it sends nothing and answers MAIL with 451, until
-                            the control plane accepts the spool, which ends it once more
+    the spool is refused    marks the folder and ends; started again it sends nothing from it, and answers MAIL with 451
+                            when it has no other
+    the spool is accepted   sends from it at once; ends, to take mail again, when it had no other
 
 It may be killed at any time: what was answered 250 is in the spool.
 """
@@ -36,7 +37,7 @@ from dataplane.adapters.limiter_memory import LimiterMemory
 from dataplane.adapters.limiter_redis import RedisLimiter
 from dataplane.adapters.lkg import open_files
 from dataplane.adapters.resolver import CheckingResolver
-from dataplane.adapters.spool_sqlite import SqliteSpool
+from dataplane.adapters.spool_sqlite import SqliteSpool, read_losses
 from dataplane.agent.identity import IdentityError, load_identity
 from dataplane.agent.ports import StoreError
 from dataplane.agent.workers import hold_worker_lock
@@ -60,7 +61,7 @@ from dataplane.lifecycle import DrainPlan, ProcessSignals, close_behind, report_
 from dataplane.link import SOCKET_PATH
 from dataplane.live_settings import LiveSettings, timeouts_of
 from dataplane.loop_lag import LoopLag
-from dataplane.ports import Claims, EventLog, Limiter, SpoolError, SpoolFailedError, SpoolFullError
+from dataplane.ports import Claims, EventLog, Limiter, SpoolError, SpoolFailedError, SpoolFullError, SpoolLosses
 from dataplane.process import EXIT_NO_SPACE, EXIT_UNAVAILABLE, Child
 from dataplane.settings import Settings, SettingsError, TlsSettings
 from dataplane.spool_folders import is_refused, lift_quarantine, quarantine_spool
@@ -72,6 +73,8 @@ SWITCH_INTERVAL_S = 0.0005
 CERTIFICATE_LOOK_S = 60.0
 # Even a drain that took all its time leaves the ledger a moment.
 LEAST_FLUSH_S = 0.5
+# The report in the spool's quarantine, and the control plane, name more.
+LOGGED_LOSSES = 100
 GARBAGE_OBJECTS = 100_000
 
 
@@ -118,6 +121,8 @@ class _Worker:
         self._certificate_seen = (0, 0)
         self._spools: dict[str, SqliteSpool] = {}
         self._engines: dict[str, DeliveryEngine] = {}
+        self._losses: dict[str, SpoolLosses] = {}
+        self._resuming: set[asyncio.Task[None]] = set()
         self._counters = IngressCounters()
         self._limits: RedisLimiter | None = None
         self._limiter = self._make_limiter()
@@ -166,6 +171,7 @@ class _Worker:
                 self._set_aside(name, error)
                 continue
             self._spools[name] = spool
+            self._tell_of_losses(name, spool)
             surroundings = Surroundings(
                 spool,
                 self._view,
@@ -189,6 +195,21 @@ class _Worker:
         if not self._spools:
             raise WorkerError("none of this worker's spools can be opened")
 
+    def _tell_of_losses(self, name: str, spool: SqliteSpool) -> None:
+        self._losses[name] = read_losses(Path("spool") / name)
+        if (report := spool.salvage) is not None:
+            self._log.warning(
+                "spool.salvaged",
+                spool=name,
+                reason=report.reason,
+                kept=report.messages_kept,
+                lost=len(report.lost_messages),
+                lost_messages=report.lost_messages[:LOGGED_LOSSES],
+                lost_records=len(report.lost_records),
+                damaged_places=report.damaged_places,
+                quarantine=str(report.quarantine),
+            )
+
     def _set_aside(self, name: str, error: SpoolError) -> None:
         """One damaged spool must not keep the others' mail from going on."""
         self._log.warning("spool.quarantined", spool=name, error=str(error))
@@ -202,6 +223,20 @@ class _Worker:
     def _restart(self, reason: str) -> None:
         if not self._ended.done():
             self._ended.set_exception(WorkerError(reason))
+
+    def _deliver_from(self, name: str) -> bool:
+        """Send from a spool that was refused; False when the worker has no other one and answers 451."""
+        if self._view.halted:
+            return False
+        task = asyncio.get_running_loop().create_task(self._engines[name].start())
+        self._resuming.add(task)
+        task.add_done_callback(self._resumed)
+        return True
+
+    def _resumed(self, task: asyncio.Task[None]) -> None:
+        self._resuming.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._restart(f"a spool that was accepted cannot be read: {error}")
 
     # --- serving ---------------------------------------------------------------------------------------------
 
@@ -277,9 +312,11 @@ class _Worker:
             books=self._spools,
             encode_statement=encode_statement,
             engines=self._engines,
+            losses=self._losses,
             samples=self._samples,
             config_changed=live.apply,
             restart=self._restart,
+            deliver_from=self._deliver_from,
             log=self._log,
         )
         side = WorkerSide(parts)
@@ -393,6 +430,7 @@ class _Worker:
         hurrying = loop.create_task(self._hurry(signals))
         try:
             await _unless_hurried(ingress.drain(plan.sessions_s), signals)
+            await asyncio.gather(*self._resuming, return_exceptions=True)
             left_s = max(0.0, began + plan.deliveries_s - loop.time())
             await asyncio.gather(
                 *(

@@ -43,7 +43,7 @@ from dataplane.link import (
     WorkerHello,
     WorkerStatus,
 )
-from dataplane.ports import ConfigView, EventLog, QueueDepth, Spool, SpoolError, SpoolStats
+from dataplane.ports import ConfigView, EventLog, QueueDepth, Spool, SpoolError, SpoolLosses, SpoolStats
 from dataplane.spool_folders import is_refused, mark_refused
 from dataplane.telemetry import SampleRow
 
@@ -97,7 +97,8 @@ class Delivery(Protocol):
 class WorkerParts:
     """The worker. `books` are the same spools as they answer for themselves; `samples` is what it counts, beside its
     spools; `config_changed` is told of a new configuration before the agent hears that it is in use; `restart` ends
-    the worker, to be started anew.
+    the worker, to be started anew; `deliver_from` begins to send from a spool that was refused, and says whether that
+    could be done without a restart.
     """
 
     index: int
@@ -106,9 +107,11 @@ class WorkerParts:
     books: Mapping[str, Books]
     encode_statement: Callable[[WaitingStatement], bytes]
     engines: Mapping[str, Delivery]
+    losses: Mapping[str, SpoolLosses]
     samples: Callable[[], Iterable[SampleRow]]
     config_changed: Callable[[], None]
     restart: Callable[[str], None]
+    deliver_from: Callable[[str], bool]
     log: EventLog
 
 
@@ -195,8 +198,15 @@ class WorkerSide:
         folder = Path("spool") / verdict.spool
         if verdict.spool in self._parts.spools and is_refused(folder) != verdict.refused:
             mark_refused(folder, refused=verdict.refused)
-            said = "refused" if verdict.refused else "accepted"
-            self._parts.restart(f"the control plane {said} spool {verdict.spool}")
+            if verdict.refused:
+                self._parts.log.warning("spool.refused", spool=verdict.spool)
+                self._parts.restart(f"the control plane refused spool {verdict.spool}")
+                return
+            self._parts.log.info("spool.accepted", spool=verdict.spool)
+            # What the agent knows of it must not be older than what is sent from it.
+            self._status_requests.put_nowait(_UNASKED)
+            if not self._parts.deliver_from(verdict.spool):
+                self._parts.restart(f"the control plane accepted spool {verdict.spool}")
 
     # --- lanes -----------------------------------------------------------------------------------------------
 
@@ -277,7 +287,7 @@ class WorkerSide:
     async def hello(self) -> WorkerHello:
         """What this worker has in use and open."""
         parts = self._parts
-        spools = [spool_state(spool, await spool.stats()) for spool in parts.spools.values()]
+        spools = [self._state(name, await spool.stats()) for name, spool in parts.spools.items()]
         return WorkerHello(parts.index, os.getpid(), parts.view.digest, parts.view.denials.version, tuple(spools))
 
     async def status(self, number: int) -> WorkerStatus:
@@ -291,9 +301,13 @@ class WorkerSide:
             oldest_accepted_ms=min(
                 (each.oldest_accepted_ms for each in stats.values() if each.oldest_accepted_ms), default=0
             ),
-            spools=tuple(spool_state(self._parts.spools[name], each) for name, each in stats.items()),
+            spools=tuple(self._state(name, each) for name, each in stats.items()),
             samples=tuple(self._samples(list(stats.values()), depths)),
         )
+
+    def _state(self, name: str, stats: SpoolStats) -> SpoolState:
+        refused = is_refused(Path("spool") / name)
+        return spool_state(self._parts.spools[name], stats, self._parts.losses[name], refused=refused)
 
     def _samples(self, stats: Sequence[SpoolStats], depths: Sequence[QueueDepth]) -> Iterator[Sample]:
         for row in self._parts.samples():
@@ -330,7 +344,7 @@ class WorkerSide:
             self._parts.log.warning("ledger.not_flushed", timeout_s=timeout_s)
 
 
-def spool_state(spool: Spool, stats: SpoolStats) -> SpoolState:
+def spool_state(spool: Spool, stats: SpoolStats, losses: SpoolLosses, *, refused: bool) -> SpoolState:
     """A spool as the agent hears of it."""
     return SpoolState(
         spool=spool.identity.spool,
@@ -339,6 +353,10 @@ def spool_state(spool: Spool, stats: SpoolStats) -> SpoolState:
         oldest_record=stats.outbox_first,
         last_record=stats.outbox_last,
         waiting_count=stats.waiting_count,
+        refused=refused,
+        lost_messages=losses.messages,
+        lost_count=losses.message_count,
+        unnamed_losses=losses.damaged_places > 0,
     )
 
 

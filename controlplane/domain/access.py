@@ -68,7 +68,7 @@ _NEEDED: dict[str, dict[Scope, tuple[str, ...]]] = {
     f"{_CONTROL}.NodeService": {
         Scope.OPERATOR: (
             *("CreateNode", "GetNode", "ListNodes", "UpdateNode", "DeleteNode"),
-            *("ResetNodeEnrollment", "RevokeNode", "AcceptSpool"),
+            *("ResetNodeEnrollment", "RevokeNode", "AcceptSpool", "AttachSpool"),
             *("CreateNodePool", "GetNodePool", "ListNodePools", "UpdateNodePool", "DeleteNodePool"),
         ),
     },

@@ -278,6 +278,9 @@ class Spool:
     cursor: int
     accepted: bool
     waiting_count: int
+    lost_messages: tuple[str, ...] = ()
+    lost_count: int = 0
+    unnamed_losses: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,8 @@
 """Takes what spools report into the ledger: batches that follow each other become one transaction.
 
-Contract. `open_spool` and `store` answer with Cursor or Refusal, raise SpoolOwnershipError for another
-node's spool and UnavailableError while PostgreSQL is away: then nothing was answered, and the node sends
-again what the cursor does not cover. `store` takes batches in the order in which they came and answers
-each, in order.
+Contract. `open_spool` and `store` answer with Cursor or Refusal, and raise UnavailableError while
+PostgreSQL is away: then nothing was answered, and the node sends again what the cursor does not cover.
+`store` takes batches in the order in which they came and answers each, in order.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """NodeService: nodes, node pools, enrolment tokens and spools. Operators only.
 
 Contract. A node's certificate and what it reports belong to the fleet's side; here is what operators decide. A pool
-is born with a key of its own, under which the secrets of its bundles are sealed, and with its shared bundles.
+is born with a key of its own, under which the secrets of its bundles are sealed, and with its shared bundles. Whose a
+spool is changes here alone: nodes speak for their own.
 Cancelling any method leaves nothing behind.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from controlplane.domain import names, secrets
 from controlplane.domain.access import Caller
@@ -22,6 +23,7 @@ from controlplane.domain.resources import (
     NODE_POOL_FIELDS,
     Node,
     NodePool,
+    NodeState,
 )
 from controlplane.ports import Database, Random, Sealer, Work, scope_of
 from controlplane.services.compile import POOL_KEY_PLACE, BundleCompiler, Edited, refuse, settings_of
@@ -30,6 +32,8 @@ from controlplane.services.texts import check_display_name
 from dataplane.core.config import validate_settings
 
 TOKEN_LIFE = timedelta(minutes=15)
+# After it a node that was not heard of counts as gone; a node reports every 20 s.
+SILENCE = timedelta(seconds=90)
 _KEY_BYTES = 32
 
 
@@ -151,6 +155,22 @@ class NodesService:
 
         return await mutate(self._database, caller, mutation, action)
 
+    async def attach_spool(
+        self, caller: Caller, mutation: Mutation[Node], node: str, spool: str, *, force: bool
+    ) -> Node | Replay:
+        """Give a spool to another node; its former one is told to send nothing from it."""
+        caller.require_operator()
+        names.check_uuid(spool, "spool")
+
+        async def action(work: Work) -> Node:
+            taker = await work.nodes.get(node)
+            former = await work.nodes.get(await work.nodes.lock_spool(spool))
+            _check_move(spool, former, taker, await work.now(), force=force)
+            await work.nodes.move_spool(spool, node)
+            return await work.nodes.get(node)
+
+        return await mutate(self._database, caller, mutation, action)
+
     async def _with_token(self, work: Work, node: str) -> Node:
         token = secrets.make_enrollment_token(self._random(secrets.SECRET_BYTES))
         expire_time = await work.now() + TOKEN_LIFE
@@ -245,6 +265,25 @@ class NodePoolsService:
             await work.bundles.remove_pool(node_pool)
 
         return await mutate(self._database, caller, mutation, action)
+
+
+def _check_move(spool: str, former: Node, taker: Node, now: datetime, *, force: bool) -> None:
+    """Whether the spool may go from one node to the other."""
+    owner, wanted = (names.format_name(names.NODE, one.node) for one in (former, taker))
+    if former.node == taker.node:
+        raise FailedPreconditionError(Reason.SPOOL_ATTACHED, f"spool {spool} is {owner}'s already", subject=spool)
+    if taker.state is NodeState.REVOKED:
+        raise FailedPreconditionError(Reason.NODE_REVOKED, f"{wanted} is revoked", subject=wanted)
+    if former.node_pool != taker.node_pool:
+        # It has no other pool's accounts, and could route none of the mail.
+        raise FailedPreconditionError(
+            Reason.SPOOL_POOL_DIFFERS, f"{owner} and {wanted} belong to different pools", subject=spool
+        )
+    heard_of = former.last_seen_time is not None and now - former.last_seen_time < SILENCE
+    if heard_of and former.state is not NodeState.REVOKED and not force:
+        raise FailedPreconditionError(
+            Reason.SPOOL_IN_USE, f"{owner} has spool {spool} and was heard of just now", subject=spool
+        )
 
 
 def _check(pool: NodePool) -> None:

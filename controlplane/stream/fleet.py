@@ -10,7 +10,7 @@ is not let in.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 from controlplane.ports_fleet import (
@@ -63,16 +63,16 @@ class FleetService:
         return slot
 
     async def greet(self, slot: Slot, hello: Hello) -> None:
-        """Take the node's Hello; SpoolOwnershipError when it names another node's spool."""
+        """Take the node's Hello."""
         if hello.node == slot.session.node:
             stream = f"{self._replica}/{secrets.token_hex(8)}"
             now = self._clock()
-            refused_spools = await self._repository.report_spools(slot.node_id, hello.spools, now)
+            own = await self._repository.report_spools(slot.node_id, slot.believed(hello.spools), now)
             greeting = NodeHello(hello.boot_id, hello.software_version)
             refused = await self._repository.open_stream(slot.node_id, stream, greeting, now)
             slot.stream = stream
             slot.session.receive_hello(hello, refused)
-            self._hub.refuse_spools(slot, frozenset(refused_spools))
+            self._judge_spools(slot, hello.spools, own)
             await self._give_commands([slot])
         else:
             slot.session.receive_hello(hello, {})
@@ -92,7 +92,12 @@ class FleetService:
                 slot.wake()
             now = self._clock()
             await self._repository.report_health(slot.node_id, slot.stream, health, now)
-            await self._repository.report_spools(slot.node_id, spools, now)
+            own = await self._repository.report_spools(slot.node_id, slot.believed(spools), now)
+            self._judge_spools(slot, spools, own)
+
+    def _judge_spools(self, slot: Slot, spools: Sequence[SpoolStatus], own: Sequence[SpoolOwner]) -> None:
+        self._hub.take_spools(slot, spools)
+        self._hub.refuse_spools(slot, refused_spools(slot.spools, own))
 
     async def record(self, slot: Slot) -> None:
         """Write down how the node's configuration is, when that changed since the last call."""
@@ -157,6 +162,8 @@ class FleetService:
                 self._hub.move(slot, node.pool)
 
     async def _give_commands(self, slots: list[Slot]) -> None:
+        # Before whose they are is read: what a node reports from now on may be registered after that.
+        reported = {slot: slot.spools for slot in slots}
         spools = await self._repository.list_spools([slot.node_id for slot in slots])
         commands = await self._repository.open_commands([spool.spool for spool in spools])
         by_spool: dict[str, list[SpoolCommand]] = {}
@@ -168,7 +175,20 @@ class FleetService:
         for slot in slots:
             own = by_node.get(slot.node_id, [])
             slot.session.commands_changed([command for one in own for command in by_spool.get(one.spool, [])])
-            self._hub.refuse_spools(slot, frozenset(one.spool for one in own if not one.accepted))
+            self._hub.refuse_spools(slot, refused_spools(reported[slot], own))
+
+
+def refused_spools(reported: Mapping[str, SpoolStatus], own: Sequence[SpoolOwner]) -> frozenset[str]:
+    """Of which of its spools a node must send nothing: what was refused, what it reported and is another's, and what
+    waits to be let send and holds fewer records than are stored of it: an old copy, whatever its incarnation says.
+    """
+    owners = {owner.spool: owner for owner in own}
+    refused = {owner.spool for owner in own if not owner.accepted}
+    for spool, status in reported.items():
+        owner = owners.get(spool)
+        if owner is None or (status.refused and status.last_record < owner.cursor):
+            refused.add(spool)
+    return frozenset(refused)
 
 
 def _is_good(node: NodeRecord, certificate_serial: str) -> bool:

@@ -10,16 +10,20 @@ last is remembered and handed to streams that open later.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from controlplane.ports_fleet import DenialSet, PoolConfig, SpoolCommand
+from controlplane.ports_fleet import DenialSet, PoolConfig, SpoolCommand, SpoolStatus
 from controlplane.stream.cache import ConfigCache
 from controlplane.stream.session import Action, CloseCode, Directive, Session
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A node's open stream. `wake` tells the driver to pull the session's outputs; `stream` is empty before Hello."""
+    """A node's open stream. `wake` tells the driver to pull the session's outputs; `stream` is empty before Hello.
+
+    `spools` is what is believed of them, `refused_spools` those of which the node knows that it must not send, and
+    `let_send` those that it was let send from on this stream: what it says of holding them back is older than that.
+    """
 
     node_id: str
     pool: str
@@ -27,7 +31,13 @@ class Slot:
     session: Session
     wake: Callable[[], None]
     stream: str = ""
+    spools: Mapping[str, SpoolStatus] = field(default_factory=dict)
     refused_spools: frozenset[str] = frozenset()
+    let_send: frozenset[str] = frozenset()
+
+    def believed(self, spools: Iterable[SpoolStatus]) -> list[SpoolStatus]:
+        """The node's words, but for those that were overtaken by ours."""
+        return [status._replace(refused=status.refused and status.spool not in self.let_send) for status in spools]
 
 
 class TooManyStreamsError(Exception):
@@ -88,13 +98,22 @@ class Hub:
         slot.session.config_changed(self.cache.get(pool))
         slot.wake()
 
+    def take_spools(self, slot: Slot, spools: Iterable[SpoolStatus]) -> None:
+        """The node said this of its spools: what it does is what it knows, whatever it was told."""
+        said = list(spools)
+        slot.spools = {status.spool: status for status in slot.believed(said)}
+        slot.refused_spools = frozenset(status.spool for status in said if status.refused)
+
     def refuse_spools(self, slot: Slot, spools: frozenset[str]) -> None:
         """From exactly these spools of the node nothing may be sent."""
         for spool in spools - slot.refused_spools:
             slot.session.direct(Directive(Action.REFUSE_SPOOL, spool))
         for spool in slot.refused_spools - spools:
             slot.session.direct(Directive(Action.ACCEPT_SPOOL, spool))
+        accepted = slot.refused_spools - spools
+        slot.let_send = (slot.let_send | accepted) - spools
         slot.refused_spools = spools
+        slot.spools = {status.spool: status for status in slot.believed(slot.spools.values())}
         slot.wake()
 
     def publish_denials(self, denials: DenialSet) -> None:

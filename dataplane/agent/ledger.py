@@ -89,6 +89,10 @@ class LedgerStream:
         """A worker has a spool open."""
         self._do(self._machine.spool_opened(state))
 
+    def spool_accepted(self, spool: str) -> None:
+        """The control plane takes the spool again."""
+        self._do(self._machine.spool_accepted(spool))
+
     def spool_gone(self, spool: str) -> None:
         """Its worker is gone."""
         self._machine.spool_gone(spool)
@@ -150,5 +154,5 @@ class LedgerStream:
                     self._spools.ask(action.question)
                 case Refused():
                     self._log.info("ledger.refused", spool=action.spool, detail=action.detail)
-                    if action.went_back:
+                    if action.halts:
                         self._spools.give_verdict(action.spool, refused=True)

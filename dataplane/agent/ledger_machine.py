@@ -35,6 +35,7 @@ from postroad.node.v1.ledger_service_pb2 import LedgerStatement as StatementMess
 
 MAX_UNANSWERED = 8
 MAX_UNANSWERED_BYTES = 32 * 1024 * 1024
+_HALTING = (LedgerRefusal.REASON_WENT_BACKWARDS, LedgerRefusal.REASON_NOT_OWNED)
 
 
 class SendLedger(NamedTuple):
@@ -64,10 +65,12 @@ class Stored(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """The control plane takes nothing of this spool; `went_back` when it came back older than it was."""
+    """The control plane takes nothing of this spool; `halts` when nothing may be sent from it either, since it came
+    back older than it was or is another node's.
+    """
 
     spool: str
-    went_back: bool
+    halts: bool
     detail: str
 
 
@@ -95,6 +98,8 @@ class _SpoolReport:
     cursor: int = 0
     sent_up_to: int = 0
     pulling: bool = False
+    # The control plane took it while the answer to Open was on its way: a refusal is older than that.
+    taken_meanwhile: bool = False
     # Last number and size of each batch that is not answered.
     unanswered: deque[tuple[int, int]] = field(default_factory=deque)
 
@@ -134,6 +139,14 @@ class LedgerMachine:
             report.phase = _Phase.REFUSED
             return []
         return self._open(report) if self._connected else []
+
+    def spool_accepted(self, spool: str) -> list[LedgerAction]:
+        """The control plane takes the spool: what it refused of it before is asked for again."""
+        report = self._spools.get(spool)
+        if report is None or not report.present or not self._connected:
+            return []
+        report.taken_meanwhile = report.phase is _Phase.OPENING
+        return self._open(report) if report.phase is _Phase.REFUSED else []
 
     def spool_gone(self, spool: str) -> None:
         """Its worker is gone; what was sent of it is still answered."""
@@ -183,6 +196,7 @@ class LedgerMachine:
 
     def _open(self, report: _SpoolReport) -> list[LedgerAction]:
         self._rewind(report)
+        report.taken_meanwhile = False
         report.phase = _Phase.OPENING
         state = report.state
         opened = LedgerOpen(
@@ -201,6 +215,7 @@ class LedgerMachine:
         if report.phase is _Phase.OPENING or message.cursor < report.cursor:
             self._rewind(report)
             report.phase = _Phase.REPORTING
+            report.taken_meanwhile = False
             report.sent_up_to = message.cursor
         report.cursor = message.cursor
         while report.unanswered and report.unanswered[0][0] <= message.cursor:
@@ -212,12 +227,11 @@ class LedgerMachine:
         report = self._spools.get(refusal.spool)
         if report is None:
             return []
-        if refusal.reason == LedgerRefusal.REASON_GAP:
+        if refusal.reason == LedgerRefusal.REASON_GAP or report.taken_meanwhile:
             return self._open(report) if report.present else []
         self._rewind(report)
         report.phase = _Phase.REFUSED
-        went_back = refusal.reason == LedgerRefusal.REASON_WENT_BACKWARDS
-        return [Pause(refusal.spool), Refused(refusal.spool, went_back, refusal.detail)]
+        return [Pause(refusal.spool), Refused(refusal.spool, refusal.reason in _HALTING, refusal.detail)]
 
     def _rewind(self, report: _SpoolReport) -> None:
         report.unanswered.clear()

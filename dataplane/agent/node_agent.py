@@ -70,6 +70,8 @@ class NodeAgent:
             self._hub.send(hello.worker, ContactTime(self._config.last_contact_ms))
         for state in hello.spools:
             self._ledger.spool_opened(state)
+        if any(state.refused or state.lost_count or state.unnamed_losses for state in hello.spools):
+            self._config.report_soon()
         mine = {state.spool for state in hello.spools}
         if mine & self._lost:
             # Commands that the former worker had begun are sent again when this is known.
@@ -135,6 +137,10 @@ class NodeAgent:
                 last_record=state.last_record,
                 waiting_count=state.waiting_count,
                 open=self._hub.is_open(state.spool),
+                refused=state.refused,
+                lost_messages=state.lost_messages,
+                lost_count=state.lost_count,
+                unnamed_losses=state.unnamed_losses,
             )
             for state in self._hub.spools
         ]
@@ -171,8 +177,11 @@ class NodeAgent:
         self._hub.send_to_owner(question.spool, question)
 
     def give_verdict(self, spool: str, *, refused: bool) -> None:
-        """Tell the spool's worker whether it may send."""
-        self._hub.send_to_owner(spool, SpoolVerdict(spool, refused))
+        """Tell the spool's worker whether it may send; what may be sent is reported, too."""
+        told = self._hub.send_to_owner(spool, SpoolVerdict(spool, refused))
+        if told and not refused:
+            self._hub.note_accepted(spool)
+            self._ledger.spool_accepted(spool)
 
 
 def _run_command(command: Command) -> RunCommand:

@@ -241,7 +241,6 @@ class ConfigStream:
             case RunCommand():
                 self._node.run_command(action.command)
             case Verdict():
-                self._log.info("spool.refused" if action.refused else "spool.accepted", spool=action.spool)
                 self._node.give_verdict(action.spool, refused=action.refused)
 
     def _announce(self, action: TellConfig | TellDenials) -> None:

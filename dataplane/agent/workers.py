@@ -114,6 +114,11 @@ class WorkerHub:
         for protocol in self._links.values():
             protocol.send(message)
 
+    def note_accepted(self, spool: str) -> None:
+        """Its worker was told to send from the spool: what it said before is not to be said again."""
+        if (owner := self._spools.get(spool)) is not None:
+            self._spools[spool] = (owner[0], owner[1]._replace(refused=False))
+
     @property
     def spools(self) -> list[SpoolState]:
         """Every spool that was reported since the agent began, as last reported."""
@@ -144,8 +149,9 @@ class WorkerHub:
 
     @property
     def draining(self) -> bool:
-        """Whether a worker takes no more mail because it was told to end."""
-        return any(status.draining for index, status in self._statuses.items() if index in self._links)
+        """Whether no worker takes mail any more because they were told to end; one alone is renewed, others serve."""
+        said = [self._statuses.get(index) for index in self._links]
+        return bool(said) and all(status is not None and status.draining for status in said)
 
     # --- what is known of processes ----------------------------------------------------------------------------
 
@@ -190,6 +196,8 @@ class WorkerHub:
             self._forget(former)
             former.abort()
         self._links[hello.worker] = protocol
+        # What its former process said of itself is not true of this one.
+        self._statuses.pop(hello.worker, None)
         self._indexes[protocol] = hello.worker
         self.totals.began(hello.worker, hello.pid)
         for state in hello.spools:

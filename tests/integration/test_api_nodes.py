@@ -125,6 +125,72 @@ async def test_a_refused_spool_is_accepted_as_it_reported_itself(stack: ApiStack
     )
 
 
+async def attach(stack: ApiStack, node: str = "edge-2", spool: str = SPOOL, **more: Any) -> pb.Node:
+    request = service.AttachSpoolRequest(name=f"nodes/{node}", spool=spool, **more)
+    answer: pb.Node = await stack.operator.node("AttachSpool", request)
+    return answer
+
+
+async def with_spool(stack: ApiStack, *nodes: str) -> None:
+    """Nodes, the first of which has a spool and was heard of just now."""
+    for node in nodes:
+        await stack.operator.node("CreateNode", service.CreateNodeRequest(node_id=node))
+    await stack.as_superuser(
+        "INSERT INTO postroad.spools (spool, node, incarnation, cursor, waiting_count) VALUES ($1, $2, 3, 77, 5)",
+        *(SPOOL, nodes[0]),
+    )
+    await stack.as_superuser("INSERT INTO postroad.node_status (node, last_seen_time) VALUES ($1, now())", nodes[0])
+
+
+async def test_a_spool_moves_when_its_node_is_silent_revoked_or_it_is_forced(stack: ApiStack) -> None:
+    await with_spool(stack, "edge-1", "edge-2", "edge-3")
+    error = await stack.operator.refused(attach(stack))
+    assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "SPOOL_IN_USE")
+    (spool,) = (await attach(stack, force=True)).spools
+    assert (spool.spool, spool.incarnation, spool.cursor, spool.waiting_count) == (SPOOL, 3, 77, 5)
+    assert list((await stack.operator.node("GetNode", service.GetNodeRequest(name="nodes/edge-1"))).spools) == []
+    await stack.as_superuser(
+        "INSERT INTO postroad.node_status (node, connected, last_seen_time)"
+        " VALUES ('edge-2', true, now() - $1::interval)",
+        timedelta(seconds=89),
+    )
+    assert (await stack.operator.refused(attach(stack, "edge-3"))).reason == "SPOOL_IN_USE"
+    # A replica that died leaves `connected` as it was; the time tells.
+    await stack.as_superuser(
+        "UPDATE postroad.node_status SET last_seen_time = now() - $1::interval", timedelta(seconds=91)
+    )
+    await attach(stack, "edge-3")
+    await stack.as_superuser("INSERT INTO postroad.node_status (node, last_seen_time) VALUES ('edge-3', now())")
+    await stack.operator.node("RevokeNode", service.RevokeNodeRequest(name="nodes/edge-3"))
+    assert [one.spool for one in (await attach(stack)).spools] == [SPOOL]
+    rows = await stack.as_superuser("SELECT count(*) FROM postroad.audit_log WHERE table_name = 'spools'")
+    assert rows[0][0] == 3
+
+
+async def test_a_spool_does_not_move_to_where_its_mail_cannot_go_on(stack: ApiStack) -> None:
+    await with_spool(stack, "edge-1", "edge-2")
+    assert (await stack.operator.refused(attach(stack, "edge-1", force=True))).reason == "SPOOL_ATTACHED"
+    await stack.operator.node("CreateNodePool", service.CreateNodePoolRequest(node_pool_id="dmz"))
+    node = pb.Node(node_pool="nodePools/dmz")
+    await stack.operator.node("CreateNode", service.CreateNodeRequest(node_id="far", node=node))
+    assert (await stack.operator.refused(attach(stack, "far", force=True))).reason == "SPOOL_POOL_DIFFERS"
+    await stack.operator.node("RevokeNode", service.RevokeNodeRequest(name="nodes/edge-2"))
+    assert (await stack.operator.refused(attach(stack, force=True))).reason == "NODE_REVOKED"
+    unknown = await stack.operator.refused(attach(stack, "edge-1", spool=UUID_1))
+    assert unknown.code is grpc.StatusCode.NOT_FOUND
+    no_uuid = await stack.operator.refused(attach(stack, "edge-1", spool="no uuid"))
+    assert no_uuid.fields == ["spool"]
+
+
+async def test_what_a_spool_lost_is_named(stack: ApiStack) -> None:
+    await with_spool(stack, "edge-1")
+    await stack.as_superuser(
+        "UPDATE postroad.spools SET lost_messages = $1, lost_count = 2, unnamed_losses = true", [UUID_1, SPOOL]
+    )
+    (spool,) = (await stack.operator.node("GetNode", service.GetNodeRequest(name="nodes/edge-1"))).spools
+    assert (list(spool.lost_messages), spool.lost_count, spool.unnamed_losses) == ([UUID_1, SPOOL], 2, True)
+
+
 async def test_a_pool_is_born_with_a_key_and_its_bundles(stack: ApiStack) -> None:
     request = service.CreateNodePoolRequest(node_pool_id="dmz", node_pool=pb.NodePool(max_recipients=7))
     made = await stack.operator.node("CreateNodePool", request)

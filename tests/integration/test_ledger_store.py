@@ -20,7 +20,6 @@ from controlplane.ports_fleet import (
     Refusal,
     RefusalReason,
     SpoolOpening,
-    SpoolOwnershipError,
     Stored,
 )
 from postroad.node.v1.ledger_pb2 import CommandResult, EventType, LedgerRecord, RecipientState
@@ -327,10 +326,14 @@ async def test_a_spool_belongs_to_the_node_that_registered_it(
     await add_node(migrated_database, "edge-2")
     await _open(ledger)
 
-    with pytest.raises(SpoolOwnershipError):
-        await ledger.open_spool("edge-2", SpoolOpening(SPOOL, 9, 0, 1, 100), NOW)
-    with pytest.raises(SpoolOwnershipError):
-        await _store(ledger, 1, accepted(message_id()), node="edge-2")
+    opened = await ledger.open_spool("edge-2", SpoolOpening(SPOOL, 9, 0, 1, 100), NOW)
+    assert isinstance(opened, Refusal)
+    assert opened.reason is RefusalReason.NOT_OWNED
+    stored = await _store(ledger, 1, accepted(message_id()), node="edge-2")
+    assert stored == Stored(opened, 0, 0)
+    assert await _count(migrated_database, "messages") == 0
+    # What the other one said of it has changed nothing.
+    assert await _open(ledger) == Cursor(SPOOL, 0)
 
 
 async def test_parts_of_a_result_add_up_until_it_is_whole(ledger: PostgresLedger, migrated_database: Database) -> None:

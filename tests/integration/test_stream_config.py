@@ -192,7 +192,9 @@ async def test_another_nodes_name_in_hello_is_refused(port: NodesPort) -> None:
     assert await stream.end_code() is grpc.StatusCode.PERMISSION_DENIED
 
 
-async def test_another_nodes_spool_in_hello_is_refused(port: NodesPort, migrated_database: Database) -> None:
+async def test_another_nodes_spool_is_refused_and_the_stream_goes_on(
+    port: NodesPort, migrated_database: Database
+) -> None:
     spool = str(uuid.uuid4())
     first = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
     await first.hello(spools=[pb.SpoolStatus(spool=spool, incarnation=1)])
@@ -200,7 +202,81 @@ async def test_another_nodes_spool_in_hello_is_refused(port: NodesPort, migrated
     second = NodeStream(port.channel(await port.enrolled("edge-2")), "edge-2")
     await second.hello(spools=[pb.SpoolStatus(spool=spool, incarnation=1)])
 
-    assert await second.end_code() is grpc.StatusCode.PERMISSION_DENIED
+    refused = await second.expect("directive")
+    assert (refused.action, refused.spool) == (pb.Directive.ACTION_REFUSE_SPOOL, spool)
+    await second.expect("snapshot")
+    (row,) = await fetch(migrated_database, "SELECT node FROM postroad.spools")
+    assert row["node"] == "edge-1"
+
+
+async def test_a_spool_that_moves_is_taken_from_the_one_node_and_given_to_the_other(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    spool = str(uuid.uuid4())
+    former = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
+    await former.hello(spools=[pb.SpoolStatus(spool=spool, incarnation=3, last_record=9)])
+    await former.expect("snapshot")
+    taker = NodeStream(port.channel(await port.enrolled("edge-2")), "edge-2")
+    waiting = pb.SpoolStatus(spool=spool, incarnation=4, last_record=9, refused=True)
+    await taker.hello(spools=[waiting])
+    # It holds it back already, and so it is told nothing but its configuration.
+    await taker.expect("snapshot")
+
+    await execute(migrated_database, "UPDATE postroad.spools SET node = 'edge-2'")
+    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
+
+    refused = await former.expect("directive")
+    assert (refused.action, refused.spool) == (pb.Directive.ACTION_REFUSE_SPOOL, spool)
+    given = await taker.expect("directive")
+    assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+    # Records come, which its last report does not know of; that is no old copy.
+    await execute(migrated_database, "UPDATE postroad.spools SET cursor = 12")
+    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
+    # Whoever has not heard of it hears it once more.
+    await taker.call.write(pb.StreamConfigRequest(status_report=pb.StatusReport(spools=[waiting])))
+    again = await taker.expect("directive")
+    assert (again.action, again.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+    (row,) = await fetch(migrated_database, "SELECT node, accepted FROM postroad.spools")
+    assert tuple(row) == ("edge-2", True)
+
+
+async def test_a_node_that_was_away_when_its_spool_was_accepted_hears_of_it_when_it_comes_back(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    spool = str(uuid.uuid4())
+    certificate = await port.enrolled("edge-1")
+    await execute(
+        migrated_database,
+        "INSERT INTO postroad.spools (spool, node, incarnation, cursor) VALUES ($1, 'edge-1', 5, 40)",
+        uuid.UUID(spool),
+    )
+    stream = NodeStream(port.channel(certificate), "edge-1")
+    await stream.hello(spools=[pb.SpoolStatus(spool=spool, incarnation=6, last_record=40, refused=True)])
+    given = await stream.expect("directive")
+    assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+
+
+async def test_an_old_copy_of_a_spool_that_moved_is_refused_until_it_is_accepted(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    spool = str(uuid.uuid4())
+    certificate = await port.enrolled("edge-1")
+    await execute(
+        migrated_database,
+        "INSERT INTO postroad.spools (spool, node, incarnation, cursor) VALUES ($1, 'edge-1', 5, 40)",
+        uuid.UUID(spool),
+    )
+    stream = NodeStream(port.channel(certificate), "edge-1")
+    # Newer by its incarnation, since it was opened again; older by what it holds.
+    await stream.hello(spools=[pb.SpoolStatus(spool=spool, incarnation=6, last_record=39, refused=True)])
+    await stream.expect("snapshot")
+    (row,) = await fetch(migrated_database, "SELECT accepted, reported_last_record FROM postroad.spools")
+    assert tuple(row) == (False, 39)
+
+    await execute(migrated_database, "UPDATE postroad.spools SET accepted = true, cursor = reported_last_record")
+    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
+    given = await stream.expect("directive")
+    assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
 
 
 async def test_anything_before_hello_is_refused(port: NodesPort) -> None:

@@ -10,10 +10,12 @@ import signal
 import smtplib
 import socket
 import subprocess
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import apsw
 import pytest
 
 from dataplane.data_dir import LONGEST_DATA_DIR_BYTES, DataDirError, lock_data_dir, prepare_data_dir
@@ -32,7 +34,7 @@ from postroad.node.v1.ledger_pb2 import RECIPIENT_STATE_SENT, LedgerRecord
 from support.ingress import Log
 from support.node_mail import Sink, configure, connected, listening_sink, send
 from support.node_plane import WAIT_S, ControlPlane, Pki, control_plane
-from support.node_process import running, starting, wait_gone, write_settings
+from support.node_process import log_events, running, starting, wait_gone, write_settings
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -337,6 +339,36 @@ async def test_a_refused_spool_sends_and_takes_nothing_until_it_is_accepted(
         await send(node, "taken again")
         assert b"Subject: taken again" in await sink.next()
         assert await node.stop() == 0
+
+
+async def test_what_a_damaged_spool_lost_is_named_in_the_log_and_in_the_status(
+    settings_file: Path, plane: ControlPlane, sink: Sink
+) -> None:
+    async with running(settings_file) as node:
+        await configure(plane, sink)
+        sink.reply = "451 later"
+        await send(node, "kept")
+        await send(node, "lost")
+        (spool,) = [folder.name for folder in (node.data_dir / "spool").iterdir()]
+        records = await plane.wait_for_records(spool, 2)
+        assert await node.stop() == 0
+    decoded = map(LedgerRecord.FromString, records)
+    (lost,) = [record.message_id for record in decoded if record.accepted.subject == "lost"]
+    folder = node.data_dir / "spool" / spool
+    connection = apsw.Connection(str(folder / "spool.db"))
+    connection.execute("UPDATE message SET checksum = checksum + 1 WHERE id = ?", (lost,))
+    connection.close()
+    (folder / "failed").write_text("somebody doubts it")
+    async with running(settings_file) as node:
+        stream = await plane.next_stream()
+        while not (status := (await stream.next()).status_report).spools:
+            pass
+        (reported,) = status.spools
+        assert list(reported.lost_messages) == [str(uuid.UUID(bytes=lost))]
+        assert (reported.lost_count, reported.unnamed_losses, reported.refused) == (1, False, False)
+        (logged,) = log_events(settings_file, "spool.salvaged")
+        assert (logged["kept"], logged["lost_messages"]) == (1, [str(uuid.UUID(bytes=lost))])
+        await node.stop()
 
 
 async def test_waiting_mail_is_cancelled_by_a_command(settings_file: Path, plane: ControlPlane, sink: Sink) -> None:

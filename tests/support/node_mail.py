@@ -86,11 +86,21 @@ class Sink:
 async def listening_sink() -> AsyncIterator[Sink]:
     made = Sink()
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: SMTP(made, loop=loop), "127.0.0.1", 0)
+    transports: list[asyncio.BaseTransport] = []
+
+    class Session(SMTP):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            transports.append(transport)
+            super().connection_made(transport)
+
+    server = await loop.create_server(lambda: Session(made, loop=loop), "127.0.0.1", 0)
     made.port = server.sockets[0].getsockname()[1]
     yield made
     made.open.set()
     server.close()
+    # A next hop that is gone, for those as well that closed without a word.
+    for transport in transports:
+        transport.close()
 
 
 def send_now(port: int, subject: str) -> None:

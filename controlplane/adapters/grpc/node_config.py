@@ -30,7 +30,6 @@ from controlplane.adapters.grpc.stream_codec import (
 from controlplane.adapters.grpc.transport import identity_of
 from controlplane.adapters.pki import NodeIdentity, PkiError
 from controlplane.domain.errors import UnavailableError
-from controlplane.ports_fleet import SpoolOwnershipError
 from controlplane.stream.fleet import FleetService, NotAdmittedError
 from controlplane.stream.hub import Slot, TooManyStreamsError, close
 from controlplane.stream.session import Close, CloseCode
@@ -157,8 +156,6 @@ class NodeConfigServicer:
                 await self._receive(slot, request)
             except BadMessageError as error:
                 close(slot, CloseCode.INVALID_ARGUMENT, str(error))
-            except SpoolOwnershipError:
-                close(slot, CloseCode.PERMISSION_DENIED, "a spool of the node is another node's")
             changed.set()
             request = await context.read()
 

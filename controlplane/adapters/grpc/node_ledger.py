@@ -2,9 +2,8 @@
 
 Contract. Requests are answered in order. While one transaction runs, what comes next gathers, and batches that follow
 each other are stored together. Beside that the node is asked who waits in its spools; see `services.auditing`. A
-stream ends UNAVAILABLE while PostgreSQL is away (the node comes back and sends what
-the cursor does not cover), PERMISSION_DENIED for another node's spool, UNAUTHENTICATED when the node was revoked
-meanwhile.
+stream ends UNAVAILABLE while PostgreSQL is away (the node comes back and sends what the cursor does not cover),
+UNAUTHENTICATED when the node was revoked meanwhile. Another node's spool is refused; the stream goes on for the others.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from controlplane.adapters.grpc.stream_codec import BadMessageError, uuid_text
 from controlplane.adapters.grpc.transport import identity_of
 from controlplane.adapters.pki import NodeIdentity, PkiError
 from controlplane.domain.errors import UnavailableError
-from controlplane.ports_fleet import Cursor, RawBatch, Refusal, SpoolOpening, SpoolOwnershipError
+from controlplane.ports_fleet import Cursor, RawBatch, Refusal, SpoolOpening
 from controlplane.services.auditing import Auditor, Comparer
 from controlplane.services.ingest import IngestService
 from controlplane.stream.fleet import FleetService, NotAdmittedError
@@ -70,8 +69,6 @@ class NodeLedgerServicer(LedgerServiceServicer):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         except NotAdmittedError:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the node's certificate is refused")
-        except SpoolOwnershipError:
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "the spool is another node's")
         except BadMessageError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except UnavailableError as error:

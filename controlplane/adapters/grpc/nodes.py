@@ -76,6 +76,14 @@ class NodeHandlers(service_grpc.NodeServiceServicer):
         result = await self._nodes.accept_spool(caller(), mutation, _node_id(request.name), request.spool)
         return convert.answer(result, pb.Node, write_node)
 
+    async def AttachSpool(self, request: service_pb.AttachSpoolRequest, context: Any) -> pb.Node:
+        """As the proto says."""
+        mutation = convert.mutation("AttachSpool", request, write_node)
+        result = await self._nodes.attach_spool(
+            caller(), mutation, _node_id(request.name), request.spool, force=request.force
+        )
+        return convert.answer(result, pb.Node, write_node)
+
     async def CreateNodePool(self, request: service_pb.CreateNodePoolRequest, context: Any) -> pb.NodePool:
         """As the proto says."""
         mutation = convert.mutation("CreateNodePool", request, write_pool, validate_only=request.validate_only)
@@ -145,6 +153,9 @@ def write_node(node: Node) -> pb.Node:
                 cursor=spool.cursor,
                 accepted=spool.accepted,
                 waiting_count=spool.waiting_count,
+                lost_messages=spool.lost_messages,
+                lost_count=spool.lost_count,
+                unnamed_losses=spool.unnamed_losses,
             )
             for spool in node.spools
         ],

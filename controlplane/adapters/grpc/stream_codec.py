@@ -14,7 +14,15 @@ from uuid import UUID
 
 from google.rpc import error_details_pb2, status_pb2
 
-from controlplane.ports_fleet import Bundle, DenialSet, DenialSubject, NodeHealth, SpoolCommand, SpoolStatus
+from controlplane.ports_fleet import (
+    Bundle,
+    DenialSet,
+    DenialSubject,
+    NodeHealth,
+    SpoolCommand,
+    SpoolLosses,
+    SpoolStatus,
+)
 from controlplane.stream import session
 from controlplane.stream.session import Output
 from postroad.config.v1 import bundle_pb2, denials_pb2
@@ -25,6 +33,7 @@ CHUNK_BYTES = 4 * 1024 * 1024
 _SNAPSHOT_TAG = bytes([pb.StreamConfigResponse.SNAPSHOT_FIELD_NUMBER << 3 | 2])
 _DELTA_TAG = bytes([pb.StreamConfigResponse.DELTA_FIELD_NUMBER << 3 | 2])
 _SHARED_BODIES = 4
+_LOST_MESSAGES = 1_000
 
 
 class BadMessageError(Exception):
@@ -74,7 +83,14 @@ def spools_of(messages: Iterable[pb.SpoolStatus]) -> tuple[SpoolStatus, ...]:
     """The spools of the node; BadMessageError for what is no UUID or comes twice."""
     spools = tuple(
         SpoolStatus(
-            uuid_text(one.spool), one.incarnation, one.acknowledged, one.last_record, one.waiting_count, one.open
+            uuid_text(one.spool),
+            one.incarnation,
+            one.acknowledged,
+            one.last_record,
+            one.waiting_count,
+            one.open,
+            one.refused,
+            _losses_of(one),
         )
         for one in messages
     )
@@ -83,12 +99,18 @@ def spools_of(messages: Iterable[pb.SpoolStatus]) -> tuple[SpoolStatus, ...]:
     return spools
 
 
+def _losses_of(message: pb.SpoolStatus) -> SpoolLosses:
+    if len(message.lost_messages) > _LOST_MESSAGES:
+        raise BadMessageError("too many lost messages are named")
+    return SpoolLosses(tuple(map(uuid_text, message.lost_messages)), message.lost_count, message.unnamed_losses)
+
+
 def uuid_text(text: str) -> str:
     """The usual form of a UUID; BadMessageError for anything else."""
     try:
         return str(UUID(text))
     except ValueError as error:
-        raise BadMessageError("a spool is no UUID") from error
+        raise BadMessageError("a spool or a message is no UUID") from error
 
 
 class StreamEncoder:

@@ -36,7 +36,6 @@ from controlplane.ports_fleet import (
     PoolKey,
     SpoolCommand,
     SpoolOwner,
-    SpoolOwnershipError,
     SpoolStatus,
 )
 
@@ -213,11 +212,12 @@ class PostgresFleet:
                 now,
             )
 
-    async def report_spools(self, node_id: str, spools: Sequence[SpoolStatus], now: datetime) -> list[str]:
+    async def report_spools(self, node_id: str, spools: Sequence[SpoolStatus], now: datetime) -> list[SpoolOwner]:
         """As the port says.
 
-        Only an older incarnation is held against a spool here: its records travel on another stream and may be ahead
-        of what this one says of them. The ledger compares both.
+        Of a spool that is in use only an older incarnation is held against it here: its records travel on another
+        stream and may be ahead of what this one says of them. The ledger compares both. One that the node holds back
+        must have all that is stored of it, since the ledger may have refused to hear of it.
         """
         if not spools:
             return []
@@ -238,35 +238,45 @@ class PostgresFleet:
             rows = await connection.fetch(
                 """
                 WITH known AS (
-                    SELECT p.spool, u.i, u.w
-                    FROM postroad.spools p JOIN unnest($1::uuid[], $2::bigint[], $3::bigint[]) AS u (s, i, w)
-                        ON p.spool = u.s
+                    SELECT p.spool, u.i, u.w, u.l, u.c, u.n, u.r, u.h
+                    FROM postroad.spools p
+                    JOIN unnest(
+                        $1::uuid[], $2::bigint[], $3::bigint[], $6::text[], $7::bigint[], $8::boolean[], $9::bigint[],
+                        $10::boolean[]
+                    ) AS u (s, i, w, l, c, n, r, h) ON p.spool = u.s
                     WHERE p.node = $4
                     ORDER BY p.spool FOR UPDATE OF p
                 )
                 UPDATE postroad.spools p
                 SET waiting_count = k.w, reported_incarnation = k.i, update_time = $5,
-                    accepted = p.accepted AND k.i >= p.incarnation
+                    accepted = p.accepted AND k.i >= p.incarnation AND NOT (k.h AND k.r < p.cursor),
+                    reported_last_record = CASE WHEN k.h THEN k.r ELSE p.reported_last_record END,
+                    lost_messages = string_to_array(k.l, ','),
+                    lost_count = k.c, unnamed_losses = k.n
                 FROM known k WHERE p.spool = k.spool
-                RETURNING p.spool, p.accepted
+                RETURNING p.spool, p.node, p.accepted, p.cursor
                 """,
                 ids,
                 incarnations,
                 waiting,
                 node_id,
                 now,
+                [",".join(spool.losses.messages) for spool in spools],
+                [spool.losses.message_count for spool in spools],
+                [spool.losses.unnamed for spool in spools],
+                [spool.last_record for spool in spools],
+                [spool.refused for spool in spools],
             )
-            if len(rows) != len(set(ids)):
-                raise SpoolOwnershipError
-        return [str(row["spool"]) for row in rows if not row["accepted"]]
+        return [_owner(row) for row in rows]
 
     async def list_spools(self, node_ids: Sequence[str]) -> list[SpoolOwner]:
         """As the port says."""
         async with self._database.transaction("spools_list") as connection:
             rows = await connection.fetch(
-                "SELECT spool, node, accepted FROM postroad.spools WHERE node = ANY ($1::text[])", list(node_ids)
+                "SELECT spool, node, accepted, cursor FROM postroad.spools WHERE node = ANY ($1::text[])",
+                list(node_ids),
             )
-        return [SpoolOwner(str(row["spool"]), row["node"], row["accepted"]) for row in rows]
+        return [_owner(row) for row in rows]
 
     # --- what nodes shall hold ------------------------------------------------------------------------------------
 
@@ -362,3 +372,7 @@ def _filter(row: asyncpg.Record) -> CommandFilter | None:
 
 def _denial(row: asyncpg.Record) -> Denial:
     return Denial(DenialSubject(row["kind"]), row["denial"], row["since_time"], row["expire_time"])
+
+
+def _owner(row: asyncpg.Record) -> SpoolOwner:
+    return SpoolOwner(str(row["spool"]), row["node"], row["accepted"], row["cursor"])

@@ -12,6 +12,7 @@ UnavailableError leaves everything as it was.
     older incarnation than the newest       refused: SUPERSEDED
     spool refused before                    refused: WENT_BACKWARDS, until AcceptSpool
     newer incarnation                       stored: the worker was restarted
+    another node's spool                    refused: NOT_OWNED
 
 A spool speaks of messages that it accepted itself: what it says of others' is set aside, whoever's they are.
 A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
@@ -50,7 +51,6 @@ from controlplane.ports_fleet import (
     Refusal,
     RefusalReason,
     SpoolOpening,
-    SpoolOwnershipError,
     Stored,
 )
 from dataplane.core.queue import TERMINAL
@@ -212,7 +212,7 @@ class PostgresLedger:
             )
             row = await connection.fetchrow(_LOCK, spool)
             if row is None or row["node"] != node_id:
-                raise SpoolOwnershipError
+                return _not_owned(opening.spool)
             backwards = opening.incarnation < row["incarnation"] or opening.last_record < row["cursor"]
             accepted = row["accepted"] and not backwards
             cursor: int = row["cursor"]
@@ -251,7 +251,7 @@ class PostgresLedger:
         async with self._database.transaction("ledger_store") as connection:
             row = await connection.fetchrow(_LOCK, UUID(batch.spool))
             if row is None or row["node"] != node_id:
-                raise SpoolOwnershipError
+                return Stored(_not_owned(batch.spool), 0, 0)
             refusal = _refusal(batch, row)
             if refusal is not None:
                 return Stored(refusal, 0, 0)
@@ -315,6 +315,10 @@ def _decode(records: Numbered, bounds: IdBounds, *, clean: bool = False) -> _Dec
         except RecordError as error:
             decoded.rejects.append(_Reject(number, raw, error.reason, str(error)))
     return decoded
+
+
+def _not_owned(spool: str) -> Refusal:
+    return Refusal(spool, RefusalReason.NOT_OWNED, "the spool is another node's")
 
 
 def _refusal(batch: RawBatch, row: asyncpg.Record) -> Refusal | None:

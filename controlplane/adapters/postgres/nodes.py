@@ -1,13 +1,14 @@
 """Nodes, node pools and what hangs on them.
 
 Contract. Implements `controlplane.ports.Nodes`. What a node reports of itself is written by the fleet's side into
-`node_status` and `spools`, and only read here, but for AcceptSpool.
+`node_status` and `spools`, and only read here, but for AcceptSpool and AttachSpool.
 """
 
 from __future__ import annotations
 
 import json
 from datetime import datetime
+from typing import Any
 
 import asyncpg
 
@@ -23,7 +24,14 @@ COMMANDS_CHANNEL = "postroad_commands"
 _SELECT = """
 SELECT n.*, s.connected, s.last_seen_time, s.software_version, s.config_status, s.config_error, s.denials_version, (
     SELECT coalesce(
-        jsonb_agg(jsonb_build_array(p.spool, p.incarnation, p.cursor, p.accepted, p.waiting_count) ORDER BY p.spool),
+        jsonb_agg(
+            jsonb_build_object(
+                'spool', p.spool, 'incarnation', p.incarnation, 'cursor', p.cursor, 'accepted', p.accepted,
+                'waiting_count', p.waiting_count, 'lost_messages', p.lost_messages, 'lost_count', p.lost_count,
+                'unnamed_losses', p.unnamed_losses
+            )
+            ORDER BY p.spool
+        ),
         '[]'
     )
     FROM postroad.spools p WHERE p.node = n.node
@@ -123,6 +131,25 @@ class NodesRepository:
         )
         await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, node)
         return True
+
+    async def lock_spool(self, spool: str) -> str:
+        """As the port says."""
+        node: str | None = await self._session.value(
+            "spool_lock", "SELECT node FROM postroad.spools WHERE spool = $1 FOR UPDATE", spool
+        )
+        if node is None:
+            raise NotFoundError(f"spool {spool}")
+        return node
+
+    async def move_spool(self, spool: str, node: str) -> None:
+        """As the port says."""
+        await self._session.run(
+            "spool_move",
+            "UPDATE postroad.spools SET node = $2, update_time = transaction_timestamp() WHERE spool = $1",
+            *(spool, node),
+        )
+        # Both nodes: the one that may send now, and the one that may not.
+        await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, node)
 
     async def get_pool(self, node_pool: str) -> NodePool:
         """As the port says."""
@@ -298,6 +325,10 @@ def _node(row: asyncpg.Record) -> Node:
         config_status=row["config_status"] or 2,
         config_error=row["config_error"] or "",
         denials_version=row["denials_version"] or 0,
-        spools=tuple(Spool(*one) for one in json.loads(row["spools"])),
+        spools=tuple(_spool(one) for one in json.loads(row["spools"])),
         meta=meta_of(row),
     )
+
+
+def _spool(fields: dict[str, Any]) -> Spool:
+    return Spool(**{**fields, "lost_messages": tuple(fields["lost_messages"])})

@@ -9,13 +9,15 @@
     contents      files of large messages
     identity      the lock on the folder, node and incarnation
     salvage       readable rows of a damaged file into a new one
+    takeover      another node's folder into this node's
     schema, codec what lies in the file
 """
 
 from __future__ import annotations
 
 from dataplane.adapters.spool_sqlite.limits import SpoolLimits
-from dataplane.adapters.spool_sqlite.salvage import SalvageReport
+from dataplane.adapters.spool_sqlite.salvage import SalvageReport, read_losses
 from dataplane.adapters.spool_sqlite.spool import SqliteSpool
+from dataplane.adapters.spool_sqlite.takeover import TakenSpool, take_folder
 
-__all__ = ["SalvageReport", "SpoolLimits", "SqliteSpool"]
+__all__ = ["SalvageReport", "SpoolLimits", "SqliteSpool", "TakenSpool", "read_losses", "take_folder"]

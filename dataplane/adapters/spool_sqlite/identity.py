@@ -36,6 +36,14 @@ def lock_folder(folder: Path) -> int:
 
 def read_identity(folder: Path, node: str) -> SpoolIdentity:
     """Return what the folder says of itself, incarnation 0 for a new one. SpoolError when it is another's."""
+    found = read_any_identity(folder) or SpoolIdentity(folder.name, node, 0)
+    if found.node != node:
+        raise SpoolError(f"spool {found.spool} belongs to node {found.node}, not to {node}")
+    return found
+
+
+def read_any_identity(folder: Path) -> SpoolIdentity | None:
+    """Return what the folder says of itself, whoever's it is, None for a new one. SpoolError for what is no spool."""
     try:
         name = str(uuid.UUID(folder.name))
     except ValueError as error:
@@ -43,7 +51,7 @@ def read_identity(folder: Path, node: str) -> SpoolIdentity:
     try:
         encoded = (folder / IDENTITY).read_bytes()
     except FileNotFoundError:
-        return SpoolIdentity(name, node, 0)
+        return None
     try:
         fields = orjson.loads(encoded)
         found = SpoolIdentity(str(fields["spool"]), str(fields["node"]), int(fields["incarnation"]))
@@ -51,8 +59,6 @@ def read_identity(folder: Path, node: str) -> SpoolIdentity:
         raise SpoolError(f"{folder / IDENTITY} cannot be read") from error
     if found.spool != name:
         raise SpoolError(f"{folder} holds spool {found.spool}: a copied spool must not be opened")
-    if found.node != node:
-        raise SpoolError(f"spool {name} belongs to node {found.node}, not to {node}")
     return found
 
 

@@ -40,10 +40,12 @@ from dataplane.adapters.spool_sqlite.errors import translate
 from dataplane.adapters.spool_sqlite.identity import sync_folder, write_file
 from dataplane.adapters.spool_sqlite.schema import Row
 from dataplane.core.ids import MessageId, format_message_id
-from dataplane.ports import SpoolFullError, SpoolIdentity
+from dataplane.ports import SpoolFullError, SpoolIdentity, SpoolLosses
 
 MARKER = "failed"
 QUARANTINE = "quarantine"
+NAMED_LOSSES = 1_000
+_REPORT = "report.json"
 _NEW = "spool.db.new"
 _DAMAGE = (apsw.CorruptError, apsw.NotADBError, apsw.IOError, apsw.SQLError, TypeError)
 _ROWS = 32
@@ -163,12 +165,12 @@ def _save_report(report: SalvageReport) -> None:
         "lost_records": report.lost_records,
         "damaged_places": report.damaged_places,
     }
-    write_file(report.quarantine / "report.json", orjson.dumps(fields, option=orjson.OPT_INDENT_2))
+    write_file(report.quarantine / _REPORT, orjson.dumps(fields, option=orjson.OPT_INDENT_2))
     sync_folder(report.quarantine)
 
 
 def _load_report(quarantine: Path) -> SalvageReport:
-    fields = orjson.loads((quarantine / "report.json").read_bytes())
+    fields = orjson.loads((quarantine / _REPORT).read_bytes())
     return SalvageReport(
         reason=fields["reason"],
         quarantine=quarantine,
@@ -177,6 +179,20 @@ def _load_report(quarantine: Path) -> SalvageReport:
         lost_records=tuple(fields["lost_records"]),
         damaged_places=fields["damaged_places"],
     )
+
+
+def read_losses(folder: Path) -> SpoolLosses:
+    """What the reports that the folder keeps tell of all salvages together; one that cannot be read is skipped."""
+    messages: list[str] = []
+    record_count = damaged_places = 0
+    for file in sorted((folder / QUARANTINE).glob(f"*/{_REPORT}")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            report = _load_report(file.parent)
+            messages += report.lost_messages
+            record_count += len(report.lost_records)
+            damaged_places += report.damaged_places
+    lost = list(dict.fromkeys(messages))
+    return SpoolLosses(tuple(lost[:NAMED_LOSSES]), len(lost), record_count, damaged_places)
 
 
 def _copy_from(folder: Path, copy: _Copy, vfs: str | None) -> None:

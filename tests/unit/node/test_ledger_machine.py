@@ -137,6 +137,27 @@ def test_a_spool_that_went_back_is_refused_until_it_is_another_incarnation() -> 
     assert machine.spool_opened(state(incarnation=2)) != []
 
 
+def test_another_nodes_spool_is_refused_and_asked_for_again_once_it_is_accepted() -> None:
+    machine = reporting()
+    assert machine.spool_accepted(S) == []
+    assert machine.receive(refusal(LedgerRefusal.REASON_NOT_OWNED)) == [lm.Pause(S), lm.Refused(S, True, "why")]
+    (opened,) = machine.spool_accepted(S)
+    assert isinstance(opened, lm.SendLedger)
+    assert opened.request.open.spool == S
+    assert machine.receive(cursor(5)) == [lm.Stored(S, 5), lm.Pull(S, 5)]
+    assert machine.spool_accepted("spool-b") == []
+
+
+def test_a_refusal_that_an_acceptance_overtook_halts_nothing() -> None:
+    machine = lm.LedgerMachine()
+    machine.connected()
+    machine.spool_opened(state())
+    assert machine.spool_accepted(S) == []
+    (opened,) = machine.receive(refusal(LedgerRefusal.REASON_NOT_OWNED))
+    assert isinstance(opened, lm.SendLedger)
+    assert machine.receive(refusal(LedgerRefusal.REASON_NOT_OWNED)) == [lm.Pause(S), lm.Refused(S, True, "why")]
+
+
 def test_a_superseded_spool_reports_no_more_but_is_not_refused() -> None:
     machine = reporting()
     assert machine.receive(refusal(LedgerRefusal.REASON_SUPERSEDED)) == [lm.Pause(S), lm.Refused(S, False, "why")]

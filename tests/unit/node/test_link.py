@@ -15,7 +15,7 @@ from dataplane.core.commands import Filter
 from dataplane.core.ids import MessageId
 
 SPOOL = str(uuid.UUID(int=7))
-STATE = link.SpoolState(SPOOL, 3, 10, 4, 12, 5)
+STATE = link.SpoolState(SPOOL, 3, 10, 4, 12, 5, True, (SPOOL, SPOOL), 2, True)
 MESSAGES: list[link.Message] = [
     link.WorkerHello(0, 42, "ab" * 32, 9, (STATE,)),
     link.ConfigChanged("cd" * 32),

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from postroad.cli import accounts, contexts, credentials, inbox, limits, messages, nodes, providers, rules
+from postroad.cli import accounts, contexts, credentials, inbox, limits, messages, nodes, providers, rules, spools
 from postroad.cli.audit import audit
 from postroad.cli.connection import ConnectionSettingsError, Flags
 from postroad.cli.output import Output, make_printer
@@ -55,6 +55,7 @@ app.add_typer(rules.app, name="rules")
 app.add_typer(limits.app, name="limits")
 app.add_typer(nodes.nodes_app, name="nodes")
 app.add_typer(nodes.pools_app, name="pools")
+app.add_typer(spools.app, name="spool")
 app.command()(status)
 app.command()(health)
 app.add_typer(contexts.app, name="contexts")

@@ -131,13 +131,6 @@ def reset_enrollment(context: typer.Context, name: Name) -> None:
     show(session, NODE, call(session, NODE, "ResetNodeEnrollment", name=NODE.name(session, name)))
 
 
-@nodes_app.command("accept-spool")
-def accept_spool(context: typer.Context, name: Name, spool: Annotated[str, typer.Argument(help="Its UUID")]) -> None:
-    """Take records again from a spool that came back older than it was (a restored disk)."""
-    session = session_of(context)
-    show(session, NODE, call(session, NODE, "AcceptSpool", name=NODE.name(session, name), spool=spool))
-
-
 @pools_app.command("create")
 def create_pool(
     context: typer.Context,

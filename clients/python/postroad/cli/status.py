@@ -13,6 +13,7 @@ from postroad.cli.nodes import NODE
 from postroad.cli.problems import FAILED
 from postroad.cli.resources import list_all
 from postroad.cli.session import Session, session_of
+from postroad.cli.spools import spool_remarks
 from postroad.localstack.probe import readiness
 from postroad.sdk import PermissionDeniedError, PostroadError
 
@@ -57,6 +58,8 @@ def status(context: typer.Context) -> None:
         if nodes:
             printer.say("")
             printer.resources("nodes", nodes, NODE.columns)
+            for text in (text for node in nodes for text in spool_remarks(node)):
+                printer.remark(text)
         if refusal:
             printer.remark(f"Nodes: {refusal}")
     if refusal or not all(probe.ready for probe in probes):

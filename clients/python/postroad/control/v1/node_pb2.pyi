@@ -95,6 +95,9 @@ class Node(_message.Message):
         CURSOR_FIELD_NUMBER: _builtins.int
         ACCEPTED_FIELD_NUMBER: _builtins.int
         WAITING_COUNT_FIELD_NUMBER: _builtins.int
+        LOST_MESSAGES_FIELD_NUMBER: _builtins.int
+        LOST_COUNT_FIELD_NUMBER: _builtins.int
+        UNNAMED_LOSSES_FIELD_NUMBER: _builtins.int
         spool: _builtins.str
         """UUID of the spool."""
         incarnation: _builtins.int
@@ -107,6 +110,18 @@ class Node(_message.Message):
         """
         waiting_count: _builtins.int
         """Recipients that wait, as last reported."""
+        lost_count: _builtins.int
+        """How many were lost."""
+        unnamed_losses: _builtins.bool
+        """Whether parts of a damaged file could not be read at all: then there may
+        be losses that nobody can name.
+        """
+        @_builtins.property
+        def lost_messages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """Ids of messages that were lost when the node replaced a damaged file, at
+            most 1,000; for as long as the node keeps the damaged file.
+            """
+
         def __init__(
             self,
             *,
@@ -115,10 +130,13 @@ class Node(_message.Message):
             cursor: _builtins.int = ...,
             accepted: _builtins.bool = ...,
             waiting_count: _builtins.int = ...,
+            lost_messages: _abc.Iterable[_builtins.str] | None = ...,
+            lost_count: _builtins.int = ...,
+            unnamed_losses: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cursor", b"cursor", "incarnation", b"incarnation", "spool", b"spool", "waiting_count", b"waiting_count"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cursor", b"cursor", "incarnation", b"incarnation", "lost_count", b"lost_count", "lost_messages", b"lost_messages", "spool", b"spool", "unnamed_losses", b"unnamed_losses", "waiting_count", b"waiting_count"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

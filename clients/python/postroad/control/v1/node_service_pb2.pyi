@@ -293,6 +293,42 @@ class AcceptSpoolRequest(_message.Message):
 Global___AcceptSpoolRequest: _TypeAlias = AcceptSpoolRequest  # noqa: Y015
 
 @_typing.final
+class AttachSpoolRequest(_message.Message):
+    """Request of AttachSpool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SPOOL_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`nodes/{node}` that takes the spool."""
+    spool: _builtins.str
+    """UUID of the spool."""
+    force: _builtins.bool
+    """Takes the spool even from a node that is connected. What that node is
+    sending at this moment may go out twice.
+    """
+    request_id: _builtins.str
+    """A UUID; the same request repeated within 24 h returns the first answer."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        spool: _builtins.str = ...,
+        force: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name", "request_id", b"request_id", "spool", b"spool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachSpoolRequest: _TypeAlias = AttachSpoolRequest  # noqa: Y015
+
+@_typing.final
 class CreateNodePoolRequest(_message.Message):
     """Request of CreateNodePool."""
 

@@ -77,6 +77,11 @@ class NodeServiceStub:
                 request_serializer=postroad_dot_control_dot_v1_dot_node__service__pb2.AcceptSpoolRequest.SerializeToString,
                 response_deserializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
                 _registered_method=True)
+        self.AttachSpool = channel.unary_unary(
+                '/postroad.control.v1.NodeService/AttachSpool',
+                request_serializer=postroad_dot_control_dot_v1_dot_node__service__pb2.AttachSpoolRequest.SerializeToString,
+                response_deserializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
+                _registered_method=True)
         self.CreateNodePool = channel.unary_unary(
                 '/postroad.control.v1.NodeService/CreateNodePool',
                 request_serializer=postroad_dot_control_dot_v1_dot_node__service__pb2.CreateNodePoolRequest.SerializeToString,
@@ -167,6 +172,19 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AttachSpool(self, request, context):
+        """Gives a spool, with all mail in it, to another node of the pool, which was
+        handed the folder by `postroad-node attach`. Whoever had it before is told to
+        send nothing from it, and its records are refused. NOT_FOUND for a spool that
+        never reported. FAILED_PRECONDITION with reason SPOOL_ATTACHED when it is the
+        node's already, SPOOL_IN_USE while its node is connected or was heard of in
+        the last 90 s and was not revoked (`force` overrides that), SPOOL_POOL_DIFFERS
+        when the nodes are of different pools, NODE_REVOKED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateNodePool(self, request, context):
         """Creates a pool.
         """
@@ -244,6 +262,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
             'AcceptSpool': grpc.unary_unary_rpc_method_handler(
                     servicer.AcceptSpool,
                     request_deserializer=postroad_dot_control_dot_v1_dot_node__service__pb2.AcceptSpoolRequest.FromString,
+                    response_serializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.SerializeToString,
+            ),
+            'AttachSpool': grpc.unary_unary_rpc_method_handler(
+                    servicer.AttachSpool,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_node__service__pb2.AttachSpoolRequest.FromString,
                     response_serializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.SerializeToString,
             ),
             'CreateNodePool': grpc.unary_unary_rpc_method_handler(
@@ -488,6 +511,33 @@ class NodeService:
             target,
             '/postroad.control.v1.NodeService/AcceptSpool',
             postroad_dot_control_dot_v1_dot_node__service__pb2.AcceptSpoolRequest.SerializeToString,
+            postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttachSpool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.NodeService/AttachSpool',
+            postroad_dot_control_dot_v1_dot_node__service__pb2.AttachSpoolRequest.SerializeToString,
             postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
             options,
             channel_credentials,

@@ -57,6 +57,15 @@ class NodeServiceStub:
     """Takes records again from a spool that came back with an older incarnation or
     cursor (a restored disk). FAILED_PRECONDITION when it was not refused.
     """
+    AttachSpool: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.AttachSpoolRequest, _node_pb2.Node]
+    """Gives a spool, with all mail in it, to another node of the pool, which was
+    handed the folder by `postroad-node attach`. Whoever had it before is told to
+    send nothing from it, and its records are refused. NOT_FOUND for a spool that
+    never reported. FAILED_PRECONDITION with reason SPOOL_ATTACHED when it is the
+    node's already, SPOOL_IN_USE while its node is connected or was heard of in
+    the last 90 s and was not revoked (`force` overrides that), SPOOL_POOL_DIFFERS
+    when the nodes are of different pools, NODE_REVOKED.
+    """
     CreateNodePool: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.CreateNodePoolRequest, _node_pb2.NodePool]
     """Creates a pool."""
     GetNodePool: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.GetNodePoolRequest, _node_pb2.NodePool]
@@ -96,6 +105,15 @@ class NodeServiceAsyncStub(NodeServiceStub):
     AcceptSpool: _aio.UnaryUnaryMultiCallable[_node_service_pb2.AcceptSpoolRequest, _node_pb2.Node]  # type: ignore[assignment]
     """Takes records again from a spool that came back with an older incarnation or
     cursor (a restored disk). FAILED_PRECONDITION when it was not refused.
+    """
+    AttachSpool: _aio.UnaryUnaryMultiCallable[_node_service_pb2.AttachSpoolRequest, _node_pb2.Node]  # type: ignore[assignment]
+    """Gives a spool, with all mail in it, to another node of the pool, which was
+    handed the folder by `postroad-node attach`. Whoever had it before is told to
+    send nothing from it, and its records are refused. NOT_FOUND for a spool that
+    never reported. FAILED_PRECONDITION with reason SPOOL_ATTACHED when it is the
+    node's already, SPOOL_IN_USE while its node is connected or was heard of in
+    the last 90 s and was not revoked (`force` overrides that), SPOOL_POOL_DIFFERS
+    when the nodes are of different pools, NODE_REVOKED.
     """
     CreateNodePool: _aio.UnaryUnaryMultiCallable[_node_service_pb2.CreateNodePoolRequest, _node_pb2.NodePool]  # type: ignore[assignment]
     """Creates a pool."""
@@ -181,6 +199,21 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_node_pb2.Node, _abc.Awaitable[_node_pb2.Node]]:
         """Takes records again from a spool that came back with an older incarnation or
         cursor (a restored disk). FAILED_PRECONDITION when it was not refused.
+        """
+
+    @_abc_1.abstractmethod
+    def AttachSpool(
+        self,
+        request: _node_service_pb2.AttachSpoolRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.Node, _abc.Awaitable[_node_pb2.Node]]:
+        """Gives a spool, with all mail in it, to another node of the pool, which was
+        handed the folder by `postroad-node attach`. Whoever had it before is told to
+        send nothing from it, and its records are refused. NOT_FOUND for a spool that
+        never reported. FAILED_PRECONDITION with reason SPOOL_ATTACHED when it is the
+        node's already, SPOOL_IN_USE while its node is connected or was heard of in
+        the last 90 s and was not revoked (`force` overrides that), SPOOL_POOL_DIFFERS
+        when the nodes are of different pools, NODE_REVOKED.
         """
 
     @_abc_1.abstractmethod

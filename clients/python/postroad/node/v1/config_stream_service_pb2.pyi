@@ -222,6 +222,10 @@ class SpoolStatus(_message.Message):
     LAST_RECORD_FIELD_NUMBER: _builtins.int
     WAITING_COUNT_FIELD_NUMBER: _builtins.int
     OPEN_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    LOST_MESSAGES_FIELD_NUMBER: _builtins.int
+    LOST_COUNT_FIELD_NUMBER: _builtins.int
+    UNNAMED_LOSSES_FIELD_NUMBER: _builtins.int
     spool: _builtins.str
     """UUID of the spool."""
     incarnation: _builtins.int
@@ -234,6 +238,22 @@ class SpoolStatus(_message.Message):
     """Recipients that wait."""
     open: _builtins.bool
     """Whether a worker has it open."""
+    refused: _builtins.bool
+    """Whether the node sends nothing from it: it was told so, or the spool was
+    attached and waits for ACTION_ACCEPT_SPOOL.
+    """
+    lost_count: _builtins.int
+    """How many were lost, those included that `lost_messages` has no room for."""
+    unnamed_losses: _builtins.bool
+    """Whether parts of a damaged file could not be read at all: then there may be
+    losses that nobody can name.
+    """
+    @_builtins.property
+    def lost_messages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of messages that were lost when a damaged file was replaced, at most
+        1,000; for as long as the damaged file is kept.
+        """
+
     def __init__(
         self,
         *,
@@ -243,10 +263,14 @@ class SpoolStatus(_message.Message):
         last_record: _builtins.int = ...,
         waiting_count: _builtins.int = ...,
         open: _builtins.bool = ...,
+        refused: _builtins.bool = ...,
+        lost_messages: _abc.Iterable[_builtins.str] | None = ...,
+        lost_count: _builtins.int = ...,
+        unnamed_losses: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "incarnation", b"incarnation", "last_record", b"last_record", "open", b"open", "spool", b"spool", "waiting_count", b"waiting_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "incarnation", b"incarnation", "last_record", b"last_record", "lost_count", b"lost_count", "lost_messages", b"lost_messages", "open", b"open", "refused", b"refused", "spool", b"spool", "unnamed_losses", b"unnamed_losses", "waiting_count", b"waiting_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -724,10 +748,13 @@ class Directive(_message.Message):
         """Forget what was acknowledged and say Hello again."""
         ACTION_REFUSE_SPOOL: Directive._Action.ValueType  # 5
         """Send nothing from this spool until told otherwise: it came back older
-        than it was.
+        than it was, or it is another node's. Said again for as long as a report
+        calls the spool not refused.
         """
         ACTION_ACCEPT_SPOOL: Directive._Action.ValueType  # 6
-        """Lift ACTION_REFUSE_SPOOL."""
+        """Send from this spool: it is the node's and as new as it was. Said again
+        for as long as a report calls it refused.
+        """
 
     class Action(_Action, metaclass=_ActionEnumTypeWrapper):
         """What to do."""
@@ -746,10 +773,13 @@ class Directive(_message.Message):
     """Forget what was acknowledged and say Hello again."""
     ACTION_REFUSE_SPOOL: Directive.Action.ValueType  # 5
     """Send nothing from this spool until told otherwise: it came back older
-    than it was.
+    than it was, or it is another node's. Said again for as long as a report
+    calls the spool not refused.
     """
     ACTION_ACCEPT_SPOOL: Directive.Action.ValueType  # 6
-    """Lift ACTION_REFUSE_SPOOL."""
+    """Send from this spool: it is the node's and as new as it was. Said again
+    for as long as a report calls it refused.
+    """
 
     ACTION_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int

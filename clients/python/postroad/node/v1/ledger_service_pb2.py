@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%postroad/node/v1/ledger_service.proto\x12\x10postroad.node.v1\"\xb6\x01\n\x13ReportLedgerRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.postroad.node.v1.LedgerOpenH\x00\x12.\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1d.postroad.node.v1.LedgerBatchH\x00\x12\x36\n\tstatement\x18\x03 \x01(\x0b\x32!.postroad.node.v1.LedgerStatementH\x00\x42\t\n\x07message\"\xbd\x01\n\x14ReportLedgerResponse\x12\x30\n\x06\x63ursor\x18\x01 \x01(\x0b\x32\x1e.postroad.node.v1.LedgerCursorH\x00\x12\x32\n\x07refusal\x18\x02 \x01(\x0b\x32\x1f.postroad.node.v1.LedgerRefusalH\x00\x12\x34\n\x08question\x18\x03 \x01(\x0b\x32 .postroad.node.v1.LedgerQuestionH\x00\x42\t\n\x07message\"r\n\nLedgerOpen\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x03\x12\x15\n\roldest_record\x18\x04 \x01(\x03\x12\x13\n\x0blast_record\x18\x05 \x01(\x03\"X\n\x0bLedgerBatch\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x14\n\x0c\x66irst_record\x18\x03 \x01(\x03\x12\x0f\n\x07records\x18\x04 \x03(\x0c\"-\n\x0cLedgerCursor\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x03\"\xca\x01\n\rLedgerRefusal\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x36\n\x06reason\x18\x02 \x01(\x0e\x32&.postroad.node.v1.LedgerRefusal.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"b\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REASON_WENT_BACKWARDS\x10\x01\x12\x15\n\x11REASON_SUPERSEDED\x10\x02\x12\x0e\n\nREASON_GAP\x10\x03\"g\n\x0eLedgerQuestion\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x14\n\x0c\x61s_of_record\x18\x03 \x01(\x03\x12\x0f\n\x07\x61\x63\x63ount\x18\x04 \x01(\t\x12\x0f\n\x07\x62uckets\x18\x05 \x03(\x05\"\xfa\x01\n\x0fLedgerStatement\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12.\n\x06totals\x18\x04 \x03(\x0b\x32\x1e.postroad.node.v1.WaitingTotal\x12\x36\n\nrecipients\x18\x05 \x03(\x0b\x32\".postroad.node.v1.WaitingRecipient\x12<\n\x10without_deadline\x18\x06 \x03(\x0b\x32\".postroad.node.v1.WaitingRecipient\x12\x13\n\x0bquarantined\x18\x07 \x03(\x0c\"N\n\x0cWaitingTotal\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x0e\n\x06\x62ucket\x18\x02 \x01(\x05\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"F\n\x10WaitingRecipient\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0f\n\x07\x61\x63\x63ount\x18\x03 \x01(\t2r\n\rLedgerService\x12\x61\n\x0cReportLedger\x12%.postroad.node.v1.ReportLedgerRequest\x1a&.postroad.node.v1.ReportLedgerResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%postroad/node/v1/ledger_service.proto\x12\x10postroad.node.v1\"\xb6\x01\n\x13ReportLedgerRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.postroad.node.v1.LedgerOpenH\x00\x12.\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1d.postroad.node.v1.LedgerBatchH\x00\x12\x36\n\tstatement\x18\x03 \x01(\x0b\x32!.postroad.node.v1.LedgerStatementH\x00\x42\t\n\x07message\"\xbd\x01\n\x14ReportLedgerResponse\x12\x30\n\x06\x63ursor\x18\x01 \x01(\x0b\x32\x1e.postroad.node.v1.LedgerCursorH\x00\x12\x32\n\x07refusal\x18\x02 \x01(\x0b\x32\x1f.postroad.node.v1.LedgerRefusalH\x00\x12\x34\n\x08question\x18\x03 \x01(\x0b\x32 .postroad.node.v1.LedgerQuestionH\x00\x42\t\n\x07message\"r\n\nLedgerOpen\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x03\x12\x15\n\roldest_record\x18\x04 \x01(\x03\x12\x13\n\x0blast_record\x18\x05 \x01(\x03\"X\n\x0bLedgerBatch\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x14\n\x0c\x66irst_record\x18\x03 \x01(\x03\x12\x0f\n\x07records\x18\x04 \x03(\x0c\"-\n\x0cLedgerCursor\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x03\"\xe0\x01\n\rLedgerRefusal\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x36\n\x06reason\x18\x02 \x01(\x0e\x32&.postroad.node.v1.LedgerRefusal.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"x\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REASON_WENT_BACKWARDS\x10\x01\x12\x15\n\x11REASON_SUPERSEDED\x10\x02\x12\x0e\n\nREASON_GAP\x10\x03\x12\x14\n\x10REASON_NOT_OWNED\x10\x04\"g\n\x0eLedgerQuestion\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x14\n\x0c\x61s_of_record\x18\x03 \x01(\x03\x12\x0f\n\x07\x61\x63\x63ount\x18\x04 \x01(\t\x12\x0f\n\x07\x62uckets\x18\x05 \x03(\x05\"\xfa\x01\n\x0fLedgerStatement\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12.\n\x06totals\x18\x04 \x03(\x0b\x32\x1e.postroad.node.v1.WaitingTotal\x12\x36\n\nrecipients\x18\x05 \x03(\x0b\x32\".postroad.node.v1.WaitingRecipient\x12<\n\x10without_deadline\x18\x06 \x03(\x0b\x32\".postroad.node.v1.WaitingRecipient\x12\x13\n\x0bquarantined\x18\x07 \x03(\x0c\"N\n\x0cWaitingTotal\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x0e\n\x06\x62ucket\x18\x02 \x01(\x05\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"F\n\x10WaitingRecipient\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0f\n\x07\x61\x63\x63ount\x18\x03 \x01(\t2r\n\rLedgerService\x12\x61\n\x0cReportLedger\x12%.postroad.node.v1.ReportLedgerRequest\x1a&.postroad.node.v1.ReportLedgerResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,17 +42,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LEDGERCURSOR']._serialized_start=642
   _globals['_LEDGERCURSOR']._serialized_end=687
   _globals['_LEDGERREFUSAL']._serialized_start=690
-  _globals['_LEDGERREFUSAL']._serialized_end=892
+  _globals['_LEDGERREFUSAL']._serialized_end=914
   _globals['_LEDGERREFUSAL_REASON']._serialized_start=794
-  _globals['_LEDGERREFUSAL_REASON']._serialized_end=892
-  _globals['_LEDGERQUESTION']._serialized_start=894
-  _globals['_LEDGERQUESTION']._serialized_end=997
-  _globals['_LEDGERSTATEMENT']._serialized_start=1000
-  _globals['_LEDGERSTATEMENT']._serialized_end=1250
-  _globals['_WAITINGTOTAL']._serialized_start=1252
-  _globals['_WAITINGTOTAL']._serialized_end=1330
-  _globals['_WAITINGRECIPIENT']._serialized_start=1332
-  _globals['_WAITINGRECIPIENT']._serialized_end=1402
-  _globals['_LEDGERSERVICE']._serialized_start=1404
-  _globals['_LEDGERSERVICE']._serialized_end=1518
+  _globals['_LEDGERREFUSAL_REASON']._serialized_end=914
+  _globals['_LEDGERQUESTION']._serialized_start=916
+  _globals['_LEDGERQUESTION']._serialized_end=1019
+  _globals['_LEDGERSTATEMENT']._serialized_start=1022
+  _globals['_LEDGERSTATEMENT']._serialized_end=1272
+  _globals['_WAITINGTOTAL']._serialized_start=1274
+  _globals['_WAITINGTOTAL']._serialized_end=1352
+  _globals['_WAITINGRECIPIENT']._serialized_start=1354
+  _globals['_WAITINGRECIPIENT']._serialized_end=1424
+  _globals['_LEDGERSERVICE']._serialized_start=1426
+  _globals['_LEDGERSERVICE']._serialized_end=1540
 # @@protoc_insertion_point(module_scope)

@@ -217,6 +217,8 @@ class LedgerRefusal(_message.Message):
         """A newer incarnation reports on another stream."""
         REASON_GAP: LedgerRefusal._Reason.ValueType  # 3
         """A batch did not follow the last one; Open again."""
+        REASON_NOT_OWNED: LedgerRefusal._Reason.ValueType  # 4
+        """It is another node's: nothing may be sent from it here."""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
         """Why."""
@@ -229,6 +231,8 @@ class LedgerRefusal(_message.Message):
     """A newer incarnation reports on another stream."""
     REASON_GAP: LedgerRefusal.Reason.ValueType  # 3
     """A batch did not follow the last one; Open again."""
+    REASON_NOT_OWNED: LedgerRefusal.Reason.ValueType  # 4
+    """It is another node's: nothing may be sent from it here."""
 
     SPOOL_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int

@@ -53,10 +53,11 @@ class LedgerServiceServicer:
         the last record it has stored; the node sends Batches from there on,
         without gaps, with at most 8 unanswered; each is stored in one transaction
         and answered by a new Cursor. After a Cursor that lies before what was
-        acknowledged the node sends again from there. PERMISSION_DENIED for another
-        node's spool. Now and then the control plane asks with a Question which
-        recipients wait in a spool; the node answers each with a Statement, in its
-        own time. A node that does not know Questions leaves them unanswered.
+        acknowledged the node sends again from there. Another node's spool is
+        refused, and the stream goes on for the others. Now and then the control
+        plane asks with a Question which recipients wait in a spool; the node
+        answers each with a Statement, in its own time. A node that does not know
+        Questions leaves them unanswered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,10 +40,11 @@ class LedgerServiceStub:
     the last record it has stored; the node sends Batches from there on,
     without gaps, with at most 8 unanswered; each is stored in one transaction
     and answered by a new Cursor. After a Cursor that lies before what was
-    acknowledged the node sends again from there. PERMISSION_DENIED for another
-    node's spool. Now and then the control plane asks with a Question which
-    recipients wait in a spool; the node answers each with a Statement, in its
-    own time. A node that does not know Questions leaves them unanswered.
+    acknowledged the node sends again from there. Another node's spool is
+    refused, and the stream goes on for the others. Now and then the control
+    plane asks with a Question which recipients wait in a spool; the node
+    answers each with a Statement, in its own time. A node that does not know
+    Questions leaves them unanswered.
     """
 
 @_typing.type_check_only
@@ -58,10 +59,11 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     the last record it has stored; the node sends Batches from there on,
     without gaps, with at most 8 unanswered; each is stored in one transaction
     and answered by a new Cursor. After a Cursor that lies before what was
-    acknowledged the node sends again from there. PERMISSION_DENIED for another
-    node's spool. Now and then the control plane asks with a Question which
-    recipients wait in a spool; the node answers each with a Statement, in its
-    own time. A node that does not know Questions leaves them unanswered.
+    acknowledged the node sends again from there. Another node's spool is
+    refused, and the stream goes on for the others. Now and then the control
+    plane asks with a Question which recipients wait in a spool; the node
+    answers each with a Statement, in its own time. A node that does not know
+    Questions leaves them unanswered.
     """
 
 class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -79,10 +81,11 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         the last record it has stored; the node sends Batches from there on,
         without gaps, with at most 8 unanswered; each is stored in one transaction
         and answered by a new Cursor. After a Cursor that lies before what was
-        acknowledged the node sends again from there. PERMISSION_DENIED for another
-        node's spool. Now and then the control plane asks with a Question which
-        recipients wait in a spool; the node answers each with a Statement, in its
-        own time. A node that does not know Questions leaves them unanswered.
+        acknowledged the node sends again from there. Another node's spool is
+        refused, and the stream goes on for the others. Now and then the control
+        plane asks with a Question which recipients wait in a spool; the node
+        answers each with a Statement, in its own time. A node that does not know
+        Questions leaves them unanswered.
         """
 
 def add_LedgerServiceServicer_to_server(servicer: LedgerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
