@@ -175,7 +175,8 @@ class FleetService:
         for slot in slots:
             own = by_node.get(slot.node_id, [])
             slot.session.commands_changed([command for one in own for command in by_spool.get(one.spool, [])])
-            self._hub.refuse_spools(slot, refused_spools(reported[slot], own))
+            believed = {status.spool: status for status in slot.believed(reported[slot].values())}
+            self._hub.refuse_spools(slot, refused_spools(believed, own))
 
 
 def refused_spools(reported: Mapping[str, SpoolStatus], own: Sequence[SpoolOwner]) -> frozenset[str]:
