@@ -176,7 +176,9 @@ class FleetService:
             own = by_node.get(slot.node_id, [])
             slot.session.commands_changed([command for one in own for command in by_spool.get(one.spool, [])])
             believed = {status.spool: status for status in slot.believed(reported[slot].values())}
-            self._hub.refuse_spools(slot, refused_spools(believed, own))
+            # What was reported meanwhile was judged then: nothing that is known here speaks for it.
+            unseen = slot.refused_spools - believed.keys()
+            self._hub.refuse_spools(slot, refused_spools(believed, own) | unseen)
 
 
 def refused_spools(reported: Mapping[str, SpoolStatus], own: Sequence[SpoolOwner]) -> frozenset[str]:
