@@ -31,6 +31,9 @@ class _Everyone:
     def recipient(self, address: Mailbox) -> Reply | None:
         return None
 
+    def latest_release_ms(self) -> int:
+        return 0
+
     def reset(self) -> None:
         return
 

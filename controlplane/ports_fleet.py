@@ -393,6 +393,10 @@ class Leadership(Protocol):
         ...
 
 
+WAITING_DAYS = 35
+"""How much longer a day with mail that waits is kept: mail may be held for 30 days, and has a lifetime of 5 then."""
+
+
 class JobStore(Protocol):
     """What the leader's jobs do."""
 
@@ -401,7 +405,10 @@ class JobStore(Protocol):
         ...
 
     async def drop_partitions(self, before: date) -> int:
-        """Drop the partitions of days before `before`; returns how many."""
+        """Drop the partitions of days before `before`; returns how many.
+
+        Not of days whose mail still waits, for WAITING_DAYS more.
+        """
         ...
 
     async def delete_idempotency_keys(self, before: datetime) -> int:

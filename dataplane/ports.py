@@ -66,6 +66,7 @@ class Due(NamedTuple):
     attempt: int
     due_ms: int
     priority: int
+    state: State
 
 
 class Cursor(NamedTuple):
@@ -474,7 +475,7 @@ class Handover(Protocol):
 
     For each message: `next_hop` where there are several targets, `admit`, then the spool's commit, then exactly one of
     `deliver` (where `admit` said yes for all of its queue keys and the rows were committed as `sending`, attempt 1) and
-    `queued` (committed as `queued`, attempt 0).
+    `queued` (committed as `queued`, attempt 0; or as `scheduled`, which nobody is asked to admit).
     Recipients without a route go the same way, under the key of an empty next hop: delivery fails them with 5.4.4.
     """
 
@@ -494,7 +495,7 @@ class Handover(Protocol):
         ...
 
     def queued(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> None:
-        """A message was committed as `queued`: it is recorded soon and read back when its turn comes."""
+        """A message was committed as `queued` or `scheduled`: it is recorded soon, and read back in its turn."""
         ...
 
     def wake(self, queue_key: str) -> None:

@@ -26,6 +26,8 @@ _STATES = frozenset(int(state) for state in State)
 _TERMINAL = frozenset(int(state) for state in TERMINAL)
 _EVENTS = frozenset(int(one) for one in EventType) - {EventType.ACCEPTED, EventType.CONFLICTING_OUTCOME}
 _QUEUED = int(State.QUEUED)
+_SCHEDULED = int(State.SCHEDULED)
+_PRIORITIES = range(-9, 10)
 _CONFLICT = int(EventType.CONFLICTING_OUTCOME)
 _ACCOUNT_PREFIX = "accounts/"
 _STORED_TEXT_LIMIT = 4_096
@@ -130,10 +132,7 @@ class RecordRows:
             raise RecordError("MESSAGE_ID_OUT_OF_RANGE", f"the message id was made at {made_ms} ms")
         if not record.account.startswith(_ACCOUNT_PREFIX):
             raise RecordError("BAD_ACCOUNT", "the record names no account")
-        count = None
-        if record.HasField("accepted"):
-            _check_accepted(record.accepted, made_ms)
-            count = len(record.accepted.recipients)
+        count = _check_accepted(record.accepted, made_ms) if record.HasField("accepted") else None
         for update in record.recipients:
             if update.state not in _STATES or not _is_index(update.index, count):
                 raise RecordError("BAD_RECIPIENT", f"recipient {update.index} in state {update.state}")
@@ -157,14 +156,17 @@ class RecordRows:
                 accepted.client_helo,
                 accepted.client_tls,
                 accepted.session,
+                accepted.send_time_ms,
+                accepted.priority,
             )
         )
-        time_ms = accepted.accept_time_ms
+        time_ms, send_ms = accepted.accept_time_ms, accepted.send_time_ms
+        state = _SCHEDULED if send_ms else _QUEUED
         if accepted.submission_key_hash:
             key = (account, accepted.submission_key_hash, message_id, time_ms, accepted.submission_key_checked)
             self.keys.append(KeyRow(*key))
         for index, address in enumerate(accepted.recipients):
-            row = [message_id, index, account, self._text(address), _QUEUED, 0, 0, time_ms, 0, "", "", ""]
+            row = [message_id, index, account, self._text(address), state, 0, send_ms, time_ms, 0, "", "", ""]
             self.accepted[(raw_id, index)] = row
 
     def _change(self, key: Key, row: list[Any]) -> None:
@@ -246,11 +248,15 @@ def columns(rows: Iterable[Iterable[Any]], width: int) -> list[list[Any]]:
     return turned or [[] for _ in range(width)]
 
 
-def _check_accepted(accepted: AcceptedMessage, made_ms: int) -> None:
+def _check_accepted(accepted: AcceptedMessage, made_ms: int) -> int:
+    """Return how many recipients were accepted."""
     if abs(accepted.accept_time_ms - made_ms) > DAY_MS:
         raise RecordError("MESSAGE_ID_OUT_OF_RANGE", "message id and time of acceptance are a day apart")
+    if accepted.priority not in _PRIORITIES or accepted.send_time_ms < 0:
+        raise RecordError("BAD_ACCEPTANCE", f"priority {accepted.priority}, held until {accepted.send_time_ms} ms")
     if len(accepted.submission_key_hash) not in {0, _HASH_BYTES}:
         raise RecordError("BAD_SUBMISSION_KEY", "the hash of a submission key is none")
+    return len(accepted.recipients)
 
 
 def _is_index(index: int, count: int | None) -> bool:

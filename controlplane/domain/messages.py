@@ -103,7 +103,8 @@ class Event:
 class Message:
     """An accepted message; `events` are filled in for one message only, oldest first.
 
-    `duplicate_of` is the id of the message that had been stored under its Idempotency-Key, empty for none.
+    `send_time` is until when the submitter had it held, None when it was due at once. `duplicate_of` is the id of the
+    message that had been stored under its Idempotency-Key, empty for none.
     """
 
     message_id: str
@@ -120,6 +121,8 @@ class Message:
     session: str
     node: str
     spool: str
+    send_time: datetime | None = None
+    priority: int = 0
     recipients: tuple[Recipient, ...] = ()
     events: tuple[Event, ...] = ()
     duplicate_of: str = ""

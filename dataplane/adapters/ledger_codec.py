@@ -85,6 +85,8 @@ def _accepted(envelope: Envelope, recipients: tuple[str, ...]) -> pb.AcceptedMes
         client_tls=envelope.client_tls,
         session=envelope.session,
         recipients=recipients,
+        send_time_ms=envelope.send_time_ms,
+        priority=envelope.priority,
     )
     key = envelope.submission_key
     if key is not None:

@@ -289,7 +289,8 @@ class RamSpool:
 
     def _due(self, place: _Place) -> Due:
         due_ms, rank, message_id, index = place
-        return Due(message_id, index, self._messages[message_id].recipients[index].attempt, due_ms, -rank)
+        row = self._messages[message_id].recipients[index]
+        return Due(message_id, index, row.attempt, due_ms, -rank, row.state)
 
     async def unreported(self, limit: int) -> list[MessageId]:
         """Messages whose envelope is in no record yet, oldest first."""

@@ -5,11 +5,13 @@
     bounce    scheduled, queued, deferred, held           failed
     hold      scheduled, queued, deferred                 held       held
     release   held                                        queued     the others that wait
-    retry     scheduled, queued and deferred, due later   queued     held; what is due
+    retry     scheduled; queued and deferred, due later   queued     held; what is due
     reroute   scheduled, queued, deferred, held           the same   what goes by that provider already
 
-What is being sent is too late for all but release, which does not mean it. A hold takes a number of its own, one above
-the attempts begun, so that a claim that failed and is tried again finds another one; release gives it back.
+What is being sent is too late for all but release, which does not mean it. What is scheduled has its time by the wall
+clock, which nobody asks here: a retry makes it due in any case, and what was held once is scheduled no more. A hold
+takes a number of its own, one above the attempts begun, so that a claim that failed and is tried again finds another
+one; release gives it back.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from dataplane.core.envelope import RecipientRow, pinned_provider, pinned_queue_key, split_queue_key
+from dataplane.core.envelope import RecipientRow, make_queue_key, pinned_provider, split_queue_key
 from dataplane.core.ids import MessageId
 from dataplane.core.queue import WAITING, EventType, State, Verb, check_move
 
@@ -97,10 +99,11 @@ def decide(verb: Verb, row: RecipientRow, provider: str, due_ms: int) -> Outcome
             changed = row._replace(state=State.HELD, attempt=row.attempt + 1)
         case Verb.RELEASE if state is State.HELD:
             changed = row._replace(state=State.QUEUED, attempt=attempts, due_ms=due_ms)
-        case Verb.RETRY if state is not State.HELD and row.due_ms > due_ms:
+        case Verb.RETRY if state is State.SCHEDULED or (state is not State.HELD and row.due_ms > due_ms):
             changed = row._replace(state=State.QUEUED, due_ms=due_ms)
         case Verb.REROUTE if pinned_provider(row.queue_key) != provider:
-            changed = row._replace(queue_key=pinned_queue_key(split_queue_key(row.queue_key)[0], provider))
+            account, _ = split_queue_key(row.queue_key)
+            changed = row._replace(queue_key=make_queue_key(account, provider, row.priority, pinned=True))
         case _:
             return Other.NOTHING_TO_DO
     if changed.state is not state:

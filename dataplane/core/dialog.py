@@ -22,9 +22,11 @@ from typing import ClassVar
 
 from dataplane.core import replies
 from dataplane.core.address import AddressError, NonAsciiAddressError, Path, parse_path
+from dataplane.core.datetimes import format_date_time
 from dataplane.core.login import Credentials, LoginExchange
 from dataplane.core.replies import Reply
 from dataplane.core.session_contract import (
+    MAX_HOLD_S,
     NO_PARAMETERS,
     Action,
     Limits,
@@ -179,6 +181,8 @@ class Dialog:
             self._reply(replies.NEEDS_SMTPUTF8)
         elif parameters.size_bytes > self._limits.max_message_bytes:
             self._reply(replies.TOO_BIG)
+        elif parameters.hold_until_ms and parameters.hold_until_ms > self._policy.latest_release_ms():
+            self._error(replies.HOLD_TOO_LONG)
         elif self._must_wait():
             self.action = Action.WAIT
         else:
@@ -267,9 +271,16 @@ class Dialog:
                 self._limits.max_message_bytes,
                 starttls=self._tls_available and not self.tls_active,
                 auth=self.tls_active,
+                future_release=self._future_release(),
             )
             self._idle(Reply(250, "", "", "hello", wire))
         return False
+
+    def _future_release(self) -> str:
+        """What may be held (RFC 4865, section 3), offered where mail is submitted: most clients ask before AUTH."""
+        if not (self.tls_active or self.authorized):
+            return ""
+        return f"{MAX_HOLD_S} {format_date_time(self._policy.latest_release_ms())}"
 
     def _greeted_by(self, argument: str) -> bool:
         """Take a client's name and forget the transaction (RFC 5321, section 4.1.4); False when it is no name."""

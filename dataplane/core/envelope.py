@@ -27,6 +27,7 @@ class Envelope:
     `sender` is empty for the null sender; domains are lower case. `size_bytes` counts the content as delivered. Times
     are milliseconds since 1970 by the node's wall clock. `headers` holds the unfolded values of the few fields that
     routing rules may look at, by lower-case name. `submission_key` is None for a message that came without one.
+    `send_time_ms` is until when the submitter had it held, 0 if not.
     """
 
     message_id: MessageId
@@ -46,6 +47,13 @@ class Envelope:
     body_8bit: bool
     headers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     submission_key: SubmissionKey | None = None
+    send_time_ms: int = 0
+    priority: int = 0
+
+    @property
+    def released_ms(self) -> int:
+        """From when its lifetime counts."""
+        return self.send_time_ms or self.accepted_ms
 
 
 class RecipientRow(NamedTuple):
@@ -53,7 +61,8 @@ class RecipientRow(NamedTuple):
 
     `attempt` counts attempts begun and is the fencing token; `due_ms` is when the recipient may be sent, in
     milliseconds since 1970; a higher `priority` goes first; `queue_key` groups recipients that wait for the same
-    thing: account and provider, or account and recipient domain; it also says who is bound to a provider.
+    thing: account and provider, or account and recipient domain, and have the same priority; it also says who is bound
+    to a provider.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
@@ -80,14 +89,27 @@ def under_key(rows: Sequence[RecipientRow], queue_key: str) -> tuple[RecipientRo
     return tuple([row if row.queue_key == queue_key else row._replace(queue_key=queue_key) for row in rows])
 
 
-def make_queue_key(account: str, next_hop: str) -> str:
-    """Return the key under which recipients of `account` wait for `next_hop`: a provider name or a domain."""
-    return f"{account}\t{next_hop}"
+def make_queue_key(account: str, next_hop: str, priority: int = 0, *, pinned: bool = False) -> str:
+    """Return the key under which recipients of `account` wait for `next_hop`: a provider name or a domain.
+
+    Account, next hop, a priority that is not 0, and whether a command bound them to the provider, whatever the rules
+    choose; with a tab between. Each priority waits under a key of its own, so that what goes first is found without
+    reading what goes later.
+    """
+    key = f"{account}\t{next_hop}\t{priority}" if priority else f"{account}\t{next_hop}"
+    return key + _PINNED if pinned else key
 
 
-def pinned_queue_key(account: str, provider: str) -> str:
-    """Return the key of recipients that a command bound to a provider, whatever the rules choose."""
-    return f"{account}\t{provider}{_PINNED}"
+def split_queue_key(queue_key: str) -> tuple[str, str]:
+    """Return account and next hop of a key."""
+    account, _, rest = queue_key.partition("\t")
+    return account, rest.partition("\t")[0]
+
+
+def queue_priority(queue_key: str) -> int:
+    """Return the priority of what waits under a key."""
+    parts = queue_key.removesuffix(_PINNED).split("\t", 2)
+    return int(parts[2]) if len(parts) > 2 else 0
 
 
 def is_pinned(queue_key: str) -> bool:
@@ -98,12 +120,6 @@ def is_pinned(queue_key: str) -> bool:
 def pinned_provider(queue_key: str) -> str:
     """Return the provider that recipients under this key are bound to, empty where the rules choose."""
     return split_queue_key(queue_key)[1] if is_pinned(queue_key) else ""
-
-
-def split_queue_key(queue_key: str) -> tuple[str, str]:
-    """Return account and next hop of a key."""
-    account, _, rest = queue_key.partition("\t")
-    return account, rest.partition("\t")[0]
 
 
 _PINNED = "\tpinned"

@@ -310,7 +310,8 @@ class Receipt(NamedTuple):
     """Where a message came from, for its Received field (RFC 5321, 4.4).
 
     `protocol` is a keyword of RFC 3848 or RFC 6531 (`ESMTPSA`, `UTF8SMTPS`, …). `recipient` is empty unless the
-    message has one only: naming several would tell each of the others. `tls` is a version or empty.
+    message has one only: naming several would tell each of the others. `tls` is a version or empty. A `priority` that
+    is not 0 is told (RFC 6710, 4.1).
     """
 
     helo: str
@@ -321,6 +322,7 @@ class Receipt(NamedTuple):
     date: str
     recipient: str = ""
     tls: str = ""
+    priority: int = 0
 
 
 def received_line(receipt: Receipt) -> bytes:
@@ -329,9 +331,10 @@ def received_line(receipt: Receipt) -> bytes:
     prefix = "IPv6:" if ":" in receipt.client_address else ""
     tls = f" ({receipt.tls})" if receipt.tls else ""
     recipient = f"\r\n\tfor <{receipt.recipient}>" if receipt.recipient else ""
+    priority = f"\r\n\tPRIORITY {receipt.priority}" if receipt.priority else ""
     return (
         f"Received: from {helo} ([{prefix}{receipt.client_address}]){tls}\r\n"
-        f"\tby {receipt.hostname} with {receipt.protocol} id {receipt.message_id}{recipient};\r\n"
+        f"\tby {receipt.hostname} with {receipt.protocol} id {receipt.message_id}{recipient}{priority};\r\n"
         f"\t{receipt.date}\r\n"
     ).encode()
 

@@ -64,6 +64,8 @@ NOT_UTF8 = make_reply(501, "5.2", "Command is not valid UTF-8", "command_not_utf
 BAD_ARGUMENT = make_reply(501, "5.4", "Syntax error in argument", "bad_argument")
 BAD_HELLO = make_reply(501, "5.2", "A host name or address literal must follow", "bad_hello")
 BAD_BASE64 = make_reply(501, "5.2", "Not valid base64", "bad_base64")
+BAD_PRIORITY = make_reply(501, "5.2", "MT-PRIORITY is a number from -9 to 9, once", "bad_priority")
+HOLD_TOO_LONG = make_reply(501, "5.4", "HOLDUNTIL lies further ahead than FUTURERELEASE offers", "hold_too_long")
 AUTH_CANCELLED = make_reply(501, "7.0", "Authentication cancelled", "auth_cancelled")
 NOT_IMPLEMENTED = make_reply(502, "5.1", "Command not implemented", "not_implemented")
 NOTHING_MAY_FOLLOW = make_reply(503, "5.1", "Nothing may follow that command before its reply", "pipelining")
@@ -170,13 +172,18 @@ def internal_error(reference: str) -> Reply:
 
 
 @lru_cache(maxsize=64)
-def hello(hostname: str, max_message_bytes: int, *, starttls: bool, auth: bool) -> bytes:
-    """Return the wire form of the reply to EHLO: every word in it is a promise that a transcript test holds."""
+def hello(hostname: str, max_message_bytes: int, *, starttls: bool, auth: bool, future_release: str) -> bytes:
+    """Return the wire form of the reply to EHLO: every word in it is a promise that a transcript test holds.
+
+    `future_release` is what FUTURERELEASE offers; empty, neither that nor priorities are offered.
+    """
     words = [hostname, "PIPELINING", f"SIZE {max_message_bytes}", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES"]
     if starttls:
         words.append("STARTTLS")
     if auth:
         words.append("AUTH PLAIN LOGIN")
+    if future_release:
+        words += [f"FUTURERELEASE {future_release}", "MT-PRIORITY"]
     words.append("HELP")
     lines = [f"250-{word}\r\n" for word in words[:-1]]
     return "".join([*lines, f"250 {words[-1]}\r\n"]).encode("ascii")

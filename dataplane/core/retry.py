@@ -7,6 +7,7 @@ Due times are wall clock, and wall clocks jump. `RetryClock` is the wall clock w
 made: small corrections are followed, a jump of more than a second shifts it against the wall from then on. Due times
 written and compared by it are rebased by that: a jump neither makes everything due at once nor delays anything. After
 a restart the wall counts as it is: that costs a recipient one early attempt, or a delay that `rebase_due` cuts short.
+Only the time that a submitter named is a date, not a delay: mail that is scheduled goes when the wall clock shows it.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ def next_attempt_ms(policy: RetryPolicy, attempt: int, now_ms: int, random: floa
     return now_ms + int(backoff_s(policy, attempt, random) * 1000)
 
 
-def is_expired(policy: RetryPolicy, accepted_ms: int, wall_ms: int, steady_ms: int) -> bool:
-    """Whether a message accepted at `accepted_ms` has outlived its lifetime by the wall and by the steady clock.
+def is_expired(policy: RetryPolicy, since_ms: int, wall_ms: int, steady_ms: int) -> bool:
+    """Whether a message accepted or released at `since_ms` has outlived its lifetime by the wall and the steady clock.
 
     A jump moves one of them only, so that it expires nothing.
     """
-    return min(wall_ms, steady_ms) - accepted_ms >= policy.lifetime_s * 1000
+    return min(wall_ms, steady_ms) - since_ms >= policy.lifetime_s * 1000
 
 
 def rebase_due(due_ms: int, now_ms: int, cap_s: float) -> int:

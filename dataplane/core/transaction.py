@@ -40,7 +40,8 @@ class Verdict(NamedTuple):
 class Transaction(NamedTuple):
     """A message for recipients of one next hop. `content` has CRLF line ends; `sender` may be empty.
 
-    `verified` says that this process has just seen that the line ends are right; otherwise they are counted again.
+    `verified` says that this process has just seen that the line ends are right; otherwise they are counted again. A
+    `priority` that is not 0 is handed on where the server knows priorities (RFC 6710, section 4.2).
     """
 
     sender: str
@@ -49,6 +50,7 @@ class Transaction(NamedTuple):
     smtputf8: bool = False
     body_8bit: bool = False
     verified: bool = False
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -61,7 +63,7 @@ class Login:
 
 def mail_parameters(transaction: Transaction, capabilities: Mapping[str, str]) -> tuple[Verdict | None, str]:
     """Return why a server with these capabilities cannot take the message, or None, and the parameters of MAIL."""
-    sender, recipients, content, smtputf8, body_8bit, verified = transaction
+    sender, recipients, content, smtputf8, body_8bit, verified, priority = transaction
     addresses = sender + "".join(recipients)
     if not addresses.isprintable() and any(character < " " or character == "\x7f" for character in addresses):
         return _refusal("5.1.3", "control characters in an address"), ""
@@ -72,6 +74,8 @@ def mail_parameters(transaction: Transaction, capabilities: Mapping[str, str]) -
         if "8BITMIME" not in capabilities:
             return _refusal("5.6.3", "8-bit content, and the next hop does not offer 8BITMIME"), ""
         parameters += " BODY=8BITMIME"
+    if priority and "MT-PRIORITY" in capabilities:
+        parameters += f" MT-PRIORITY={priority}"
     if smtputf8 or not addresses.isascii():
         if "SMTPUTF8" in capabilities:
             parameters += " SMTPUTF8"

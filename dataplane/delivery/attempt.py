@@ -52,9 +52,9 @@ class Owner(Protocol):
 class Attempt:
     """Recipients (`sending`, all with the same attempt number) and where they may go.
 
-    `account`, `weight` and `cost` say whose turn it is (core/fair). `read_back_for` is the next hop whose place it
-    takes, empty for mail just accepted. `place` is the target tried now. `probed` says that a target was dialled for
-    this attempt, `waits` that a target is only unusable for now. Seconds are monotonic.
+    `account`, `weight`, `cost` and `priority` say whose turn it is (core/fair). `read_back_for` is the next hop whose
+    place it takes, empty for mail just accepted. `place` is the target tried now. `probed` says that a target was
+    dialled for this attempt, `waits` that a target is only unusable for now. Seconds are monotonic.
     """
 
     owner: Owner
@@ -70,6 +70,7 @@ class Attempt:
     cost: int
     queued_ms: int
     begun_s: float
+    priority: int = 0
     place: int = 0
     probed: bool = False
     waits: bool = False

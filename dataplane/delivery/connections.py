@@ -1,7 +1,8 @@
 """Connections kept for each provider: jobs come in, each is given to a connection, and it hears how it ended.
 
 A `Pool` belongs to one provider; `pools` holds a worker's. Jobs wait in one line (core/fair): accounts take turns by
-their weight, and of an account those just accepted and those read back from the spool. A job ends in exactly one of
+their weight, and of an account the highest priority goes first, and those just accepted and those read back from the
+spool take turns. A job ends in exactly one of
 its methods: `done`, `unreachable`, `rerouted`, or in nothing when `prepare` took it back by returning None. Connections
 are opened as jobs wait, at most what the destination's window allows and the worker's number; they close after their
 number of messages, when idle, when the provider's settings changed, and at anything the machine finds odd. A used
@@ -61,6 +62,7 @@ class Job(Protocol):
     account: str
     weight: int
     cost: int
+    priority: int
     restarted: bool
 
     def prepare(self, connection: Connection) -> Transaction | None:
@@ -145,7 +147,8 @@ class Pool:
 
     def submit(self, job: Job, *, accepted_now: bool) -> None:
         """Take a job. It may have ended when this returns."""
-        self._line.put(job.account, job.weight, ACCEPTED_NOW if accepted_now else READ_BACK, job.cost, job)
+        lane = ACCEPTED_NOW if accepted_now else READ_BACK
+        self._line.put(job.account, job.weight, lane, job.cost, job, job.priority)
         self.pump()
 
     def update(self, provider: SmtpProvider) -> None:

@@ -139,6 +139,7 @@ class Dispatcher:
             cost=message_cost(len(message.content), len(group.rows)),
             queued_ms=max(0, now.steady_ms - group.rows[0].due_ms) if read_back_for else 0,
             begun_s=self._clock.monotonic(),
+            priority=envelope.priority,
         )
         self.offer(attempt)
 
@@ -229,6 +230,7 @@ class Dispatcher:
             envelope.body_8bit,
             # Nothing has touched the content since its line ends were looked at.
             verified=attempt.message.canonical and not self._transforms,
+            priority=envelope.priority,
         )
 
     def done(self, attempt: Attempt, connection: Connection, verdicts: tuple[Verdict, ...]) -> None:
@@ -247,7 +249,7 @@ class Dispatcher:
         queue_key = attempt.queue_key
         if not is_pinned(queue_key):
             # What this target put off waits for it, not behind everything that waits for a dead one before it.
-            queue_key = make_queue_key(attempt.message.envelope.account, attempt.provider)
+            queue_key = make_queue_key(attempt.message.envelope.account, attempt.provider, attempt.priority)
         rows = under_key(attempt.rows, queue_key)
         self._end(attempt, list(zip(rows, verdicts, strict=True)), connection.tls)
 
@@ -336,7 +338,7 @@ class Dispatcher:
         conclusion = self._concluder.conclude(message, ends, facts, self.retry_policy(envelope), moment, self._random())
         failpoint("delivery.concluded")
         self._settler.settle(conclusion.settlement, done)
-        lifetime_s = max(0, moment.wall_ms - envelope.accepted_ms) / 1000
+        lifetime_s = max(0, moment.wall_ms - envelope.released_ms) / 1000
         for change in conclusion.settlement.changes:
             if change.state is State.DEFERRED:
                 self.follower.expected(change.queue_key, change.due_ms)

@@ -32,7 +32,7 @@ from dataplane.delivery.deadlines import Deadlines
 from dataplane.delivery.dispatch import Dispatcher, Follower, Tools
 from dataplane.delivery.held import HeldMail
 from dataplane.delivery.limits import DeliveryLimits
-from dataplane.delivery.outcome import Concluder, Moment, claim, claimed
+from dataplane.delivery.outcome import Concluder, Moment, claim, claimed, released
 from dataplane.delivery.planning import Group, Held, Plan, make_plan
 from dataplane.delivery.pools import Pools, PoolsFollower
 from dataplane.delivery.recovery import Recovery
@@ -132,7 +132,7 @@ class DeliveryEngine:
                 transforms,
             )
         )
-        self._scheduler = Scheduler(spool, self, self._steady_ms, self.counters, log)
+        self._scheduler = Scheduler(spool, self, self.moment, self.counters, log)
         self._recovery = Recovery(
             spool, self._settler, concluder, self.counters, log, self.moment, random, self._dispatcher.retry_policy
         )
@@ -282,11 +282,18 @@ class DeliveryEngine:
         self._reporter.watch(message)
 
     def queued(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> None:
-        """Record a message that was committed as `queued` soon, and read it back when its turn comes."""
+        """Record a message that was committed as `queued` soon, and read it back when its turn comes.
+
+        The same with one that is `scheduled`, when its time has come.
+        """
         message = Message(envelope, b"", tuple([row.address for row in recipients]), reported=False)
         self._reporter.watch(message)
         for queue_key in dict.fromkeys([row.queue_key for row in recipients]):
-            self._scheduler.wake(queue_key)
+            if envelope.send_time_ms:
+                moment = self.moment()
+                self._scheduler.expect(queue_key, envelope.send_time_ms - moment.wall_ms + moment.steady_ms)
+            else:
+                self._scheduler.wake(queue_key)
 
     def wake(self, queue_key: str) -> None:
         """Look at this key anew."""
@@ -330,7 +337,7 @@ class DeliveryEngine:
         if plan.held is Held.EVERYTHING:
             return Taken([], self._steady_ms() + LOOK_AGAIN_MS)
         moment = self.moment()
-        outlived = is_expired(plan.retry_policy, envelope.accepted_ms, moment.wall_ms, moment.steady_ms)
+        outlived = is_expired(plan.retry_policy, envelope.released_ms, moment.wall_ms, moment.steady_ms)
         if plan.held is not None:
             if outlived:
                 return Taken([self._expire(stored, rows, plan, moment, _REVOKED)])
@@ -471,8 +478,10 @@ def _resolver(future: asyncio.Future[None]) -> Done:
 
 
 def _move_due(message_id: MessageId, rows: Sequence[RecipientRow], due_ms: int) -> Settlement:
-    """Change when rows are due, and nothing else."""
-    changes = [RecipientChange(row.index, row.attempt, row.state, row.attempt, due_ms, row.queue_key) for row in rows]
+    """Change when rows are due that were due once; what was scheduled is released."""
+    changes = [
+        RecipientChange(row.index, row.attempt, released(row.state), row.attempt, due_ms, row.queue_key) for row in rows
+    ]
     return Settlement(message_id, changes, None, reported=False)
 
 

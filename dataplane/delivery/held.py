@@ -67,7 +67,7 @@ class HeldMail(NamedTuple):
             return
         moment = self.moment()
         policy = self.policy(stored.envelope)
-        if not is_expired(policy, stored.envelope.accepted_ms, moment.wall_ms, moment.steady_ms):
+        if not is_expired(policy, stored.envelope.released_ms, moment.wall_ms, moment.steady_ms):
             return
         held = [row for row in stored.recipients if row.state is State.HELD]
         if not held:

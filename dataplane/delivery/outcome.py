@@ -90,7 +90,7 @@ class Concluder:
             state, event = _ENDS[verdict.kind]
             due_ms = 0
             if state is State.DEFERRED:
-                if is_expired(policy, message.envelope.accepted_ms, moment.wall_ms, moment.steady_ms):
+                if is_expired(policy, message.envelope.released_ms, moment.wall_ms, moment.steady_ms):
                     state = State.EXPIRED
                     if event is EventType.UNCERTAIN:
                         indexes.setdefault((row.attempt, event, verdict), []).append(row.index)
@@ -125,7 +125,10 @@ class Concluder:
         return Conclusion(self._settlement(message, changes, tuple(updates), events), events)
 
     def report(self, message: Message) -> Settlement:
-        """Tell that a message was accepted; until it is told otherwise the ledger shows its recipients as queued."""
+        """Tell that a message was accepted; until it is told otherwise the ledger shows its recipients as queued.
+
+        As scheduled where the envelope has a time.
+        """
         return self._settlement(message, (), (), ())
 
     def _settlement(
@@ -159,14 +162,22 @@ def put_back(message: Message, rows: Sequence[RecipientRow], due_ms: int) -> Set
 
 
 def claim(message: Message, rows: Sequence[RecipientRow]) -> Settlement:
-    """Begin an attempt: `sending`, attempt number one higher."""
+    """Begin an attempt: `sending`, attempt number one higher. What was scheduled is released by it."""
     changes: list[RecipientChange] = []
     for row in rows:
-        check_move(row.state, State.SENDING)
+        check_move(released(row.state), State.SENDING)
         changes.append(
             RecipientChange(row.index, row.attempt, State.SENDING, row.attempt + 1, row.due_ms, row.queue_key)
         )
     return Settlement(message.envelope.message_id, changes, None, reported=False)
+
+
+def released(state: State) -> State:
+    """Return the state of a recipient whose time has come."""
+    if state is not State.SCHEDULED:
+        return state
+    check_move(state, State.QUEUED)
+    return State.QUEUED
 
 
 def claimed(rows: Sequence[RecipientRow]) -> tuple[RecipientRow, ...]:

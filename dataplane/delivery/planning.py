@@ -25,7 +25,6 @@ from dataplane.core.envelope import (
     RecipientRow,
     is_pinned,
     make_queue_key,
-    pinned_queue_key,
     split_queue_key,
     under_key,
 )
@@ -101,7 +100,7 @@ def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRo
         None,
         refused,
         [
-            _group(envelope.account, rule, pinned, targets, found[start : start + MAX_RECIPIENTS])
+            _group(envelope, rule, targets, found[start : start + MAX_RECIPIENTS], pinned=bool(pinned))
             for (rule, pinned, _), (targets, found) in groups.items()
             for start in range(0, len(found), MAX_RECIPIENTS)
         ],
@@ -118,9 +117,9 @@ def _pin(config: ConfigView, account: str, queue_key: str) -> Target | None:
     return Target(name) if provider is not None and provider.account in ("", account) else None
 
 
-def _group(account: str, rule: str, pinned: str, targets: tuple[Target, ...], rows: list[RecipientRow]) -> Group:
-    if pinned:
-        queue_key = pinned_queue_key(account, pinned)
-    else:
-        queue_key = make_queue_key(account, targets[0].provider if targets else "")
+def _group(
+    envelope: Envelope, rule: str, targets: tuple[Target, ...], rows: list[RecipientRow], *, pinned: bool
+) -> Group:
+    next_hop = targets[0].provider if targets else ""
+    queue_key = make_queue_key(envelope.account, next_hop, envelope.priority, pinned=pinned)
     return Group(rule, targets, queue_key, under_key(rows, queue_key))

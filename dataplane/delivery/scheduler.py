@@ -2,7 +2,12 @@
 
 One loop, no memory of rows: of a key (account, next hop) it reads as many heads as it may claim, claims what may go
 (`sending`, attempt one higher, committed before anything is sent) and reads again when its turn comes. Next hops take
-turns, and keys of a next hop by core/fair. A key is in one place at a time:
+turns, and accounts of a next hop by core/fair; of an account's keys the one with the highest priority has the turn.
+
+What is `scheduled` is due when the wall clock shows its time, everything else by the steady clock (core/retry): a clock
+that is put back puts off what is scheduled, one that is put ahead is followed within a minute.
+
+A key is in one place at a time:
 
     wanting   has or may have due rows: waits for its turn, or has it until its claims are committed
     timed     its first row is due later, or it was put off
@@ -26,13 +31,14 @@ import heapq
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-from dataplane.core.envelope import RecipientRow, make_queue_key, split_queue_key
-from dataplane.core.fair import FairTurns, message_cost
+from dataplane.core.envelope import RecipientRow, make_queue_key, queue_priority, split_queue_key
+from dataplane.core.fair import FlowTurns, message_cost
 from dataplane.core.ids import MessageId, format_message_id
 from dataplane.core.queue import State
 from dataplane.core.retry import rebase_due
 from dataplane.delivery.counters import DeliveryCounters
-from dataplane.ports import Due, EventLog, RecipientChange, Settlement, Spool, SpoolError, StoredMessage
+from dataplane.delivery.outcome import Moment
+from dataplane.ports import Cursor, Due, EventLog, RecipientChange, Settlement, Spool, SpoolError, StoredMessage
 
 READ_COUNT = 64
 SCOUTS = 4  # messages of a turn that could not go before the rest is taken to be like them
@@ -88,21 +94,21 @@ class _Hop:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.turns = FairTurns()
+        self.turns = FlowTurns()
         self.full = False
         self.owed = ""
         self.told: dict[str, int] = {}
 
 
 class Scheduler:
-    """State: where each key stands. `now_ms` is the steady clock."""
+    """State: where each key stands. Its times are those of the steady clock."""
 
     def __init__(
-        self, spool: Spool, work: Work, now_ms: Callable[[], int], counters: DeliveryCounters, log: EventLog
+        self, spool: Spool, work: Work, moment: Callable[[], Moment], counters: DeliveryCounters, log: EventLog
     ) -> None:
         self._spool = spool
         self._work = work
-        self._now_ms = now_ms
+        self._moment = moment
         self._counters = counters
         self._log = log
         self._hops: dict[str, _Hop] = {}
@@ -213,7 +219,7 @@ class Scheduler:
         if hop is None:
             hop = self._hops[next_hop] = _Hop(next_hop)
         if queue_key not in hop.turns:
-            hop.turns.join(queue_key, self._work.weight(account))
+            hop.turns.join(queue_key, account, queue_priority(queue_key), self._work.weight(account))
         elif told_ms is not None:
             hop.told[queue_key] = told_ms
         if not hop.full:
@@ -234,7 +240,7 @@ class Scheduler:
         hop.turns.leave(queue_key)
         if due_ms or told_ms:
             self._put(self._timed, queue_key, min(due_ms or told_ms or 0, told_ms or due_ms))
-        self._drop_if_empty(hop)
+        self._after_leaving(hop)
 
     def _give_back(self, hop: _Hop, queue_key: str, spent: int) -> None:
         hop.turns.give_back(queue_key, spent, self._work.weight(split_queue_key(queue_key)[0]))
@@ -242,15 +248,18 @@ class Scheduler:
             hop.owed = ""
             self._open(hop)
 
-    def _drop_if_empty(self, hop: _Hop) -> None:
+    def _after_leaving(self, hop: _Hop) -> None:
+        """A key left the next hop: it is forgotten with its last one; another key of the account may have its turn."""
         if not len(hop.turns):
             del self._hops[hop.name]
             self._ready.pop(hop.name, None)
+        elif not hop.full:
+            self._open(hop)
 
     def _park(self, hop: _Hop, queue_key: str, due_ms: int) -> None:
         hop.told.pop(queue_key, None)
         hop.turns.leave(queue_key)
-        self._drop_if_empty(hop)
+        self._after_leaving(hop)
         self._parked_by_hop.setdefault(hop.name, {})[queue_key] = None
         self._put(self._parked, queue_key, due_ms)
         self._probe_next(hop.name)
@@ -292,23 +301,27 @@ class Scheduler:
         until_ms = self._polled_ms + int(POLL_S * 1000)
         if self._heap:
             until_ms = min(until_ms, self._heap[0][0])
-        delay_s = max(0.001, (until_ms - self._now_ms()) / 1000)
+        delay_s = max(0.001, (until_ms - self._moment().steady_ms) / 1000)
         timer = asyncio.get_running_loop().call_later(delay_s, self._event.set)
         try:
             await self._event.wait()
         finally:
             timer.cancel()
-        if self._task is not None and self._now_ms() >= self._polled_ms + int(POLL_S * 1000):
+        if self._task is not None and self._moment().steady_ms >= self._polled_ms + int(POLL_S * 1000):
             await self._poll()
 
     async def _poll(self) -> None:
-        self._polled_ms = self._now_ms()
+        self._polled_ms = self._moment().steady_ms
         try:
             heads = await self._spool.keys()
         except SpoolError as error:
             self._log.warning("delivery.spool_read_failed", error=type(error).__name__)
             return
-        for queue_key, due_ms in heads:
+        moment = self._moment()
+        ahead_ms = max(0, moment.wall_ms - moment.steady_ms)
+        for queue_key, head_ms in heads:
+            # The head may be scheduled, and then it is due by the wall clock.
+            due_ms = head_ms - ahead_ms
             hop = self._hops.get(split_queue_key(queue_key)[1])
             wanting = hop is not None and queue_key in hop.turns
             if not wanting and queue_key not in self._parked and queue_key not in self._crowded:
@@ -329,7 +342,7 @@ class Scheduler:
 
     def _promote(self) -> None:
         """Give turns to the keys and probes whose time has come."""
-        now_ms = self._now_ms()
+        now_ms = self._moment().steady_ms
         while self._heap:
             due_ms, queue_key = self._heap[0]
             is_timed = self._timed.get(queue_key) == due_ms
@@ -362,24 +375,24 @@ class Scheduler:
         if self._work.crowded(split_queue_key(queue_key)[0]):
             hop.turns.leave(queue_key)
             hop.told.pop(queue_key, None)
-            self._drop_if_empty(hop)
+            self._after_leaving(hop)
             self._crowded[queue_key] = None
             return
         try:
             await self._serve(hop, queue_key, room, budget)
         except SpoolError as error:
             self._log.warning("delivery.spool_read_failed", error=type(error).__name__)
-            self._leave(hop, queue_key, self._now_ms() + PUT_OFF_MS)
+            self._leave(hop, queue_key, self._moment().steady_ms + PUT_OFF_MS)
 
     async def _serve(self, hop: _Hop, queue_key: str, room: int, budget: int) -> None:
         """Claim what may go; puts the key where it belongs afterwards, or leaves that to the end of its claims."""
         count = min(READ_COUNT, 2 * min(room, budget) + SCOUTS)
-        dues = await self._spool.heads(queue_key, None, count)
-        now_ms = self._now_ms()
-        ready = [due for due in dues if due.due_ms <= now_ms]
+        ready, next_due_ms = await self._read(queue_key, count)
         if not ready:
-            self._leave(hop, queue_key, await self._next_due_ms(dues[0], now_ms) if dues else 0)
+            self._leave(hop, queue_key, next_due_ms)
             return
+        moment = self._moment()
+        now_ms = moment.steady_ms
         account = split_queue_key(queue_key)[0]
         release_count = self._release_count
         claims: list[asyncio.Future[None]] = []
@@ -392,7 +405,7 @@ class Scheduler:
                 break
             if place and place % LOADS == 0:
                 await asyncio.sleep(0)
-            taken = await self._offer(message_id, queue_key, now_ms)
+            taken = await self._offer(message_id, queue_key, moment)
             claims += taken.claims
             spent += taken.cost
             if taken.park_ms:
@@ -423,14 +436,35 @@ class Scheduler:
         for claim in claims:
             claim.add_done_callback(claimed)
 
-    async def _offer(self, message_id: MessageId, queue_key: str, now_ms: int) -> Taken:
+    async def _read(self, queue_key: str, count: int) -> tuple[list[Due], int]:
+        """Return heads of the key that are due; when there are none, when the first one will be (0: there is none)."""
+        after: Cursor | None = None
+        next_due_ms = 0
+        while True:
+            dues = await self._spool.heads(queue_key, after, count)
+            moment = self._moment()
+            ready = [due for due in dues if _is_due(due.state, due.due_ms, moment)]
+            if ready or not dues:
+                return ready, next_due_ms
+            first_ms = min(_due_by_steady_ms(due, moment) for due in dues)
+            next_due_ms = min(next_due_ms or first_ms, first_ms)
+            await self._rebase(dues[0], moment)
+            last = dues[-1]
+            if len(dues) < count or last.due_ms > max(moment):
+                return ready, next_due_ms
+            # The wall clock was put back: behind what is scheduled there may be others that are due.
+            after = Cursor(last.due_ms, last.priority, last.message_id, last.index)
+            await asyncio.sleep(0)
+
+    async def _offer(self, message_id: MessageId, queue_key: str, moment: Moment) -> Taken:
+        now_ms = moment.steady_ms
         try:
             stored = await self._load(message_id)
         except SpoolError:
             self._counters.quarantined += 1
             self._log.warning("delivery.quarantined", message=format_message_id(message_id))
             return Taken([], now_ms + PUT_OFF_MS)
-        rows = [row for row in (stored.recipients if stored else ()) if _is_ready(row, queue_key, now_ms)]
+        rows = [row for row in (stored.recipients if stored else ()) if _is_ready(row, queue_key, moment)]
         if stored is None or not rows:
             # Locked, or changed since the heads were read; a row that stays like this must not be read in a circle.
             return Taken([], now_ms + PUT_OFF_MS)
@@ -446,14 +480,11 @@ class Scheduler:
         stored = await self._spool.load(message_id)
         return stored if self._loading == message_id else None
 
-    async def _next_due_ms(self, due: Due, now_ms: int) -> int:
-        due_ms = rebase_due(due.due_ms, now_ms, LONGEST_DELAY_S)
-        if due_ms < due.due_ms:
-            await self._rebase(due, due_ms)
-        return due_ms
-
-    async def _rebase(self, due: Due, due_ms: int) -> None:
+    async def _rebase(self, due: Due, moment: Moment) -> None:
         """Bring back a retry that a clock far ahead has put off."""
+        due_ms = _due_by_steady_ms(due, moment)
+        if due.state is State.SCHEDULED or due_ms == due.due_ms:
+            return
         stored = await self._load(due.message_id)
         for row in stored.recipients if stored else ():
             if row.index == due.index and row.state in (State.QUEUED, State.DEFERRED):
@@ -461,5 +492,16 @@ class Scheduler:
                 await self._spool.settle(Settlement(due.message_id, (change,), None, reported=False))
 
 
-def _is_ready(row: RecipientRow, queue_key: str, now_ms: int) -> bool:
-    return row.queue_key == queue_key and row.due_ms <= now_ms and row.state in (State.QUEUED, State.DEFERRED)
+def _is_due(state: State, due_ms: int, moment: Moment) -> bool:
+    return due_ms <= (moment.wall_ms if state is State.SCHEDULED else moment.steady_ms)
+
+
+def _due_by_steady_ms(due: Due, moment: Moment) -> int:
+    if due.state is State.SCHEDULED:
+        return due.due_ms - moment.wall_ms + moment.steady_ms
+    return rebase_due(due.due_ms, moment.steady_ms, LONGEST_DELAY_S)
+
+
+def _is_ready(row: RecipientRow, queue_key: str, moment: Moment) -> bool:
+    waits = row.state in (State.QUEUED, State.DEFERRED, State.SCHEDULED)
+    return waits and row.queue_key == queue_key and _is_due(row.state, row.due_ms, moment)

@@ -10,7 +10,9 @@ configuration pinned at MAIL until the transaction ends, and looks at denials an
     accept       checks the content, builds the envelope, and lets the spool commit it; `answer` is called once, with
                  250 after the commit or with the refusal, whether or not the client is still there
 
-A message with an `Idempotency-Key` loses that field, and may be answered without being stored (`idempotency`).
+A message with an `Idempotency-Key` loses that field, and may be answered without being stored (`idempotency`). What is
+to be held (RFC 4865) is committed as `scheduled`, due at its time, and kept by the spool alone; a time that is past by
+then is none.
 
 Each recipient is counted as content in memory: from its 250 until the transaction ends, is dropped, or is committed.
 
@@ -33,6 +35,7 @@ from functools import partial
 from dataplane.core import replies
 from dataplane.core.address import Mailbox
 from dataplane.core.config import NodeSettings, Target
+from dataplane.core.datetimes import format_date_time
 from dataplane.core.envelope import (
     COMMITTING_BYTES,
     MESSAGE_BYTES,
@@ -48,7 +51,7 @@ from dataplane.core.policy import CompiledAccount, denied, secret_matches, split
 from dataplane.core.queue import State
 from dataplane.core.replies import Reply
 from dataplane.core.routing import MessageRouter, may_match
-from dataplane.core.session_contract import MailParameters
+from dataplane.core.session_contract import MAX_HOLD_S, MailParameters
 from dataplane.failpoints import failpoint
 from dataplane.ingress.admission import Admission, counting_key
 from dataplane.ingress.buckets import IngressLimits, MessageLimits, Permit
@@ -140,6 +143,7 @@ class _Large:
 
 
 _NO_LIMITS = MessageLimits()
+_NOTHING: dict[str, object] = {}
 
 
 class Submitter:
@@ -232,6 +236,10 @@ class Submitter:
         self._sender = "" if sender is None else sender.text
         self._parameters = parameters
         return None
+
+    def latest_release_ms(self) -> int:
+        """As far ahead of this moment as mail may be held."""
+        return self._shared.clock.wall_ms() + MAX_HOLD_S * 1000
 
     def recipient(self, address: Mailbox) -> Reply | None:
         """Decide about a recipient: some rule must be able to match, and there must be memory to keep it."""
@@ -553,7 +561,15 @@ class Submitter:
             body_8bit=self._parameters.body_8bit or body_8bit,
             headers=scanned.rule_values,
             submission_key=key,
+            send_time_ms=self._send_time_ms(now_ms),
+            priority=self._parameters.priority,
         )
+
+    def _send_time_ms(self, now_ms: int) -> int:
+        parameters = self._parameters
+        if parameters.hold_for_s:
+            return now_ms + parameters.hold_for_s * 1000
+        return parameters.hold_until_ms if parameters.hold_until_ms > now_ms else 0
 
     def _complete(
         self, content: bytes, scanned: HeaderScan, hello: Hello, now_ms: int, identifier: str
@@ -570,6 +586,7 @@ class Submitter:
             date=date,
             recipient=self._recipients[0] if len(self._recipients) == 1 else "",
             tls=hello.tls,
+            priority=self._parameters.priority,
         )
         made_up = f"<{identifier}@{hostname}>"
         stored = prepare(content, scanned, received_line(receipt), date, made_up)
@@ -603,14 +620,18 @@ class Submitter:
 
         All or none: rows that are handed over are committed as `sending`, and one record tells of the message.
         """
-        account = envelope.account
-        keys = {hop: make_queue_key(account, hop) for hop in hops}
+        account, priority = envelope.account, envelope.priority
+        keys = {hop: make_queue_key(account, hop, priority) for hop in hops}
         admit = self._shared.handover.admit
         held_bytes = MESSAGE_BYTES + envelope.size_bytes + self._recipient_bytes
+        in_memory = in_memory and not envelope.send_time_ms
         handed_over = in_memory and all(admit(held_bytes, key) for key in keys.values())
         state, attempt = (State.SENDING, 1) if handed_over else (State.QUEUED, 0)
+        if envelope.send_time_ms:
+            state = State.SCHEDULED
+        due_ms = envelope.released_ms
         rows = [
-            RecipientRow(index, address, state, attempt, envelope.accepted_ms, 0, keys[hop])
+            RecipientRow(index, address, state, attempt, due_ms, priority, keys[hop])
             for index, (address, hop) in enumerate(zip(self._recipients, hops, strict=True))
         ]
         return rows, handed_over
@@ -660,6 +681,7 @@ class Submitter:
             credential=envelope.credential,
             recipients=len(rows),
             size_bytes=envelope.size_bytes,
+            **_asked_for(envelope),
         )
         once = key is not None and key.checked
         answer(replies.queued(identifier, replies.QUEUED_ONCE if once else replies.QUEUED))
@@ -699,3 +721,15 @@ class Submitter:
         credential = compiled.credential(self._credential_name)
         expired = credential is None or 0 < credential.expire_ms <= now_ms
         return None if expired else compiled
+
+
+def _asked_for(envelope: Envelope) -> dict[str, object]:
+    """What is logged of a message beside the usual."""
+    if not (envelope.priority or envelope.send_time_ms):
+        return _NOTHING
+    asked: dict[str, object] = {}
+    if envelope.send_time_ms:
+        asked["send_time"] = format_date_time(envelope.send_time_ms)
+    if envelope.priority:
+        asked["priority"] = envelope.priority
+    return asked

@@ -388,7 +388,28 @@ async def test_a_released_recipient_is_found_again(keeper: Spool) -> None:
     envelope, row = make_envelope(), make_row(state=State.HELD)
     await keeper.accept(envelope, CONTENT, [row])
     await keeper.settle(settlement(envelope.message_id, [change(row, State.QUEUED)]))
-    assert await keeper.heads(KEY, None, 10) == [Due(envelope.message_id, 0, 0, NOW_MS, 0)]
+    assert await keeper.heads(KEY, None, 10) == [Due(envelope.message_id, 0, 0, NOW_MS, 0, State.QUEUED)]
+
+
+async def test_what_is_scheduled_waits_behind_its_time_and_says_so(keeper: Spool) -> None:
+    later, now = make_envelope(), make_envelope()
+    await keeper.accept(later, CONTENT, [make_row(state=State.SCHEDULED, due_ms=NOW_MS + 3_600_000, priority=9)])
+    await keeper.accept(now, CONTENT, [make_row()])
+    assert await keeper.heads(KEY, None, 10) == [
+        Due(now.message_id, 0, 0, NOW_MS, 0, State.QUEUED),
+        Due(later.message_id, 0, 0, NOW_MS + 3_600_000, 9, State.SCHEDULED),
+    ]
+    assert await keeper.keys() == [KeyHead(KEY, NOW_MS)]
+    assert (await keeper.depth()).scheduled == 1
+
+
+async def test_time_and_priority_of_an_envelope_are_kept(keeper: Spool) -> None:
+    for asked in ({}, {"send_time_ms": NOW_MS + 1}, {"priority": -9}, {"send_time_ms": NOW_MS + 1, "priority": 9}):
+        envelope = replace(make_envelope(), **asked)
+        await keeper.accept(envelope, CONTENT, [make_row()])
+        stored = await keeper.load(envelope.message_id)
+        assert stored is not None
+        assert stored.envelope == envelope
 
 
 async def test_heads_come_by_due_time_then_priority_then_age_then_index(keeper: Spool) -> None:

@@ -9,6 +9,7 @@ import re
 import smtplib
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -165,6 +166,24 @@ def test_send_follows_to_sent_and_list_and_get_know_the_message(stack: LocalStac
     assert stack.cli("messages", "follow", message["name"]).returncode == 0
     shown = stack.cli("inbox", "show", message["name"].rpartition("/")[2])
     assert "Subject: For programs" in shown.stdout
+
+
+def test_mail_is_held_shown_cancelled_and_goes_out_at_its_time(stack: LocalStack) -> None:
+    held = stack.json("send", "--to", "later@example.net", "--hold-for", "3600", "--priority", "5")
+    (message,) = (one["id"] for one in held["messages"])
+    deadline = time.monotonic() + 30
+    while not (found := [one for one in stack.json("messages", "list")["messages"] if one["name"].endswith(message)]):
+        assert time.monotonic() < deadline, stack.logs()
+    got = stack.json("messages", "get", message)
+    assert (got["state"], got["priority"]) == ("RECIPIENT_STATE_SCHEDULED", 5)
+    assert got["sendTime"] == found[0]["sendTime"] == got["recipients"][0]["nextAttemptTime"]
+    assert stack.json("messages", "cancel", message)["cancelledCount"] == 1
+    short = stack.json("send", "--to", "soon@example.net", "--hold-for", "1", "--follow")["messages"][0]
+    times = [datetime.fromisoformat(short[name]) for name in ("acceptTime", "sendTime")]
+    assert times[1] - times[0] == timedelta(seconds=1)
+    (sent,) = (one for one in short["events"] if one["type"] == "DELIVERY_EVENT_TYPE_SENT")
+    assert datetime.fromisoformat(sent["eventTime"]) >= times[1]
+    assert b"PRIORITY" not in stack.delivered(short["name"].rpartition("/")[2])[1]
 
 
 def test_send_by_smtps_of_a_file_keeps_its_bytes(stack: LocalStack) -> None:

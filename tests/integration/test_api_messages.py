@@ -107,6 +107,23 @@ async def test_a_message_names_the_one_that_had_its_key_before(stack: ApiStack, 
     assert [message.duplicate_of for message in found] == ["", name_of(first)]
 
 
+async def test_a_message_shows_when_it_goes_out_and_its_priority(stack: ApiStack, client: Client) -> None:
+    held, plain = message_id(), message_id(10)
+    scheduled = pb.RECIPIENT_STATE_SCHEDULED
+    await add_message(stack, held, scheduled, scheduled)
+    await add_message(stack, plain, SENT)
+    send_time = NOW + timedelta(hours=1)
+    await stack.as_superuser(
+        "UPDATE postroad.messages SET send_time = $2, priority = -9 WHERE message_id = $1", held, send_time
+    )
+    message = await client.message("GetMessage", service.GetMessageRequest(name=name_of(held)))
+    assert message.send_time.ToDatetime(UTC) == send_time
+    assert (message.state, message.priority) == (scheduled, -9)
+    message = await client.message("GetMessage", service.GetMessageRequest(name=name_of(plain)))
+    assert (message.HasField("send_time"), message.priority) == (False, 0)
+    assert await list_ids(client, state=scheduled) == [held]
+
+
 async def test_messages_are_listed_newest_first_in_pages(stack: ApiStack, client: Client) -> None:
     ids = [message_id(age_s) for age_s in (0, 10, 20, 86_400)]
     for one in ids:

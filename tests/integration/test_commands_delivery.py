@@ -13,15 +13,16 @@ from typing import Any
 from dataplane.commands import CommandRunner, Tools
 from dataplane.core.commands import Filter
 from dataplane.core.config import Denials
-from dataplane.core.envelope import Envelope, RecipientRow, pinned_queue_key
+from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
 from dataplane.core.queue import State, Verb
 from dataplane.link import RunCommand
-from support.delivery import ACCOUNT, A, B, Bench, Config, delivery_bench
+from support.delivery import ACCOUNT, CONTENT, A, B, Bench, Config, delivery_bench
 from support.next_hop import Behaviour, next_hop
 from support.spools import ManualClock, open_durable
 
+HOUR_MS = 3_600_000
 LATER = b"451 4.3.0 later\r\n"
-PINNED_B = pinned_queue_key(ACCOUNT, B)
+PINNED_B = make_queue_key(ACCOUNT, B, pinned=True)
 
 
 def routed(port: int, *others: tuple[str, int]) -> Config:
@@ -222,6 +223,90 @@ async def test_a_hold_of_everything_beside_deliveries_sends_or_holds_each_once(t
         assert len(addresses) == len(set(addresses)) == count - changed_count
         assert late_count <= count - changed_count
     await spool.close()
+
+
+async def test_a_retry_sends_scheduled_mail_at_once_and_release_what_was_held_of_it() -> None:
+    async with next_hop() as hop, delivery_bench(config=routed(hop.port)) as bench:
+        # Their time is past by the steady clock, which is not theirs.
+        bench.clock.now_ms -= 2 * HOUR_MS
+        now, held, cancelled = [await put_scheduled(bench) for _ in range(3)]
+        bench.clock.now_ms -= HOUR_MS
+        bench.clock.advance(3_600)
+        await settled(bench)
+        assert await command(bench, Verb.CANCEL, cancelled) == (1, 0)
+        assert await command(bench, Verb.HOLD, held) == (1, 0)
+        assert await command(bench, Verb.RETRY) == (1, 0)
+        await hop.took(1)
+        await bench.until(lambda: bench.types()[-1] == "SENT")
+        await settled(bench)
+        assert await rows_of(bench, now) == await rows_of(bench, cancelled) == []
+        assert [row.state for row in await rows_of(bench, held)] == [State.HELD]
+        assert await command(bench, Verb.RELEASE, held) == (1, 0)
+        await hop.took(2)
+        await bench.until(lambda: bench.types()[-1] == "SENT")
+        assert bench.types() == ["CANCELLED", "HELD", "RETRIED", "SENT", "RELEASED", "SENT"]
+
+
+async def test_a_reroute_of_scheduled_mail_keeps_its_time_and_its_priority() -> None:
+    async with (
+        next_hop() as hop,
+        next_hop() as other,
+        delivery_bench(config=routed(hop.port, (B, other.port))) as bench,
+    ):
+        envelope = await put_scheduled(bench, priority=5)
+        (row,) = await rows_of(bench, envelope)
+        assert await command(bench, Verb.REROUTE, envelope, provider=B) == (1, 0)
+        await settled(bench)
+        bound = make_queue_key(ACCOUNT, B, 5, pinned=True)
+        assert await rows_of(bench, envelope) == [row._replace(queue_key=bound)]
+        bench.clock.advance(3_600)
+        bench.engine.wake(bound)
+        await other.took(1)
+        assert hop.messages == []
+
+
+async def test_what_has_a_priority_is_bound_with_it_and_waits_with_it_after_a_failure() -> None:
+    async with (
+        next_hop() as hop,
+        next_hop(Behaviour(mail=lambda _: LATER)) as other,
+        delivery_bench(config=routed(hop.port, (B, other.port))) as bench,
+    ):
+        bench.config.loaded = False
+        usual, urgent = [
+            await bench.submit(envelope=bench.envelope(priority=priority), key=make_queue_key(ACCOUNT, A, priority))
+            for priority in (0, 5)
+        ]
+        await settled(bench)
+        assert await command(bench, Verb.REROUTE, provider=B) == (2, 0)
+        go(bench)
+        await bench.until(lambda: bench.types().count("DEFERRED") == 2)
+        await settled(bench)
+        for envelope, priority in ((usual, 0), (urgent, 5)):
+            (row,) = await rows_of(bench, envelope)
+            assert row.queue_key == make_queue_key(ACCOUNT, B, priority, pinned=True)
+        assert hop.messages == []
+
+
+async def test_held_mail_that_was_scheduled_has_its_lifetime_from_its_time() -> None:
+    async with next_hop() as hop, delivery_bench(config=routed(hop.port)) as bench:
+        envelope = await put_scheduled(bench, hold_s=10 * 86_400)
+        await command(bench, Verb.HOLD, envelope)
+        bench.clock.advance(9 * 86_400)
+        await bench.engine.held_mail.look()
+        assert [row.state for row in await rows_of(bench, envelope)] == [State.HELD]
+        bench.clock.advance(7 * 86_400)
+        await bench.engine.held_mail.look()
+        assert bench.types() == ["HELD", "EXPIRED"]
+
+
+async def put_scheduled(bench: Bench, *, hold_s: int = 3_600, priority: int = 0) -> Envelope:
+    """A message with HOLDFOR as ingress commits it."""
+    envelope = bench.envelope(send_time_ms=bench.clock.wall_ms() + hold_s * 1_000, priority=priority)
+    key = make_queue_key(ACCOUNT, A, priority)
+    row = RecipientRow(0, "b@example.net", State.SCHEDULED, 0, envelope.send_time_ms, priority, key)
+    await bench.spool.accept(envelope, CONTENT, [row])
+    bench.engine.queued(envelope, [row])
+    return envelope
 
 
 def go(bench: Bench) -> None:

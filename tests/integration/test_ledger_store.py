@@ -40,11 +40,13 @@ from support.fleet import (
 )
 
 SPOOL = str(uuid.uuid4())
-QUEUED, DEFERRED, SENT, BOUNCED = (
+SCHEDULED, QUEUED, DEFERRED, SENT, BOUNCED, CANCELLED = (
+    RecipientState.RECIPIENT_STATE_SCHEDULED,
     RecipientState.RECIPIENT_STATE_QUEUED,
     RecipientState.RECIPIENT_STATE_DEFERRED,
     RecipientState.RECIPIENT_STATE_SENT,
     RecipientState.RECIPIENT_STATE_BOUNCED,
+    RecipientState.RECIPIENT_STATE_CANCELLED,
 )
 
 
@@ -100,6 +102,55 @@ async def test_a_message_settled_at_once_is_one_record(ledger: PostgresLedger, m
     assert recipients[0]["provider"] == "providers/inbox"
     events = await fetch(migrated_database, "SELECT * FROM postroad.delivery_events ORDER BY position")
     assert [(row["recipient_index"], row["type"]) for row in events] == [(0, 2), (1, 2)]
+
+
+async def test_a_message_that_is_held_is_scheduled_until_a_record_says_otherwise(
+    ledger: PostgresLedger, migrated_database: Database
+) -> None:
+    raw_id = message_id()
+    record = accepted(raw_id, "a@example.net", "b@example.net", send_time_ms=NOW_MS + 3_600_000, priority=-9)
+    plain = accepted(message_id())
+    await _open(ledger)
+    await _store(ledger, 1, record, plain)
+
+    held, usual = await fetch(migrated_database, "SELECT * FROM postroad.messages ORDER BY priority")
+    assert int(held["send_time"].timestamp() * 1000) == NOW_MS + 3_600_000
+    assert (held["priority"], usual["priority"], usual["send_time"]) == (-9, 0, None)
+    rows = await fetch(migrated_database, "SELECT * FROM postroad.recipients WHERE message_id = $1", text_id(raw_id))
+    assert [(row["state"], row["next_attempt_time"]) for row in rows] == [(SCHEDULED, held["send_time"])] * 2
+
+    await _store(ledger, 3, changed(raw_id, update(0, SENT), update(1, CANCELLED)))
+    assert await _states(migrated_database, raw_id) == [SENT, CANCELLED]
+
+
+@pytest.mark.parametrize(("priority", "send_time_ms"), [(10, 0), (-10, 0), (0, -1)])
+async def test_a_record_that_asks_for_what_nobody_can_ask_for_is_set_aside(
+    ledger: PostgresLedger, migrated_database: Database, priority: int, send_time_ms: int
+) -> None:
+    record = accepted(message_id(), priority=priority, send_time_ms=send_time_ms)
+    await _open(ledger)
+    assert (await _store(ledger, 1, record)).rejected_count == 1
+    (row,) = await fetch(migrated_database, "SELECT reason FROM postroad.ledger_rejects")
+    assert row["reason"] == "BAD_ACCEPTANCE"
+
+
+async def test_mail_held_for_longer_than_the_record_is_kept_is_recorded_to_its_end(
+    ledger: PostgresLedger, migrated_database: Database
+) -> None:
+    raw_id = message_id(NOW_MS - 34 * 86_400_000)
+    record = accepted(raw_id, send_time_ms=NOW_MS - 4 * 86_400_000)
+    done = accepted(message_id(NOW_MS - 33 * 86_400_000), state=SENT)
+    await _open(ledger)
+    await _store(ledger, 1, record, done)
+
+    async with fleet_database(migrated_database) as database:
+        jobs = PostgresJobs(database)
+        before = NOW.date() - timedelta(days=30)
+        assert await jobs.drop_partitions(before) == 3  # of the day on which nothing waits
+        assert (await _store(ledger, 3, changed(raw_id, update(0, DEFERRED)))).rejected_count == 0
+        # Not for ever: a disk that was lost keeps no day.
+        assert await jobs.drop_partitions(before + timedelta(days=31)) == 0
+        assert await jobs.drop_partitions(before + timedelta(days=32)) == 3
 
 
 async def test_a_later_record_changes_the_recipient(ledger: PostgresLedger, migrated_database: Database) -> None:
@@ -206,7 +257,7 @@ async def test_bad_records_go_to_the_rejects_and_stop_nobody(
         accepted(b"short"),
         accepted(uuid.uuid4().bytes),
         accepted(message_id(NOW_MS + 2 * day_ms)),
-        accepted(message_id(NOW_MS - 31 * day_ms)),
+        accepted(message_id(NOW_MS - 66 * day_ms)),
         strange_time,
         accepted(message_id(), account="users/eve"),
         accepted(message_id(), state=99),

@@ -187,6 +187,9 @@ class Everyone:
         self.recipients.append(address.text)
         return None
 
+    def latest_release_ms(self) -> int:
+        return 0
+
     def reset(self) -> None:
         return
 

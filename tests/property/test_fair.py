@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataplane.core.fair import BLOCK_BYTES, FairLine, FairTurns, may_hold, message_cost
+from dataplane.core.fair import BLOCK_BYTES, FairLine, FairTurns, FlowTurns, may_hold, message_cost
 
 COSTS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 
@@ -190,3 +190,65 @@ def test_a_second_one_ends_with_as_much_as_the_first() -> None:
             first += 1
     assert abs(first - second) <= 5
     assert first + second <= 1_000
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(-9, 9)), max_size=100))
+def test_of_a_flow_the_highest_priority_goes_first_and_flows_take_turns_all_the_same(
+    puts: list[tuple[int, int, int]],
+) -> None:
+    line: FairLine[tuple[int, int, int, int]] = FairLine()
+    plain: FairLine[int] = FairLine()
+    for number, (flow, lane, priority) in enumerate(puts):
+        line.put(str(flow), 1, lane, 1, (flow, lane, priority, number), priority)
+        plain.put(str(flow), 1, lane, 1, flow)
+    taken = [item for _ in puts if (item := line.take()) is not None]
+    # Whose turn it is does not depend on any priority.
+    assert [flow for flow, *_ in taken] == [plain.take() for _ in puts]
+    for flow in range(3):
+        mine = [item for item in taken if item[0] == flow]
+        assert [priority for _, _, priority, _ in mine] == sorted((one[2] for one in mine), reverse=True)
+        for lane in (0, 1):
+            order = [(-priority, number) for _, another, priority, number in mine if another == lane]
+            assert order == sorted(order)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(-9, 9)), unique=True, min_size=1, max_size=20))
+def test_a_flow_gives_its_turns_to_its_best_name_and_has_no_more_of_them_for_having_many(
+    names: list[tuple[int, int]],
+) -> None:
+    turns = FlowTurns()
+    for flow, priority in names:
+        turns.join(f"{flow} {priority}", str(flow), priority, 1)
+        turns.join(f"{flow} {priority}", str(flow), priority, 9)
+    flows = {flow for flow, _ in names}
+    assert (len(turns), turns.waiting_count) == (len(flows), len(flows))
+    best = {flow: max(priority for one, priority in names if one == flow) for flow in flows}
+    for _ in range(3):
+        round_of = [turns.take(1)[0] for _ in flows]
+        assert sorted(round_of) == sorted(f"{flow} {best[flow]}" for flow in flows)
+        for name in round_of:
+            turns.give_back(name, 1, 1)
+    left = []
+    while len(turns):
+        name, _ = turns.take(1)
+        left.append(name)
+        turns.leave(name)
+        assert name not in turns
+    assert sorted(left) == sorted(f"{flow} {priority}" for flow, priority in names)
+    for flow in flows:
+        order = [int(name.split()[1]) for name in left if name.startswith(f"{flow} ")]
+        assert order == sorted(order, reverse=True)
+
+
+def test_names_of_a_flow_with_the_same_priority_take_turns() -> None:
+    turns = FlowTurns()
+    for name in "abc":
+        turns.join(name, "flow", 0, 1)
+    order = []
+    for _ in range(9):
+        name, _ = turns.take(1)
+        order.append(name)
+        turns.give_back(name, 1, 1)
+    assert order == list("abcabcabc")
+    turns.join("first", "flow", 1, 1)
+    assert turns.take(1)[0] == "first"

@@ -11,7 +11,14 @@ from dataplane.core.session_contract import Action, Limits, Timer
 from support.transcript import AUTH_PLAIN, Driver, Recorder, Turn, run_every_way, start
 
 EHLO_PLAIN = (b"EHLO c.example\r\n", b"250-\r\n" * 6 + b"250-STARTTLS\r\n250 HELP")
-EHLO_TLS = (b"EHLO c.example\r\n", b"250-\r\n" * 6 + b"250-AUTH PLAIN LOGIN\r\n250 HELP")
+EHLO_TLS = (
+    b"EHLO c.example\r\n",
+    b"250-\r\n" * 6 + b"250-AUTH PLAIN LOGIN\r\n250-FUTURERELEASE\r\n250-MT-PRIORITY\r\n250 HELP",
+)
+EHLO_KNOWN = (
+    b"EHLO c.example\r\n",
+    b"250-\r\n" * 6 + b"250-STARTTLS\r\n250-FUTURERELEASE\r\n250-MT-PRIORITY\r\n250 HELP",
+)
 EHLO_BARE = (b"EHLO c.example\r\n", b"250-\r\n" * 6 + b"250 HELP")
 STARTTLS = (b"STARTTLS\r\n", b"220 2.0.0")
 MAIL = (b"MAIL FROM:<a@example.com>\r\n", b"250 2.1.0")
@@ -44,14 +51,14 @@ def test_rfc3207_4_starttls_then_auth_then_mail() -> None:
 def test_rfc3207_4_2_everything_before_tls_is_forgotten() -> None:
     driver = run_every_way(
         lambda: start(tls_active=False, authorized=True),
-        [EHLO_PLAIN, STARTTLS, (MAIL[0], b"503 5.5.1 EHLO first"), (AUTH_PLAIN, b"503 5.5.1 EHLO first")],
+        [EHLO_KNOWN, STARTTLS, (MAIL[0], b"503 5.5.1 EHLO first"), (AUTH_PLAIN, b"503 5.5.1 EHLO first")],
     )
     assert ("forget",) in driver.policy.calls
     assert driver.session.helo == ""
 
 
 def test_rfc3207_4_2_a_client_known_by_its_network_stays_known_under_tls() -> None:
-    run_every_way(lambda: start(tls_active=False, authorized=True), [EHLO_PLAIN, STARTTLS, EHLO_TLS, MAIL])
+    run_every_way(lambda: start(tls_active=False, authorized=True), [EHLO_KNOWN, STARTTLS, EHLO_TLS, MAIL])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,7 @@ def test_rfc3207_4_starttls_where_it_has_no_place(turns: list[bytes], refusal: b
 def test_starttls_inside_a_transaction_is_refused() -> None:
     run_every_way(
         lambda: start(tls_active=False, authorized=True),
-        [EHLO_PLAIN, MAIL, (STARTTLS[0], b"503 5.5.1 STARTTLS comes before")],
+        [EHLO_KNOWN, MAIL, (STARTTLS[0], b"503 5.5.1 STARTTLS comes before")],
     )
 
 

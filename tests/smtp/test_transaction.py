@@ -8,7 +8,10 @@ from dataplane.core import replies
 from dataplane.core.session_contract import Action, Limits, MailParameters
 from support.transcript import Driver, Recorder, Turn, run_every_way, start
 
-EHLO = (b"EHLO client.example\r\n", b"250-\r\n250-\r\n250-\r\n250-\r\n250-\r\n250-\r\n250-AUTH\r\n250 HELP")
+EHLO = (
+    b"EHLO client.example\r\n",
+    b"250-\r\n250-\r\n250-\r\n250-\r\n250-\r\n250-\r\n250-AUTH\r\n250-FUTURERELEASE\r\n250-MT-PRIORITY\r\n250 HELP",
+)
 MAIL = (b"MAIL FROM:<a@example.com>\r\n", b"250 2.1.0")
 RCPT = (b"RCPT TO:<b@example.net>\r\n", b"250 2.1.5")
 DATA = (b"DATA\r\n", b"354 ")
@@ -46,7 +49,7 @@ def test_rfc2920_3_1_a_whole_group_is_answered_line_by_line() -> None:
 def test_rfc2920_3_2_a_group_is_answered_in_one_write() -> None:
     driver = start()
     driver.session.receive(EHLO[0] + MAIL[0] + RCPT[0] + RCPT[0])
-    assert driver.session.take_output().count(b"\r\n") == 11
+    assert driver.session.take_output().count(b"\r\n") == 13
     assert driver.session.take_output() == b""
 
 

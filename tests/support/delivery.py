@@ -115,7 +115,7 @@ class Bench:
         admitted = self.engine.admit(message_bytes(len(content), recipients), key)
         state, attempt = (State.SENDING, 1) if admitted else (State.QUEUED, 0)
         rows = [
-            RecipientRow(index, address, state, attempt, self.clock.wall_ms(), 0, key)
+            RecipientRow(index, address, state, attempt, self.clock.wall_ms(), envelope.priority, key)
             for index, address in enumerate(recipients)
         ]
         await self.spool.accept(envelope, content, rows)

@@ -14,9 +14,10 @@ from dataplane.core import replies
 from dataplane.core.address import Mailbox
 from dataplane.core.replies import Reply
 from dataplane.core.session import Session
-from dataplane.core.session_contract import Action, Limits, MailParameters
+from dataplane.core.session_contract import MAX_HOLD_S, Action, Limits, MailParameters
 
 HOST = "relay.example"
+NOW_MS = 1_790_000_000_000  # 2026-09-21T14:13:20Z
 AUTH_PLAIN = b"AUTH PLAIN AGFwcABzZWNyZXQ=\r\n"  # app, secret
 Turn = tuple[bytes, bytes]
 
@@ -60,6 +61,9 @@ class Recorder:
         if refusal is None:
             self.recipients.append(address.text)
         return refusal
+
+    def latest_release_ms(self) -> int:
+        return NOW_MS + MAX_HOLD_S * 1000
 
     def reset(self) -> None:
         self.sender, self.recipients = "", []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dataplane.core.commands import CONCERNED, EVERY_ACCOUNT, Filter, Other, Outcome, attempts_of, decide
-from dataplane.core.envelope import make_queue_key, pinned_provider, pinned_queue_key, split_queue_key
+from dataplane.core.envelope import make_queue_key, pinned_provider
 from dataplane.core.queue import MOVES, TERMINAL, State, Verb
 from support.spools import KEY, NOW_MS, OTHER_KEY, make_row
 
@@ -59,21 +59,40 @@ def test_what_is_due_is_not_retried() -> None:
     assert decide(Verb.RETRY, make_row(state=State.DEFERRED, due_ms=NOW_MS - 1), "", NOW_MS) is NOTHING
 
 
+@pytest.mark.parametrize("due_ms", [LATER_MS, NOW_MS - 1])
+def test_what_is_scheduled_is_retried_whatever_its_time_is_by_the_other_clock(due_ms: int) -> None:
+    row = make_row(state=State.SCHEDULED, due_ms=due_ms)
+    assert decide(Verb.RETRY, row, "", NOW_MS) == Outcome(row._replace(state=State.QUEUED, due_ms=NOW_MS), 0)
+
+
+def test_what_was_scheduled_is_due_when_it_is_released() -> None:
+    row = make_row(state=State.SCHEDULED, due_ms=LATER_MS)
+    held = decide(Verb.HOLD, row, "", NOW_MS)
+    assert isinstance(held, Outcome)
+    released = decide(Verb.RELEASE, held.row, "", NOW_MS)
+    assert released == Outcome(row._replace(state=State.QUEUED, due_ms=NOW_MS), 0)
+
+
 def test_a_reroute_binds_to_the_provider_once_and_leaves_the_time_alone() -> None:
     row = make_row(state=State.DEFERRED, attempt=1, due_ms=LATER_MS)
     found = decide(Verb.REROUTE, row, OTHER, NOW_MS)
     assert isinstance(found, Outcome)
-    assert found.row == row._replace(queue_key=pinned_queue_key("accounts/demo", OTHER))
+    assert found.row == row._replace(queue_key=make_queue_key("accounts/demo", OTHER, pinned=True))
     assert decide(Verb.REROUTE, found.row, OTHER, NOW_MS) is NOTHING
     # Who waits for it by the rules' choice only is bound all the same: the rules may change.
     assert isinstance(decide(Verb.REROUTE, make_row(queue_key=OTHER_KEY), OTHER, NOW_MS), Outcome)
 
 
-def test_a_key_tells_account_next_hop_and_who_is_bound() -> None:
-    plain, pinned = make_queue_key("accounts/a", OTHER), pinned_queue_key("accounts/a", OTHER)
-    assert split_queue_key(plain) == split_queue_key(pinned) == ("accounts/a", OTHER)
-    assert (pinned_provider(plain), pinned_provider(pinned)) == ("", OTHER)
-    assert plain != pinned
+@pytest.mark.parametrize("priority", [-9, 0, 4])
+def test_a_reroute_keeps_the_priority_and_goes_from_one_provider_to_another(priority: int) -> None:
+    row = make_row(priority=priority, queue_key=make_queue_key("accounts/demo", "providers/inbox", priority))
+    bound = decide(Verb.REROUTE, row, OTHER, NOW_MS)
+    assert isinstance(bound, Outcome)
+    assert bound.row.queue_key == make_queue_key("accounts/demo", OTHER, priority, pinned=True)
+    assert decide(Verb.REROUTE, bound.row, OTHER, NOW_MS) is NOTHING
+    again = decide(Verb.REROUTE, bound.row, "providers/third", NOW_MS)
+    assert isinstance(again, Outcome)
+    assert pinned_provider(again.row.queue_key) == "providers/third"
 
 
 @pytest.mark.parametrize(

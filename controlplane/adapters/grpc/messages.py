@@ -173,6 +173,8 @@ def write_message(message: Message) -> pb.Message:
         session=message.session,
         node=names.format_name(names.NODE, message.node),
         spool=message.spool,
+        send_time=convert.to_timestamp(message.send_time),
+        priority=message.priority,
         recipients=[_write_recipient(recipient) for recipient in message.recipients],
         events=[write_event(event) for event in message.events],
         duplicate_of=_duplicate_of(message),

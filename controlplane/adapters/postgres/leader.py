@@ -16,7 +16,17 @@ import asyncpg
 
 from controlplane.adapters.postgres.bundles import DENIALS_CHANNEL
 from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase
+from controlplane.ports_fleet import WAITING_DAYS
 
+_DAYS_THAT_WAIT = """
+SELECT coalesce(array_agg(day), '{}')
+FROM (SELECT $1::date - n AS day FROM generate_series(1, $2::integer) AS n) AS days
+WHERE EXISTS (
+    SELECT FROM postroad.recipients AS r
+    WHERE r.message_id >= postroad.message_id_bound(day) AND r.message_id < postroad.message_id_bound(day + 1)
+        AND r.state < 6
+)
+"""
 _LOCK = 0x706F73746C656164  # "postlead"
 _TIMEOUT_S = 5.0
 
@@ -84,7 +94,8 @@ class PostgresJobs:
     async def drop_partitions(self, before: date) -> int:
         """As the port says."""
         async with self._database.transaction("job_drop_partitions") as connection:
-            count: int = await connection.fetchval("SELECT postroad.drop_partitions($1)", before)
+            kept = await connection.fetchval(_DAYS_THAT_WAIT, before, WAITING_DAYS)
+            count: int = await connection.fetchval("SELECT postroad.drop_partitions($1, $2)", before, kept)
         return count
 
     async def delete_idempotency_keys(self, before: datetime) -> int:

@@ -45,6 +45,7 @@ from controlplane.adapters.postgres.book_entries import BY_DAY, ENTER, Entered
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.session import Connection
 from controlplane.ports_fleet import (
+    WAITING_DAYS,
     Cursor,
     Duplicate,
     RawBatch,
@@ -70,13 +71,13 @@ _WINDOW = "interval '24 hours'"
 _INSERT_MESSAGES = f"""
 INSERT INTO postroad.messages (
     message_id, account, accept_time, sender, size_bytes, header_message_id, subject, credential, client_address,
-    client_helo, client_tls, session, node, spool
+    client_helo, client_tls, session, send_time, priority, node, spool
 )
-SELECT m, a, {_EPOCH} t, s, z, h, j, c, ca, ch, ct, n, $13, $14
+SELECT m, a, {_EPOCH} t, s, z, h, j, c, ca, ch, ct, n, CASE WHEN x > 0 THEN {_EPOCH} x END, p, $15, $16
 FROM unnest(
     $1::uuid[], $2::text[], $3::bigint[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::text[],
-    $10::text[], $11::text[], $12::text[]
-) AS u (m, a, t, s, z, h, j, c, ca, ch, ct, n)
+    $10::text[], $11::text[], $12::text[], $13::bigint[], $14::smallint[]
+) AS u (m, a, t, s, z, h, j, c, ca, ch, ct, n, x, p)
 ON CONFLICT DO NOTHING
 """
 _RECIPIENT_ROWS = f"""
@@ -184,7 +185,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7)
 
 
 class PostgresLedger:
-    """See the module. Records of messages older than `retention` are not stored any more."""
+    """See the module. Records of messages older than `retention` and WAITING_DAYS are not stored any more."""
 
     def __init__(
         self,
@@ -196,7 +197,7 @@ class PostgresLedger:
     ) -> None:
         self._database = database
         self._report_duplicate = report_duplicate
-        self._retention_ms = int(retention.total_seconds() * 1000)
+        self._kept_ms = int(retention.total_seconds() * 1000) + WAITING_DAYS * DAY_MS
         self._report = report
         self._days_ready: set[int] = set()
 
@@ -243,7 +244,7 @@ class PostgresLedger:
     async def store(self, node_id: str, batch: RawBatch, now: datetime) -> Stored:
         """As `LedgerStore.store`."""
         now_ms = int(now.timestamp() * 1000)
-        bounds = IdBounds(now_ms - self._retention_ms, now_ms + DAY_MS)
+        bounds = IdBounds(now_ms - self._kept_ms, now_ms + DAY_MS)
         records = list(enumerate(batch.records, batch.first_record))
         # Before the spool's row is locked: the lock is held for the database's part only.
         decoded = _decode(records, bounds)
@@ -381,7 +382,7 @@ class _Writer:
         connection, entered = self._connection, Entered()
         new: set[tuple[Any, ...]] = set()
         if rows.messages:
-            answer = await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 12), self._node_id, self._spool)
+            answer = await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 14), self._node_id, self._spool)
             if _count(answer) == len(rows.messages):
                 new = {row[:2] for row in rows.messages}
         await self._check_own(rows, new)

@@ -231,6 +231,8 @@ def _message(row: asyncpg.Record, recipients: list[Recipient], events: list[Even
         session=row["session"],
         node=row["node"],
         spool=str(row["spool"]),
+        send_time=row["send_time"],
+        priority=row["priority"],
         recipients=tuple(recipients),
         events=tuple(events),
         duplicate_of="" if row["duplicate_of"] is None else str(row["duplicate_of"]),

@@ -70,6 +70,10 @@ def encode_envelope(envelope: Envelope, recipients: Sequence[RecipientRow]) -> b
     key = envelope.submission_key
     if key is not None:
         fields["submission_key"] = [key.key_hash.hex(), key.content_hash.hex(), key.checked]
+    if envelope.send_time_ms:
+        fields["send_time_ms"] = envelope.send_time_ms
+    if envelope.priority:
+        fields["priority"] = envelope.priority
     try:
         return orjson.dumps(fields)
     except TypeError:
@@ -99,6 +103,8 @@ def decode_envelope(message_id: MessageId, encoded: bytes) -> tuple[Envelope, di
             body_8bit=fields["body_8bit"],
             headers={name: tuple(values) for name, values in fields["headers"].items()},
             submission_key=_submission_key(fields["submission_key"]) if "submission_key" in fields else None,
+            send_time_ms=fields.get("send_time_ms", 0),
+            priority=fields.get("priority", 0),
         )
         addresses = {int(index): address for index, address in fields["recipients"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

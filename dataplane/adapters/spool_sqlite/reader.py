@@ -45,7 +45,7 @@ SELECT queue_key, (SELECT r.due_ms FROM recipient AS r INDEXED BY ix_recipient_w
 FROM key WHERE queue_key IS NOT NULL
 """  # noqa: S608 - made of constants
 HEADS = f"""
-SELECT message_id, idx, attempt, due_ms, -rank FROM recipient INDEXED BY ix_recipient_waiting
+SELECT message_id, idx, attempt, due_ms, -rank, state FROM recipient INDEXED BY ix_recipient_waiting
 WHERE {_SENDABLE} AND queue_key = ? AND (due_ms, rank, message_id, idx) > (?, ?, ?, ?)
 ORDER BY due_ms, rank, message_id, idx LIMIT ?
 """  # noqa: S608 - made of constants
@@ -151,7 +151,8 @@ class Reader:
     def heads(self, queue_key: str, after: Cursor | None, limit: int) -> list[Due]:
         """The next sendable recipients of a key."""
         position = (after.due_ms, -after.priority, after.message_id, after.index) if after else _BEFORE_ALL
-        return [Due(*row) for row in fetch(self._cursor, HEADS, (queue_key, *position, limit))]
+        rows = fetch(self._cursor, HEADS, (queue_key, *position, limit))
+        return [Due(*row[:5], State(row[5])) for row in rows]
 
     def unreported(self, limit: int) -> list[MessageId]:
         """The oldest messages without a record."""

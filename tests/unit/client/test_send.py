@@ -27,6 +27,8 @@ class Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, greeting: bytes, context: ssl.SSLContext | None) -> None:
         self.greeting = greeting
+        self.extensions = b"250 AUTH PLAIN\r\n"
+        self.mails: list[bytes] = []
         self.context = context
         self.ids = iter(IDS)
         super().__init__(("127.0.0.1", 0), Conversation)
@@ -34,7 +36,9 @@ class Server(socketserver.ThreadingTCPServer):
     def reply(self, line: bytes) -> bytes:
         match line[:4].upper():
             case b"EHLO":
-                return b"250-server\r\n250 AUTH PLAIN\r\n"
+                return b"250-server\r\n" + self.extensions
+            case b"MAIL":
+                self.mails.append(line)
             case b"AUTH":
                 return b"235 2.7.0 welcome\r\n"
             case b"DATA":
@@ -65,7 +69,7 @@ class Conversation(socketserver.BaseRequestHandler):
 
 
 @contextmanager
-def serving(monkeypatch: pytest.MonkeyPatch, greeting: bytes, tls: Path | None = None) -> Iterator[None]:
+def serving(monkeypatch: pytest.MonkeyPatch, greeting: bytes, tls: Path | None = None) -> Iterator[Server]:
     context = None
     if tls is not None:
         certificate, key = write_certificate(tls, "localhost")
@@ -77,7 +81,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, greeting: bytes, tls: Path | None =
         thread.start()
         monkeypatch.setenv("POSTROAD_SMTP_SERVER", f"localhost:{server.server_address[1]}")
         try:
-            yield
+            yield server
         finally:
             server.shutdown()
             thread.join()
@@ -143,3 +147,42 @@ def test_a_server_that_takes_no_connection_is_quoted_and_not_called_down(
     said = capsys.readouterr().err
     assert "421 4.7.0 too many connections" in said
     assert "Is it running" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        (["--hold-for", "90"], b" HOLDFOR=90"),
+        (["--at", "2026-12-01T08:30:00Z", "--priority", "-4"], b" HOLDUNTIL=2026-12-01T08:30:00Z MT-PRIORITY=-4"),
+        (["--at", "2026-12-01"], b" HOLDUNTIL=2026-12-01T00:00:00Z"),
+        (["--priority", "9", "--no-follow"], b" MT-PRIORITY=9"),
+        (["--no-follow"], b""),
+    ],
+)
+def test_time_and_priority_are_asked_for_with_mail_and_what_is_held_is_not_followed(
+    options: list[str],
+    parameters: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with serving(monkeypatch, b"220 ready\r\n", tmp_path) as server:
+        server.extensions = b"250-AUTH PLAIN\r\n250-FUTURERELEASE 60 2026-12-01T00:00:00Z\r\n250 MT-PRIORITY\r\n"
+        assert run([*LINE, "--implicit-tls", *options]) == 0
+    assert [line.strip().removeprefix(b"MAIL FROM:<c@d.example>") for line in server.mails] == [parameters]
+    assert capsys.readouterr().out.splitlines() == [f"Accepted {IDS[0]}"]
+
+
+@pytest.mark.parametrize("option", ["--hold-for=90", "--at=2026-12-01", "--priority=1"])
+def test_nothing_is_submitted_where_the_server_does_not_know_what_is_asked(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(monkeypatch, b"220 ready\r\n", tmp_path) as server:
+        assert run([*LINE, "--implicit-tls", option]) == problems.FAILED
+    assert server.mails == []
+    assert "does not offer" in capsys.readouterr().err
+
+
+def test_one_time_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*LINE, "--hold-for", "5", "--at", "2026-12-01"]) == 2
+    assert "--hold-for or --at" in capsys.readouterr().err

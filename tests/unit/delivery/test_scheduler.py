@@ -13,7 +13,9 @@ from dataplane.adapters.spool_ram import RamSpool
 from dataplane.core.envelope import RecipientRow, make_queue_key
 from dataplane.core.ids import MessageId
 from dataplane.core.queue import State
+from dataplane.core.retry import RetryClock
 from dataplane.delivery.counters import DeliveryCounters
+from dataplane.delivery.outcome import Moment
 from dataplane.delivery.scheduler import Scheduler, Taken
 from dataplane.ports import Cursor, Due, Settlement, SpoolError, StoredMessage
 from support.ingress import Log
@@ -116,7 +118,12 @@ async def bench() -> AsyncIterator[Bench]:
     clock = ManualClock()
     spool = CountingSpool(clock)
     work = Destination(spool)
-    scheduler = Scheduler(spool, work, clock.wall_ms, DeliveryCounters(), Log())
+    steady = RetryClock(clock.wall_ms(), clock.monotonic())
+
+    def moment() -> Moment:
+        return Moment(clock.wall_ms(), steady.read(clock.wall_ms(), clock.monotonic()))
+
+    scheduler = Scheduler(spool, work, moment, DeliveryCounters(), Log())
     yield Bench(scheduler, spool, work, clock)
     await scheduler.stop()
 

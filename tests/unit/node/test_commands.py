@@ -12,7 +12,7 @@ from dataplane.adapters.ledger_codec import encode_record
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.commands import BATCH_MESSAGES, SLICE_ROWS, CommandRunner, Tools
 from dataplane.core.commands import Filter
-from dataplane.core.envelope import Envelope, make_queue_key, pinned_queue_key
+from dataplane.core.envelope import Envelope, make_queue_key
 from dataplane.core.ids import MessageId
 from dataplane.core.queue import State, Verb
 from dataplane.forwarding import RecordForwarder, pause_after
@@ -236,7 +236,7 @@ async def test_a_reroute_tells_the_provider_and_changes_no_state(bench: Bench) -
     envelope = await bench.accept()
     command = bench.cancel(envelope, verb=Verb.REROUTE)._replace(provider="providers/other")
     await bench.runner.run(command)
-    pinned = pinned_queue_key("accounts/demo", "providers/other")
+    pinned = make_queue_key("accounts/demo", "providers/other", pinned=True)
     assert (await bench.spool.walk((MessageId(b""), 0), make_id(), 1))[0].queue_key == pinned
     (record,) = await bench.records()
     assert [(event.type, event.provider) for event in record.events] == [(EVENT_TYPE_REROUTED, "providers/other")]

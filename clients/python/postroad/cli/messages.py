@@ -42,6 +42,8 @@ MESSAGE = Kind(
         Column("MESSAGE", lambda one: short(one.name)),
         Column("ACCEPTED", lambda one: time_text(one.accept_time)),
         Column("STATE", lambda one: enum_text(one, "state")),
+        Column("GOES OUT", lambda one: time_text(one.send_time)),
+        Column("PRIORITY", lambda one: str(one.priority or "")),
         Column("SENDER", lambda one: one.sender or "<>"),
         Column("RECIPIENT", _recipients),
         Column("SUBJECT", lambda one: one.subject),

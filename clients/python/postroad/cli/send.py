@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +17,12 @@ from postroad.cli.connection import SmtpSettings
 from postroad.cli.messages import FOLLOW_TIMEOUT_S, is_sent, watch, watch_all
 from postroad.cli.problems import FAILED, NOT_CONFIGURED, CommandError
 from postroad.cli.session import Session, session_of
-from postroad.cli.submission import canonical, compose, submit
+from postroad.cli.submission import Parameter, canonical, compose, submit
 from postroad.control.v1.message_pb2 import Message
 
 # Each costs requests of the key, which has a hundred a minute.
 _MOST_TIMELINES = 10
+_MOMENTS = ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d"]
 _NO_SERVER = "no SMTP server is known"
 _NO_SERVER_ADVICE = "Run `postroad up`, or set POSTROAD_SMTP_SERVER, POSTROAD_SMTP_USERNAME and POSTROAD_SMTP_PASSWORD"
 
@@ -37,16 +39,27 @@ def send(
         Path | None, typer.Option("--raw", help="File with the whole message, headers and all; `-` is stdin")
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, max=10_000, help="So many copies")] = 1,
-    follow_: Annotated[bool, typer.Option("--follow/--no-follow", help="Watch to the end")] = True,
+    hold_for_s: Annotated[
+        int | None, typer.Option("--hold-for", min=1, max=999_999_999, help="Seconds before it goes out")
+    ] = None,
+    at: Annotated[datetime | None, typer.Option("--at", formats=_MOMENTS, help="When it goes out, UTC")] = None,
+    priority: Annotated[
+        int, typer.Option("--priority", min=-9, max=9, help="Among the account's mail the highest goes first")
+    ] = 0,
+    follow_: Annotated[
+        bool | None, typer.Option("--follow/--no-follow", help="Watch to the end; by default not what is held")
+    ] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to watch")] = FOLLOW_TIMEOUT_S,
     implicit_tls: Annotated[bool, typer.Option("--implicit-tls", help="The SMTPS port instead of STARTTLS")] = False,
 ) -> None:
     """Submit a message over SMTP with TLS and AUTH, and watch it until it is sent.
 
     Status 0 when every copy was sent to every recipient (with --no-follow: accepted), 1 when one ended otherwise.
+    With --hold-for or --at it is accepted now and goes out then; until then `postroad messages cancel` withdraws it.
     When a copy is refused, the ids of those before it are printed, and the rest is not submitted.
     The server is the one of `postroad up`, or POSTROAD_SMTP_SERVER, _USERNAME, _PASSWORD and _CA_FILE.
     """
+    parameters = _parameters(hold_for_s, at, priority)
     session = session_of(context)
     settings = smtp_settings(session.connection.smtp)
     sender = sender or settings.sender
@@ -54,19 +67,25 @@ def send(
         raise CommandError(_NO_SERVER, _NO_SERVER_ADVICE, NOT_CONFIGURED)
     if not sender:
         raise typer.BadParameter("give --from")
-    if raw is not None:
-        content = canonical(_read(raw))
-    else:
-        text = _read(body_file).decode("utf-8") if body_file is not None else body
-        content = compose(sender, to, subject, text)
+    content = canonical(_read(raw)) if raw is not None else compose(sender, to, subject, _text(body, body_file))
     ids: list[str] = []
     try:
-        submit(settings, ids, implicit_tls=implicit_tls, sender=sender, recipients=to, content=content, count=count)
+        submit(
+            settings,
+            ids,
+            implicit_tls=implicit_tls,
+            sender=sender,
+            recipients=to,
+            content=content,
+            count=count,
+            parameters=parameters,
+        )
     except (CommandError, KeyboardInterrupt):
         if ids:
             _tell_accepted(session, ids)
         raise
-    if not follow_:
+    held = hold_for_s is not None or at is not None
+    if not (follow_ or (follow_ is None and not held)):
         _tell_accepted(session, ids)
         return
     messages = _watch(session, ids, timeout_s)
@@ -74,6 +93,19 @@ def send(
         session.printer.json({"messages": [MessageToDict(message) for message in messages]})
     if not all(is_sent(message) for message in messages):
         raise typer.Exit(FAILED)
+
+
+def _parameters(hold_for_s: int | None, at: datetime | None, priority: int) -> list[Parameter]:
+    if hold_for_s is not None and at is not None:
+        raise typer.BadParameter("give --hold-for or --at")
+    parameters = []
+    if hold_for_s is not None:
+        parameters.append(Parameter("FUTURERELEASE", f"HOLDFOR={hold_for_s}"))
+    if at is not None:
+        parameters.append(Parameter("FUTURERELEASE", f"HOLDUNTIL={at:%Y-%m-%dT%H:%M:%S}Z"))
+    if priority:
+        parameters.append(Parameter("MT-PRIORITY", f"MT-PRIORITY={priority}"))
+    return parameters
 
 
 def _tell_accepted(session: Session, ids: Sequence[str]) -> None:
@@ -106,6 +138,10 @@ def smtp_settings(found: SmtpSettings) -> SmtpSettings:
         password=os.environ.get("POSTROAD_SMTP_PASSWORD") or found.password,
         ca_file=Path(ca_file) if ca_file else found.ca_file,
     )
+
+
+def _text(body: str, body_file: Path | None) -> str:
+    return body if body_file is None else _read(body_file).decode("utf-8")
 
 
 def _read(file: Path) -> bytes:

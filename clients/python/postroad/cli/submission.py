@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from email.errors import MessageError
 from email.message import EmailMessage
 from email.policy import SMTP, SMTPUTF8
+from typing import NamedTuple
 
 import aiosmtplib
 import typer
@@ -24,6 +25,13 @@ from postroad.cli.problems import NOT_ALLOWED, NOT_CONFIGURED, UNREACHABLE, Comm
 _QUEUED = re.compile(r"queued as ([0-9a-f-]{36})")
 _TIMEOUT_S = 60.0
 _PERMANENT = 500
+
+
+class Parameter(NamedTuple):
+    """A parameter of MAIL, and the extension that the server must offer for it."""
+
+    extension: str
+    text: str
 
 
 def compose(sender: str, recipients: Sequence[str], subject: str, body: str) -> bytes:
@@ -68,6 +76,7 @@ def submit(
     recipients: Sequence[str],
     content: bytes,
     count: int,
+    parameters: Sequence[Parameter] = (),
 ) -> None:
     """Submit `count` copies, and append to `accepted` the id from each `250` when it comes."""
     server = settings.tls_server if implicit_tls else settings.server
@@ -89,7 +98,7 @@ def submit(
         timeout=_TIMEOUT_S,
     )
     try:
-        asyncio.run(_submit(client, sender, recipients, content, count, accepted))
+        asyncio.run(_submit(client, sender, recipients, content, count, accepted, parameters))
     except aiosmtplib.SMTPAuthenticationError as error:
         if error.code < _PERMANENT:
             raise CommandError(
@@ -124,9 +133,15 @@ async def _submit(
     content: bytes,
     count: int,
     accepted: list[str],
+    parameters: Sequence[Parameter],
 ) -> None:
     async with client:
         options = ["SMTPUTF8"] if not (sender + "".join(recipients)).isascii() else []
+        for parameter in parameters:
+            # Without the extension the server would refuse the parameter, or worse, not know what it was asked.
+            if not client.supports_extension(parameter.extension):
+                raise CommandError(f"the server does not offer {parameter.extension}: nothing was submitted")
+            options.append(parameter.text)
         for _ in range(count):
             errors, reply = await client.sendmail(sender, list(recipients), content, mail_options=options)
             found = _QUEUED.search(reply)

@@ -29,7 +29,9 @@ class _RecipientStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recipi
     RECIPIENT_STATE_UNSPECIFIED: _RecipientState.ValueType  # 0
     """Never sent by the server."""
     RECIPIENT_STATE_SCHEDULED: _RecipientState.ValueType  # 1
-    """Its time lies in the future."""
+    """Waits for the message's `send_time`; also when it has come, until the
+    first attempt begins.
+    """
     RECIPIENT_STATE_QUEUED: _RecipientState.ValueType  # 2
     """Due."""
     RECIPIENT_STATE_SENDING: _RecipientState.ValueType  # 3
@@ -55,7 +57,9 @@ class RecipientState(_RecipientState, metaclass=_RecipientStateEnumTypeWrapper):
 RECIPIENT_STATE_UNSPECIFIED: RecipientState.ValueType  # 0
 """Never sent by the server."""
 RECIPIENT_STATE_SCHEDULED: RecipientState.ValueType  # 1
-"""Its time lies in the future."""
+"""Waits for the message's `send_time`; also when it has come, until the
+first attempt begins.
+"""
 RECIPIENT_STATE_QUEUED: RecipientState.ValueType  # 2
 """Due."""
 RECIPIENT_STATE_SENDING: RecipientState.ValueType  # 3
@@ -175,6 +179,8 @@ class Message(_message.Message):
     RECIPIENTS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     DUPLICATE_OF_FIELD_NUMBER: _builtins.int
+    SEND_TIME_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`accounts/{account}/messages/{message}`; the id is the one that the 250
     named: a UUIDv7 in its usual form.
@@ -213,6 +219,10 @@ class Message(_message.Message):
     the 24 hours before or after under the same Idempotency-Key, as far as the
     ledger heard of it first; empty for none.
     """
+    priority: _builtins.int
+    """-9 to 9 (MT-PRIORITY, RFC 6710): of the account's mail that waits for the
+    same provider, the highest goes first.
+    """
     @_builtins.property
     def accept_time(self) -> _timestamp_pb2.Timestamp:
         """When Postroad answered 250."""
@@ -224,6 +234,12 @@ class Message(_message.Message):
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeliveryEvent]:
         """The timeline, oldest first; only in GetMessage."""
+
+    @_builtins.property
+    def send_time(self) -> _timestamp_pb2.Timestamp:
+        """Until when the submitter had it held (HOLDFOR or HOLDUNTIL, RFC 4865);
+        absent when it was due at once. Its lifetime counts from here.
+        """
 
     def __init__(
         self,
@@ -245,10 +261,12 @@ class Message(_message.Message):
         recipients: _abc.Iterable[Global___Recipient] | None = ...,
         events: _abc.Iterable[Global___DeliveryEvent] | None = ...,
         duplicate_of: _builtins.str = ...,
+        send_time: _timestamp_pb2.Timestamp | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "send_time", b"send_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "client_address", b"client_address", "client_helo", b"client_helo", "client_tls", b"client_tls", "credential", b"credential", "duplicate_of", b"duplicate_of", "events", b"events", "header_message_id", b"header_message_id", "name", b"name", "node", b"node", "recipients", b"recipients", "sender", b"sender", "session", b"session", "size_bytes", b"size_bytes", "spool", b"spool", "state", b"state", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "client_address", b"client_address", "client_helo", b"client_helo", "client_tls", b"client_tls", "credential", b"credential", "duplicate_of", b"duplicate_of", "events", b"events", "header_message_id", b"header_message_id", "name", b"name", "node", b"node", "priority", b"priority", "recipients", b"recipients", "send_time", b"send_time", "sender", b"sender", "session", b"session", "size_bytes", b"size_bytes", "spool", b"spool", "state", b"state", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

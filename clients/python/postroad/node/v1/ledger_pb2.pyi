@@ -220,6 +220,8 @@ class AcceptedMessage(_message.Message):
     CLIENT_TLS_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     RECIPIENTS_FIELD_NUMBER: _builtins.int
+    SEND_TIME_MS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     SUBMISSION_KEY_HASH_FIELD_NUMBER: _builtins.int
     SUBMISSION_KEY_CHECKED_FIELD_NUMBER: _builtins.int
     accept_time_ms: _builtins.int
@@ -242,6 +244,12 @@ class AcceptedMessage(_message.Message):
     """TLS version or empty."""
     session: _builtins.str
     """Session in the node's log."""
+    send_time_ms: _builtins.int
+    """Until when the submitter had it held, in milliseconds since 1970; 0 when
+    it was due at once.
+    """
+    priority: _builtins.int
+    """-9 to 9, higher goes first."""
     submission_key_hash: _builtins.bytes
     """SHA-256 over the account's uid and its Idempotency-Key, 32 bytes; empty
     without that field. Numbers from 16 on take a byte more: most messages
@@ -252,7 +260,8 @@ class AcceptedMessage(_message.Message):
     @_builtins.property
     def recipients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Every recipient, in the order of RCPT; states stand in
-        LedgerRecord.recipients, `queued` where it says nothing.
+        LedgerRecord.recipients, `queued` where it says nothing, `scheduled` where
+        there is a `send_time_ms`.
         """
 
     def __init__(
@@ -269,12 +278,14 @@ class AcceptedMessage(_message.Message):
         client_tls: _builtins.str = ...,
         session: _builtins.str = ...,
         recipients: _abc.Iterable[_builtins.str] | None = ...,
+        send_time_ms: _builtins.int = ...,
+        priority: _builtins.int = ...,
         submission_key_hash: _builtins.bytes = ...,
         submission_key_checked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time_ms", b"accept_time_ms", "client_address", b"client_address", "client_helo", b"client_helo", "client_tls", b"client_tls", "credential", b"credential", "header_message_id", b"header_message_id", "recipients", b"recipients", "sender", b"sender", "session", b"session", "size_bytes", b"size_bytes", "subject", b"subject", "submission_key_checked", b"submission_key_checked", "submission_key_hash", b"submission_key_hash"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time_ms", b"accept_time_ms", "client_address", b"client_address", "client_helo", b"client_helo", "client_tls", b"client_tls", "credential", b"credential", "header_message_id", b"header_message_id", "priority", b"priority", "recipients", b"recipients", "send_time_ms", b"send_time_ms", "sender", b"sender", "session", b"session", "size_bytes", b"size_bytes", "subject", b"subject", "submission_key_checked", b"submission_key_checked", "submission_key_hash", b"submission_key_hash"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
