@@ -404,8 +404,8 @@ async def test_what_is_scheduled_waits_behind_its_time_and_says_so(keeper: Spool
 
 
 async def test_time_and_priority_of_an_envelope_are_kept(keeper: Spool) -> None:
-    for asked in ({}, {"send_time_ms": NOW_MS + 1}, {"priority": -9}, {"send_time_ms": NOW_MS + 1, "priority": 9}):
-        envelope = replace(make_envelope(), **asked)
+    for send_time_ms, priority in ((0, 0), (NOW_MS + 1, 0), (0, -9), (NOW_MS + 1, 9)):
+        envelope = replace(make_envelope(), send_time_ms=send_time_ms, priority=priority)
         await keeper.accept(envelope, CONTENT, [make_row()])
         stored = await keeper.load(envelope.message_id)
         assert stored is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from pathlib import Path
+from typing import Any
 
 import aiosmtplib
 import pytest
@@ -50,7 +51,7 @@ async def nothing_happens(bench: Bench) -> None:
     assert bench.engine.counters.attempts == 0
 
 
-def use(bench: Bench, hop: NextHop, **options: object) -> None:
+def use(bench: Bench, hop: NextHop, **options: Any) -> None:
     bench.config.add_provider(A, hop.port, **options)
     bench.config.route_to(A)
 

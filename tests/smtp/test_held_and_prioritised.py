@@ -20,8 +20,8 @@ def mail(parameters: str, answer: bytes) -> Driver:
     return dialog((EHLO, b"250-\r\n" * 9 + b"250 HELP"), (sent, answer), (b"RSET\r\n", b"250"))
 
 
-def offered(**options: bool) -> bytes:
-    driver = start(**options)
+def offered(*, tls_active: bool, authorized: bool, tls_available: bool = True) -> bytes:
+    driver = start(tls_active=tls_active, tls_available=tls_available, authorized=authorized)
     driver.send(EHLO)
     return driver.answer()
 
@@ -46,8 +46,8 @@ def test_rfc4865_3_the_longest_interval_and_the_latest_time_are_offered_where_ma
 
 
 def test_neither_is_offered_to_strangers_before_tls() -> None:
-    for options in ({"tls_active": False}, {"tls_active": False, "tls_available": False}):
-        answer = offered(authorized=False, **options)
+    for tls_available in (True, False):
+        answer = offered(tls_active=False, tls_available=tls_available, authorized=False)
         assert b"FUTURERELEASE" not in answer
         assert b"MT-PRIORITY" not in answer
 

@@ -152,7 +152,10 @@ class Reader:
         """The next sendable recipients of a key."""
         position = (after.due_ms, -after.priority, after.message_id, after.index) if after else _BEFORE_ALL
         rows = fetch(self._cursor, HEADS, (queue_key, *position, limit))
-        return [Due(*row[:5], State(row[5])) for row in rows]
+        return [
+            Due(message_id, index, attempt, due_ms, priority, State(state))
+            for message_id, index, attempt, due_ms, priority, state in rows
+        ]
 
     def unreported(self, limit: int) -> list[MessageId]:
         """The oldest messages without a record."""
