@@ -30,6 +30,7 @@ from controlplane.domain.resources import (
     SmtpCredential,
 )
 from controlplane.domain.secrets import ScramVerifier
+from controlplane.domain.suspensions import Receipt
 from dataplane.core.config import Account as AccountConfig
 from dataplane.core.config import NodeSettings, SealedValue, SmtpProvider
 from dataplane.core.limits import LimitScope
@@ -139,6 +140,12 @@ class SmtpCredentials(Protocol):
 
     async def revoke(self, credential: SmtpCredential, etag: Etag) -> None:
         """AbortedError when the etag is stale."""
+
+    async def set_suspension(self, credential: SmtpCredential, *, suspended: bool, reason: str) -> None:
+        """Suspend it, since when is kept where it was suspended already; or resume it."""
+
+    async def count_suspended(self, account: str) -> int:
+        """How many of the account's credentials are suspended."""
 
     async def delete(self, credential: SmtpCredential, etag: Etag) -> None:
         """AbortedError when the etag is stale."""
@@ -276,6 +283,9 @@ class Nodes(Protocol):
     async def count_nodes(self, node_pool: str) -> int:
         """Nodes of the pool that were not revoked."""
 
+    async def receipts(self, node_pool: str | None) -> list[Receipt]:
+        """What the nodes of a pool, or all, have confirmed of denials; enrolled ones, by name."""
+
     async def add_pool_key(self, node_pool: str, key_id: str, key_sealed: bytes) -> None:
         """Bundles made from now on use it."""
 
@@ -295,8 +305,24 @@ class Bundles(Protocol):
     async def remove_pool(self, node_pool: str) -> None:
         """Delete all bundles of a pool, and tell the replicas."""
 
-    async def deny(self, denial: str, kind: int, account: str | None, expire_time: datetime | None) -> None:
-        """Add or renew a denial, move the version, and tell the replicas."""
+    async def deny(
+        self,
+        denial: str,
+        kind: int,
+        account: str | None,
+        expire_time: datetime | None,
+        since_time: datetime | None = None,
+    ) -> None:
+        """Add or renew a denial, move the version, and tell the replicas; `since_time` is now unless given.
+
+        One that is there keeps the time since when it is.
+        """
+
+    async def denial_version(self, denial: str) -> int | None:
+        """The version that has had the denial since it was last renewed; None when there is none in force."""
+
+    async def denials_version(self) -> int:
+        """The newest version."""
 
     async def lift(self, denial: str) -> None:
         """Take a denial away; moves the version only if there was one."""

@@ -40,8 +40,10 @@ _NEEDED: dict[str, dict[Scope, tuple[str, ...]]] = {
         Scope.CONFIG_WRITE: (
             *("CreateApiKey", "DeleteApiKey", "RotateApiKey", "RevokeApiKey"),
             *("CreateSmtpCredential", "DeleteSmtpCredential", "RotateSmtpCredential", "RevokeSmtpCredential"),
+            *("SuspendSmtpCredential", "ResumeSmtpCredential"),
         ),
     },
+    f"{_CONTROL}.SuspensionService": {Scope.CONFIG_READ: ("GetSuspension", "WaitSuspension")},
     f"{_CONTROL}.ProviderService": {
         Scope.CONFIG_READ: ("GetProvider", "ListProviders"),
         Scope.CONFIG_WRITE: (

@@ -117,6 +117,8 @@ class SmtpCredential:
     secret_sha256: bytes = field(default=b"", repr=False)
     expire_time: datetime | None = None
     revoke_time: datetime | None = None
+    suspend_time: datetime | None = None
+    suspend_reason: str = ""
     secret: str = field(default="", repr=False)
     meta: Meta = Meta()
 

@@ -2,14 +2,15 @@
 
 Contract. A secret is made here, returned once and stored as hashes. Who makes or rotates a key learns its secret, so
 a key never gets more than its maker has. A credential that is revoked or deleted is denied to every node as well,
-until no mail that it submitted can be waiting any more. Cancelling any method leaves nothing behind.
+until no mail that it submitted can be waiting any more; one that is suspended until it is resumed. Cancelling any
+method leaves nothing behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 from controlplane.domain import names, secrets
 from controlplane.domain.access import ACCOUNT_SCOPES, Caller, Scope
@@ -20,11 +21,12 @@ from controlplane.domain.resources import ApiKey, SmtpCredential
 from controlplane.ports import Database, Random, Work, scope_of
 from controlplane.services.compile import BundleCompiler, Edited
 from controlplane.services.mutations import Mutation, Replay, mutate
-from controlplane.services.texts import check_display_name, check_expiry
+from controlplane.services.texts import check_display_name, check_expiry, check_reason
 
 DENIAL_CREDENTIAL = 2
 # Longer than any message waits (30 days), and than any node serves without the control plane (7 days).
 _DENIAL_LIFE = timedelta(days=31)
+_EVER = datetime(1970, 1, 1, tzinfo=UTC)
 # All denials of the fleet travel to every node in one message.
 _DENIED_LIMIT = 1_000
 
@@ -198,10 +200,7 @@ class SmtpCredentialsService:
         secret, sha256, verifier = self._make()
 
         async def action(work: Work) -> SmtpCredential:
-            await work.accounts.lock(account)
-            stored = await work.smtp_credentials.get(account, smtp_credential)
-            if stored.revoke_time is not None:
-                raise FailedPreconditionError(Reason.KEY_REVOKED, f"{_name(stored)} was revoked", subject=_name(stored))
+            stored = await self._lock_good(work, account, smtp_credential)
             await work.smtp_credentials.replace_secret(replace(stored, secret_sha256=sha256), verifier, etag)
             return await self._changed(work, stored, secret)
 
@@ -224,6 +223,52 @@ class SmtpCredentialsService:
             return await self._changed(work, stored)
 
         return await mutate(self._database, caller, mutation, action)
+
+    async def suspend(
+        self, caller: Caller, mutation: Mutation[SmtpCredential], account: str, smtp_credential: str, reason: str
+    ) -> SmtpCredential | Replay:
+        """Stop a credential and all mail that it submitted; again changes the reason only."""
+        caller.require_account(account)
+        check_reason(reason)
+
+        async def action(work: Work) -> SmtpCredential:
+            stored = await self._lock_good(work, account, smtp_credential)
+            if stored.suspend_time is None:
+                if await work.smtp_credentials.count_suspended(account) >= _DENIED_LIMIT:
+                    raise FailedPreconditionError(
+                        Reason.TOO_MANY_DENIED_CREDENTIALS,
+                        f"{_DENIED_LIMIT:,} SMTP credentials of accounts/{account} are suspended: suspend the account",
+                        subject=_name(stored),
+                    )
+                # Mail that it submitted before is stopped too, which a revocation lets go on.
+                await work.bundles.deny(_name(stored), DENIAL_CREDENTIAL, account, None, _EVER)
+            await work.smtp_credentials.set_suspension(stored, suspended=True, reason=reason)
+            return await work.smtp_credentials.get(account, smtp_credential)
+
+        return await mutate(self._database, caller, mutation, action)
+
+    async def resume(
+        self, caller: Caller, mutation: Mutation[SmtpCredential], account: str, smtp_credential: str
+    ) -> SmtpCredential | Replay:
+        """Lift a suspension; an active credential is left alone."""
+        caller.require_account(account)
+
+        async def action(work: Work) -> SmtpCredential:
+            stored = await self._lock_good(work, account, smtp_credential)
+            if stored.suspend_time is None:
+                return stored
+            await work.smtp_credentials.set_suspension(stored, suspended=False, reason="")
+            await work.bundles.lift(_name(stored))
+            return await work.smtp_credentials.get(account, smtp_credential)
+
+        return await mutate(self._database, caller, mutation, action)
+
+    async def _lock_good(self, work: Work, account: str, smtp_credential: str) -> SmtpCredential:
+        await work.accounts.lock(account)
+        stored = await work.smtp_credentials.get(account, smtp_credential)
+        if stored.revoke_time is not None:
+            raise FailedPreconditionError(Reason.KEY_REVOKED, f"{_name(stored)} was revoked", subject=_name(stored))
+        return stored
 
     async def delete(
         self,

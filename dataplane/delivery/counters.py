@@ -36,7 +36,7 @@ class DeliveryCounters:
     records_alone: int = 0  # acceptances that were not settled in time to share a record
     window_bytes: int = 0  # messages in memory now: content, envelope, recipients
     window_messages: int = 0  # messages whose content that is
-    lifetime_seconds: Histogram = field(default_factory=lambda: Histogram(LIFETIME_BOUNDS_S))  # accepted to ended
+    lifetime_seconds: Histogram = field(default_factory=lambda: Histogram(LIFETIME_BOUNDS_S))  # due to ended
     waiting_seconds: Histogram = field(default_factory=_latency)  # of an attempt: for a connection
     connecting_seconds: Histogram = field(default_factory=_latency)  # of an attempt that had one opened
     transferring_seconds: Histogram = field(default_factory=_latency)  # of an attempt: the transaction

@@ -339,7 +339,7 @@ class DeliveryEngine:
         moment = self.moment()
         outlived = is_expired(plan.retry_policy, envelope.released_ms, moment.wall_ms, moment.steady_ms)
         if plan.held is not None:
-            if outlived:
+            if outlived and plan.held is Held.MESSAGE:
                 return Taken([self._expire(stored, rows, plan, moment, _REVOKED)])
             return Taken([self._hold_back(envelope.message_id, tuple(rows))])
         outlooks = [self._dispatcher.outlook(group.targets, envelope.account) for group in plan.groups]

@@ -46,6 +46,7 @@ class Held(Enum):
 
     EVERYTHING = 1
     MESSAGE = 2
+    SUSPENDED = 3  # this message, until somebody resumes its credential; its lifetime does not end it
 
 
 class Group(NamedTuple):
@@ -81,7 +82,10 @@ def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRo
     account = compiled.account
     stopped = denied(config.denials, envelope.account, envelope.credential, now_ms, accepted_ms=envelope.accepted_ms)
     if stopped is not None:
-        held = Held.MESSAGE if stopped is Denied.CREDENTIAL else Held.EVERYTHING
+        held = Held.EVERYTHING
+        if stopped is Denied.CREDENTIAL:
+            # What falls away by itself is a revocation: nobody lifts it.
+            held = Held.MESSAGE if config.denials.credentials[envelope.credential] else Held.SUSPENDED
         return Plan(held, [], [], account.revision, account.retry_policy)
     router = MessageRouter(compiled.rules, envelope.sender, envelope.size_bytes, envelope.headers, envelope.message_id)
     refused: list[tuple[RecipientRow, Verdict]] = []

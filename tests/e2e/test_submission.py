@@ -151,6 +151,21 @@ def test_suspending_the_account_stops_the_next_message_of_an_open_connection(sta
         assert _until_mail_answers(client, "app@paused.example.org", lambda code: code == 250) == 250
 
 
+def test_what_was_suspended_with_a_receipt_is_refused_at_once(stack: LocalStack) -> None:
+    stack.json("accounts", "create", "halted", "--sender-domain", "halted.example.org")
+    credential = stack.json("credentials", "create", "app", "--account", "halted")
+    with _logged_in(stack, credential["username"], credential["secret"]) as client:
+        for verb, state, code in (("suspend", "IN_FORCE", 550), ("resume", "LIFTED", 250)):
+            told = stack.json("credentials", verb, "app", "--account", "halted", "--wait", "30")
+            assert (told["state"], told["confirmed"]) == (f"STATE_{state}", True)
+            assert [one["confirmed"] for one in told["receipts"]] == [True]
+            # Nothing to wait for: the node has confirmed it.
+            assert client.mail("app@halted.example.org")[0] == code
+            client.rset()
+    shown = stack.cli("credentials", "suspension", "app", "--account", "halted")
+    assert "confirmed by all 1 nodes" in shown.stdout
+
+
 def test_send_follows_to_sent_and_list_and_get_know_the_message(stack: LocalStack) -> None:
     text = stack.cli("send", "--to", "reader@example.net", "--subject", "For people")
     assert text.returncode == 0, text.stderr + stack.logs()

@@ -25,6 +25,7 @@ from postroad.control.v1 import (
     node_service_pb2,
     provider_service_pb2,
     routing_rule_service_pb2,
+    suspension_service_pb2,
 )
 from postroad.control.v1 import provider_pb2 as provider
 from postroad.control.v1.limit_pb2 import Limit
@@ -40,6 +41,7 @@ _FILES = (
     node_service_pb2,
     provider_service_pb2,
     routing_rule_service_pb2,
+    suspension_service_pb2,
 )
 METHODS: dict[str, MethodDescriptor] = {
     f"/{service.full_name}/{method.name}": method
@@ -60,6 +62,7 @@ _COLLECTIONS = {
     "Limit": "limits/hourly",
     "Message": f"messages/{_UUID}",
     "Operation": f"operations/{_UUID}",
+    "Suspension": "suspension",
 }
 OPERATORS_ONLY = {method for method, scope in METHOD_SCOPES.items() if scope is Scope.OPERATOR}
 
@@ -91,7 +94,7 @@ def request_for(method: MethodDescriptor, account: str) -> Any:
         request.provider.smtp.endpoints.append(provider.SmtpProvider.Endpoint(host="relay.example.com"))
     elif method.name == "CreateApiKey":
         request.api_key.scopes.append("config.write")
-    elif method.name == "WaitOperation":
+    elif method.name in ("WaitOperation", "WaitSuspension"):
         request.timeout.seconds = 0
     return request
 

@@ -15,6 +15,7 @@ from support.delivery import ACCOUNT, ACCOUNT_UID, CONTENT, HELD_BYTES, KEY_A, A
 from support.next_hop import STALL, Behaviour, next_hop
 
 KEY_B = make_queue_key(ACCOUNT, B)
+CREDENTIAL = f"{ACCOUNT}/smtpCredentials/app"
 
 
 async def waiting(bench: Bench) -> list[State]:
@@ -176,7 +177,8 @@ async def test_what_a_revoked_credential_submitted_expires_unsent() -> None:
     async with next_hop() as hop, delivery_bench() as bench:
         bench.config.add_provider(A, hop.port)
         bench.config.route_to(A)
-        bench.config.denials = Denials(1, credentials={bench.envelope().credential: 0})
+        ends_ms = bench.clock.wall_ms() + 31 * 86_400_000
+        bench.config.denials = Denials(1, credentials={bench.envelope().credential: ends_ms})
         await bench.submit()
         bench.clock.advance(6 * 86_400)
         bench.engine.denials_changed()
@@ -185,7 +187,14 @@ async def test_what_a_revoked_credential_submitted_expires_unsent() -> None:
         assert hop.connections == 0
 
 
-@pytest.mark.parametrize("denials", [Denials(1, accounts={ACCOUNT: 0}), Denials(1, providers={A: 0})])
+@pytest.mark.parametrize(
+    "denials",
+    [
+        Denials(1, accounts={ACCOUNT: 0}),
+        Denials(1, providers={A: 0}),
+        Denials(1, credentials={CREDENTIAL: 0}, credentials_since={CREDENTIAL: 0}),
+    ],
+)
 async def test_what_operators_hold_back_waits_for_them_however_long(denials: Denials) -> None:
     async with next_hop() as hop, delivery_bench() as bench:
         bench.config.add_provider(A, hop.port)
@@ -484,13 +493,22 @@ async def test_a_denial_between_the_dial_and_mail_stops_the_attempt() -> None:
         assert bench.events == []
 
 
-async def test_a_denial_cuts_a_transaction_whose_dot_has_not_left() -> None:
+@pytest.mark.parametrize(
+    "denials",
+    [
+        Denials(1, accounts={ACCOUNT: 0}),
+        Denials(1, providers={A: 0}),
+        Denials(1, credentials={CREDENTIAL: 0}, credentials_since={CREDENTIAL: 0}),
+    ],
+)
+async def test_a_denial_cuts_a_transaction_whose_dot_has_not_left(denials: Denials) -> None:
     async with next_hop(Behaviour(data=STALL)) as hop, delivery_bench() as bench:
         bench.config.add_provider(A, hop.port)
         bench.config.route_to(A)
         await bench.submit()
         await hop.stalled.wait()
-        bench.config.denials = Denials(1, accounts={ACCOUNT: 0})
+        bench.config.denials = denials
+        # A worker confirms the denials when this has returned.
         bench.engine.denials_changed()
         await bench.until(lambda: bench.engine.counters.put_back == 1)
         assert (hop.messages, bench.events) == ([], [])

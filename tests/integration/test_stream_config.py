@@ -152,6 +152,7 @@ async def test_denials_have_a_lane_of_their_own(port: NodesPort, migrated_databa
         return bool(rows) and rows[0][0] == 2
 
     await until(is_in_force)
+    assert await fetch(migrated_database, "SELECT 1 FROM postroad.node_status WHERE denials_time IS NOT NULL")
 
 
 async def test_a_newer_stream_of_a_node_closes_the_older(port: NodesPort) -> None:

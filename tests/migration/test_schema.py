@@ -111,7 +111,7 @@ async def test_functions_that_run_as_the_owner_fix_their_search_path(migrated_da
         migrated_database,
         "SELECT proname, proconfig FROM pg_proc WHERE prosecdef AND pronamespace = 'postroad'::regnamespace",
     )
-    assert {row["proname"] for row in rows} == {"audit", "ensure_partitions", "drop_partitions"}
+    assert {row["proname"] for row in rows} == {"audit", "ensure_partitions", "drop_partitions", "denial_receipts"}
     assert all(any(one.startswith("search_path=") for one in row["proconfig"]) for row in rows)
 
 

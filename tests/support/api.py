@@ -36,6 +36,7 @@ from postroad.control.v1 import (
     node_service_pb2_grpc,
     provider_service_pb2_grpc,
     routing_rule_service_pb2_grpc,
+    suspension_service_pb2_grpc,
 )
 from support.databases import Database
 from support.fleet import role_dsn
@@ -119,6 +120,9 @@ class Client:
 
     async def node(self, method: str, request: Message) -> Any:
         return await self.call(node_service_pb2_grpc.NodeServiceStub, method, request)
+
+    async def suspension(self, method: str, request: Message) -> Any:
+        return await self.call(suspension_service_pb2_grpc.SuspensionServiceStub, method, request)
 
     async def message(self, method: str, request: Message) -> Any:
         return await self.call(message_service_pb2_grpc.MessageServiceStub, method, request)

@@ -28,6 +28,7 @@ from controlplane.adapters.grpc.operations import OperationHandlers
 from controlplane.adapters.grpc.providers import ProviderHandlers
 from controlplane.adapters.grpc.registry import ApiRegistry, ApiService
 from controlplane.adapters.grpc.routing_rules import RoutingRuleHandlers
+from controlplane.adapters.grpc.suspensions import SuspensionHandlers
 from controlplane.adapters.sealing import Keyring, KeyringSealer
 from controlplane.adapters.smtp_probe import SmtpProbe
 from controlplane.domain.hosts import HostPolicy
@@ -44,6 +45,7 @@ from controlplane.services.messages import MAX_WATCHERS, MessagesService, Operat
 from controlplane.services.nodes import NodePoolsService, NodesService
 from controlplane.services.providers import ProvidersService
 from controlplane.services.routing_rules import RoutingRulesService
+from controlplane.services.suspensions import SuspensionsService
 from controlplane.services.throttle import Throttle
 from postroad.control.v1 import (
     account_service_pb2,
@@ -62,6 +64,8 @@ from postroad.control.v1 import (
     provider_service_pb2_grpc,
     routing_rule_service_pb2,
     routing_rule_service_pb2_grpc,
+    suspension_service_pb2,
+    suspension_service_pb2_grpc,
 )
 
 
@@ -141,10 +145,15 @@ def build_api(parts: ApiParts) -> Api:
         BookHandlers(BooksService(database, tokens)),
         book_service_pb2_grpc.add_BookServiceServicer_to_server,
     )
+    suspensions = ApiService(
+        suspension_service_pb2.DESCRIPTOR.services_by_name["SuspensionService"],
+        SuspensionHandlers(SuspensionsService(database)),
+        suspension_service_pb2_grpc.add_SuspensionServiceServicer_to_server,
+    )
     authenticator = Authenticator(database, parts.now)
     guard = Guard(authenticator, Throttle(parts.requests, parts.monotonic))
     # What comes by the registry is measured by who carries it.
-    registry = ApiRegistry(Calls(guard), (*services, books))
+    registry = ApiRegistry(Calls(guard), (*services, books, suspensions))
     return Api(registry, ApiInterceptor(Calls(guard, parts.observe)), authenticator, pools, messages)
 
 

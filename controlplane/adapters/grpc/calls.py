@@ -35,7 +35,10 @@ _DEADLINE_S = 30.0
 # How old the look at a stream's key may be when an answer is sent.
 _ADMITTED_S = 1.0
 # Methods that wait on purpose.
-_LONG_DEADLINES_S = {"/google.longrunning.Operations/WaitOperation": 75.0}
+_LONG_DEADLINES_S = {
+    "/google.longrunning.Operations/WaitOperation": 75.0,
+    "/postroad.control.v1.SuspensionService/WaitSuspension": 75.0,
+}
 
 _TOO_SLOW = ResourceExhaustedError(Reason.READER_TOO_SLOW, "resume from the last position", retry_after_s=1)
 

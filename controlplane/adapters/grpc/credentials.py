@@ -129,6 +129,23 @@ class CredentialHandlers(service_grpc.CredentialServiceServicer):
         result = await self._smtp_credentials.revoke(caller(), mutation, *ids, request.etag)
         return convert.answer(result, pb.SmtpCredential, _write_credential)
 
+    async def SuspendSmtpCredential(
+        self, request: service_pb.SuspendSmtpCredentialRequest, context: Any
+    ) -> pb.SmtpCredential:
+        """As the proto says."""
+        mutation = convert.mutation("SuspendSmtpCredential", request, _write_credential)
+        ids = _credential_ids(request.name)
+        result = await self._smtp_credentials.suspend(caller(), mutation, *ids, request.reason)
+        return convert.answer(result, pb.SmtpCredential, _write_credential)
+
+    async def ResumeSmtpCredential(
+        self, request: service_pb.ResumeSmtpCredentialRequest, context: Any
+    ) -> pb.SmtpCredential:
+        """As the proto says."""
+        mutation = convert.mutation("ResumeSmtpCredential", request, _write_credential)
+        result = await self._smtp_credentials.resume(caller(), mutation, *_credential_ids(request.name))
+        return convert.answer(result, pb.SmtpCredential, _write_credential)
+
 
 def _key_ids(name: str) -> tuple[str | None, str]:
     return names.parse_owned(name, names.API_KEY, names.OPERATOR_KEY)
@@ -166,6 +183,8 @@ def _write_credential(credential: SmtpCredential) -> pb.SmtpCredential:
         username=f"{credential.account}.{credential.smtp_credential}",
         expire_time=convert.to_timestamp(credential.expire_time),
         revoke_time=convert.to_timestamp(credential.revoke_time),
+        suspend_time=convert.to_timestamp(credential.suspend_time),
+        suspend_reason=credential.suspend_reason,
     )
     convert.write_meta(message, credential.meta)
     return message

@@ -86,17 +86,46 @@ class BundlesRepository:
         )
         await self._notify(CONFIG_CHANNEL, node_pool)
 
-    async def deny(self, denial: str, kind: int, account: str | None, expire_time: datetime | None) -> None:
+    async def deny(
+        self,
+        denial: str,
+        kind: int,
+        account: str | None,
+        expire_time: datetime | None,
+        since_time: datetime | None = None,
+    ) -> None:
         """As the port says."""
         await self._session.run(
             "denial_insert",
             """
-            INSERT INTO postroad.denials (denial, kind, account, expire_time) VALUES ($1, $2, $3, $4)
+            INSERT INTO postroad.denials (denial, kind, account, expire_time, since_time)
+            VALUES ($1, $2, $3, $4, coalesce($5, transaction_timestamp()))
             ON CONFLICT (denial) DO UPDATE SET expire_time = excluded.expire_time
             """,
-            *(denial, kind, account, expire_time),
+            *(denial, kind, account, expire_time, since_time),
         )
-        await self._move_denials()
+        # The version is locked last, as by all who change the set.
+        version = await self._move_denials()
+        await self._session.run(
+            "denial_set_version", "UPDATE postroad.denials SET version = $2 WHERE denial = $1", denial, version
+        )
+
+    async def denial_version(self, denial: str) -> int | None:
+        """As the port says."""
+        version: int | None = await self._session.value(
+            "denial_version_of",
+            """
+            SELECT version FROM postroad.denials
+            WHERE denial = $1 AND (expire_time IS NULL OR expire_time > transaction_timestamp())
+            """,
+            denial,
+        )
+        return version
+
+    async def denials_version(self) -> int:
+        """As the port says."""
+        version: int = await self._session.value("denials_version_now", "SELECT version FROM postroad.denial_state")
+        return version
 
     async def lift(self, denial: str) -> None:
         """As the port says."""
@@ -127,10 +156,13 @@ class BundlesRepository:
         )
         return until
 
-    async def _move_denials(self) -> None:
+    async def _move_denials(self) -> int:
         # The row lock orders the versions as the transactions commit.
-        await self._session.run("denial_version", "UPDATE postroad.denial_state SET version = version + 1")
+        version: int = await self._session.value(
+            "denial_version", "UPDATE postroad.denial_state SET version = version + 1 RETURNING version"
+        )
         await self._notify(DENIALS_CHANNEL, "")
+        return version
 
     async def _notify(self, channel: str, payload: str) -> None:
         await self._session.run("notify", "SELECT pg_notify($1, $2)", channel, payload)

@@ -207,6 +207,28 @@ class SmtpCredentialsRepository:
             *(credential.account, credential.smtp_credential, *etag),
         )
 
+    async def set_suspension(self, credential: SmtpCredential, *, suspended: bool, reason: str) -> None:
+        """As the port says."""
+        await self._session.run(
+            "smtp_credential_suspend",
+            """
+            UPDATE postroad.smtp_credentials
+            SET suspend_time = CASE WHEN $3 THEN coalesce(suspend_time, transaction_timestamp()) END,
+                suspend_reason = $4
+            WHERE account = $1 AND smtp_credential = $2
+            """,
+            *(credential.account, credential.smtp_credential, suspended, reason),
+        )
+
+    async def count_suspended(self, account: str) -> int:
+        """As the port says."""
+        count: int = await self._session.value(
+            "smtp_credentials_suspended",
+            "SELECT count(*) FROM postroad.smtp_credentials WHERE account = $1 AND suspend_time IS NOT NULL",
+            account,
+        )
+        return count
+
     async def delete(self, credential: SmtpCredential, etag: Etag) -> None:
         """As the port says."""
         await rows_changed(
@@ -239,5 +261,7 @@ def _smtp_credential(row: asyncpg.Record) -> SmtpCredential:
         secret_sha256=row["secret_sha256"],
         expire_time=row["expire_time"],
         revoke_time=row["revoke_time"],
+        suspend_time=row["suspend_time"],
+        suspend_reason=row["suspend_reason"],
         meta=meta_of(row),
     )

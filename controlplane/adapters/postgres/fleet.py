@@ -179,6 +179,7 @@ class PostgresFleet:
                 """
                 UPDATE postroad.node_status
                 SET config_status = $3, config_error = $4, denials_version = $5, config_refused = $6,
+                    denials_time = CASE denials_version WHEN $5 THEN coalesce(denials_time, $7) ELSE $7 END,
                     last_seen_time = $7
                 WHERE node = $1 AND replica = $2
                 """,

@@ -18,6 +18,7 @@ from controlplane.domain import names
 from controlplane.domain.errors import FailedPreconditionError, NotFoundError, Reason
 from controlplane.domain.etags import Etag
 from controlplane.domain.resources import Node, NodePool, NodeState, Spool, SubmissionLimits
+from controlplane.domain.suspensions import Receipt
 
 COMMANDS_CHANNEL = "postroad_commands"
 
@@ -248,6 +249,11 @@ class NodesRepository:
             *(node_pool, NodeState.REVOKED),
         )
         return count
+
+    async def receipts(self, node_pool: str | None) -> list[Receipt]:
+        """As the port says."""
+        rows = await self._session.rows("denial_receipts", "SELECT * FROM postroad.denial_receipts($1)", node_pool)
+        return [Receipt(*row) for row in rows]
 
     async def add_pool_key(self, node_pool: str, key_id: str, key_sealed: bytes) -> None:
         """As the port says."""

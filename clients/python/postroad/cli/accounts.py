@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from postroad.cli.output import Column, enum_text, short, time_text
-from postroad.cli.resources import Kind, Name, add_standard, add_verb, changed, create, show, update
+from postroad.cli.resources import Kind, Name, add_standard, changed, create, show, update
 from postroad.cli.session import session_of
+from postroad.cli.suspensions import add_suspension
 from postroad.control.v1 import account_service_pb2
 from postroad.control.v1.account_pb2 import Account
 
@@ -32,8 +33,7 @@ app = typer.Typer(
     no_args_is_help=True, help="Accounts: the tenants that own credentials, providers, rules and messages."
 )
 add_standard(app, ACCOUNT)
-add_verb(app, ACCOUNT, "Suspend", "Stop submission and delivery at once; waiting mail stays queued.", reason=True)
-add_verb(app, ACCOUNT, "Resume", "Lift a suspension.")
+add_suspension(app, ACCOUNT, "Stop submission and delivery at once; waiting mail stays queued.", "Lift a suspension.")
 
 SenderDomains = Annotated[
     list[str] | None,

@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from postroad.cli.output import Column, short, time_text
 from postroad.cli.resources import Kind, Name, add_standard, add_verb, call, create, fresh, show
 from postroad.cli.session import Session, session_of
+from postroad.cli.suspensions import add_suspension
 from postroad.control.v1 import credential_service_pb2
 from postroad.control.v1.credential_pb2 import ApiKey, SmtpCredential
 
@@ -18,6 +19,8 @@ from postroad.control.v1.credential_pb2 import ApiKey, SmtpCredential
 def _life(one: Any) -> str:
     if one.HasField("revoke_time"):
         return "revoked"
+    if "suspend_time" in one.DESCRIPTOR.fields_by_name and one.HasField("suspend_time"):
+        return "suspended"
     return f"until {time_text(one.expire_time)}" if one.HasField("expire_time") else "good"
 
 
@@ -50,6 +53,12 @@ API_KEY = Kind(
 credentials_app = typer.Typer(no_args_is_help=True, help="SMTP credentials: user names and passwords for submission.")
 add_standard(credentials_app, SMTP_CREDENTIAL)
 add_verb(credentials_app, SMTP_CREDENTIAL, "Revoke", "Refuse the credential from the next MAIL on, for good.")
+add_suspension(
+    credentials_app,
+    SMTP_CREDENTIAL,
+    "Refuse the credential from the next MAIL on; mail that it submitted stays queued.",
+    "Lift a suspension.",
+)
 api_keys_app = typer.Typer(
     no_args_is_help=True, help="API keys of an account, or of operators with `--shared` or full names `apiKeys/…`."
 )

@@ -11,8 +11,9 @@ import typer
 
 from postroad.cli.output import Column, enum_text, short
 from postroad.cli.problems import FAILED
-from postroad.cli.resources import Kind, Name, add_standard, add_verb, call, changed, create, show, update
+from postroad.cli.resources import Kind, Name, add_standard, call, changed, create, show, update
 from postroad.cli.session import session_of
+from postroad.cli.suspensions import add_suspension
 from postroad.control.v1 import provider_service_pb2
 from postroad.control.v1.provider_pb2 import Provider, SmtpProvider
 
@@ -38,8 +39,7 @@ PROVIDER = Kind(
 
 app = typer.Typer(no_args_is_help=True, help="Providers: the SMTP relays that mail can go through.")
 add_standard(app, PROVIDER, shared=True)
-add_verb(app, PROVIDER, "Suspend", "Skip the provider at routing; no new attempt begins.", reason=True)
-add_verb(app, PROVIDER, "Resume", "Use the provider again.")
+add_suspension(app, PROVIDER, "Skip the provider at routing; no new attempt begins.", "Use the provider again.")
 
 
 class TlsPolicy(StrEnum):

@@ -179,23 +179,14 @@ def add_deletion(app: typer.Typer, kind: Kind) -> None:
     app.command("delete", help=f"Delete one {words}; asks first unless --yes or JSON is wanted.")(delete)
 
 
-def add_verb(app: typer.Typer, kind: Kind, verb: str, help_text: str, *, reason: bool = False) -> None:
+def add_verb(app: typer.Typer, kind: Kind, verb: str, help_text: str) -> None:
     """Give `app` a command for a custom verb that takes a name and returns the resource."""
 
-    def with_reason(
-        context: typer.Context,
-        name: Name,
-        reason: Annotated[str, typer.Option("--reason", help="Why; shown to operators")] = "",
-    ) -> None:
-        session = session_of(context)
-        fields = {"name": kind.name(session, name), "reason": reason}
-        show(session, kind, call(session, kind, f"{verb}{kind.noun}", **fields))
-
-    def plain(context: typer.Context, name: Name) -> None:
+    def run(context: typer.Context, name: Name) -> None:
         session = session_of(context)
         fields: dict[str, Any] = {"name": kind.name(session, name)}
         if "etag" in getattr(kind.module, f"{verb}{kind.noun}Request").DESCRIPTOR.fields_by_name:
             fields["etag"] = fresh(session, kind, fields["name"]).etag
         show(session, kind, call(session, kind, f"{verb}{kind.noun}", **fields))
 
-    app.command(verb.lower(), help=help_text)(with_reason if reason else plain)
+    app.command(verb.lower(), help=help_text)(run)

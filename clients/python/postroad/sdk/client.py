@@ -30,6 +30,7 @@ from postroad.control.v1.message_service_pb2_grpc import MessageServiceStub
 from postroad.control.v1.node_service_pb2_grpc import NodeServiceStub
 from postroad.control.v1.provider_service_pb2_grpc import ProviderServiceStub
 from postroad.control.v1.routing_rule_service_pb2_grpc import RoutingRuleServiceStub
+from postroad.control.v1.suspension_service_pb2_grpc import SuspensionServiceStub
 from postroad.sdk.channel import credentials, options
 from postroad.sdk.interceptors import AsyncStreamInterceptor, AsyncUnaryInterceptor, SyncInterceptor
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from postroad.control.v1.node_service_pb2_grpc import NodeServiceAsyncStub
     from postroad.control.v1.provider_service_pb2_grpc import ProviderServiceAsyncStub
     from postroad.control.v1.routing_rule_service_pb2_grpc import RoutingRuleServiceAsyncStub
+    from postroad.control.v1.suspension_service_pb2_grpc import SuspensionServiceAsyncStub
 
 
 class Client:
@@ -59,6 +61,7 @@ class Client:
         self.messages = MessageServiceStub(intercepted)
         self.books = BookServiceStub(intercepted)
         self.nodes = NodeServiceStub(intercepted)
+        self.suspensions = SuspensionServiceStub(intercepted)
         self.operations = operations_pb2_grpc.OperationsStub(intercepted)  # type: ignore[no-untyped-call]  # Google's, untyped
         self._health: Any = health_pb2_grpc.HealthStub(intercepted)
 
@@ -93,6 +96,7 @@ class AsyncClient:
         self.messages: MessageServiceAsyncStub = MessageServiceStub(channel)
         self.books: BookServiceAsyncStub = BookServiceStub(channel)
         self.nodes: NodeServiceAsyncStub = NodeServiceStub(channel)
+        self.suspensions: SuspensionServiceAsyncStub = SuspensionServiceStub(channel)
         self.operations = operations_pb2_grpc.OperationsStub(channel)  # type: ignore[no-untyped-call]  # Google's, untyped
         self._health: Any = health_pb2_grpc.HealthStub(channel)
 

@@ -117,6 +117,8 @@ class SmtpCredential(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    SUSPEND_TIME_FIELD_NUMBER: _builtins.int
+    SUSPEND_REASON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`accounts/{account}/smtpCredentials/{credential}`."""
     uid: _builtins.str
@@ -131,6 +133,8 @@ class SmtpCredential(_message.Message):
     """
     etag: _builtins.str
     """Required on Delete, Rotate and Revoke; a mismatch is ABORTED."""
+    suspend_reason: _builtins.str
+    """Why, as whoever suspended it wrote."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """After this time AUTH answers 535; never, when absent."""
@@ -147,6 +151,10 @@ class SmtpCredential(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When the credential was last changed."""
 
+    @_builtins.property
+    def suspend_time(self) -> _timestamp_pb2.Timestamp:
+        """When the credential was suspended; absent while it is not."""
+
     def __init__(
         self,
         *,
@@ -160,10 +168,12 @@ class SmtpCredential(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        suspend_time: _timestamp_pb2.Timestamp | None = ...,
+        suspend_reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "revoke_time", b"revoke_time", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "revoke_time", b"revoke_time", "suspend_time", b"suspend_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "expire_time", b"expire_time", "name", b"name", "revoke_time", b"revoke_time", "secret", b"secret", "uid", b"uid", "update_time", b"update_time", "username", b"username"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "expire_time", b"expire_time", "name", b"name", "revoke_time", b"revoke_time", "secret", b"secret", "suspend_reason", b"suspend_reason", "suspend_time", b"suspend_time", "uid", b"uid", "update_time", b"update_time", "username", b"username"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

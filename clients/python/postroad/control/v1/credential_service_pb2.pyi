@@ -458,3 +458,59 @@ class RevokeSmtpCredentialRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevokeSmtpCredentialRequest: _TypeAlias = RevokeSmtpCredentialRequest  # noqa: Y015
+
+@_typing.final
+class SuspendSmtpCredentialRequest(_message.Message):
+    """Request of SuspendSmtpCredential."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`accounts/{account}/smtpCredentials/{credential}`."""
+    reason: _builtins.str
+    """Never shown to the submitter; at most 500 characters."""
+    request_id: _builtins.str
+    """A UUID; the same request repeated within 24 h returns the first answer."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SuspendSmtpCredentialRequest: _TypeAlias = SuspendSmtpCredentialRequest  # noqa: Y015
+
+@_typing.final
+class ResumeSmtpCredentialRequest(_message.Message):
+    """Request of ResumeSmtpCredential."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`accounts/{account}/smtpCredentials/{credential}`."""
+    request_id: _builtins.str
+    """A UUID; the same request repeated within 24 h returns the first answer."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeSmtpCredentialRequest: _TypeAlias = ResumeSmtpCredentialRequest  # noqa: Y015

@@ -99,6 +99,16 @@ class CredentialServiceStub:
                 request_serializer=postroad_dot_control_dot_v1_dot_credential__service__pb2.RevokeSmtpCredentialRequest.SerializeToString,
                 response_deserializer=postroad_dot_control_dot_v1_dot_credential__pb2.SmtpCredential.FromString,
                 _registered_method=True)
+        self.SuspendSmtpCredential = channel.unary_unary(
+                '/postroad.control.v1.CredentialService/SuspendSmtpCredential',
+                request_serializer=postroad_dot_control_dot_v1_dot_credential__service__pb2.SuspendSmtpCredentialRequest.SerializeToString,
+                response_deserializer=postroad_dot_control_dot_v1_dot_credential__pb2.SmtpCredential.FromString,
+                _registered_method=True)
+        self.ResumeSmtpCredential = channel.unary_unary(
+                '/postroad.control.v1.CredentialService/ResumeSmtpCredential',
+                request_serializer=postroad_dot_control_dot_v1_dot_credential__service__pb2.ResumeSmtpCredentialRequest.SerializeToString,
+                response_deserializer=postroad_dot_control_dot_v1_dot_credential__pb2.SmtpCredential.FromString,
+                _registered_method=True)
 
 
 class CredentialServiceServicer:
@@ -199,6 +209,25 @@ class CredentialServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SuspendSmtpCredential(self, request, context):
+        """Stops an SMTP credential until it is resumed: AUTH is refused, the next
+        MAIL of open sessions too, and no attempt begins for mail that it
+        submitted, whenever that was; it waits. Suspending twice changes nothing
+        but the reason. FAILED_PRECONDITION when it was revoked, or when 1,000 of
+        the account are suspended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeSmtpCredential(self, request, context):
+        """Lifts a suspension; its mail goes on. Resuming an active credential
+        changes nothing. FAILED_PRECONDITION when it was revoked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CredentialServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -260,6 +289,16 @@ def add_CredentialServiceServicer_to_server(servicer, server):
             'RevokeSmtpCredential': grpc.unary_unary_rpc_method_handler(
                     servicer.RevokeSmtpCredential,
                     request_deserializer=postroad_dot_control_dot_v1_dot_credential__service__pb2.RevokeSmtpCredentialRequest.FromString,
+                    response_serializer=postroad_dot_control_dot_v1_dot_credential__pb2.SmtpCredential.SerializeToString,
+            ),
+            'SuspendSmtpCredential': grpc.unary_unary_rpc_method_handler(
+                    servicer.SuspendSmtpCredential,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_credential__service__pb2.SuspendSmtpCredentialRequest.FromString,
+                    response_serializer=postroad_dot_control_dot_v1_dot_credential__pb2.SmtpCredential.SerializeToString,
+            ),
+            'ResumeSmtpCredential': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeSmtpCredential,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_credential__service__pb2.ResumeSmtpCredentialRequest.FromString,
                     response_serializer=postroad_dot_control_dot_v1_dot_credential__pb2.SmtpCredential.SerializeToString,
             ),
     }
@@ -589,6 +628,60 @@ class CredentialService:
             target,
             '/postroad.control.v1.CredentialService/RevokeSmtpCredential',
             postroad_dot_control_dot_v1_dot_credential__service__pb2.RevokeSmtpCredentialRequest.SerializeToString,
+            postroad_dot_control_dot_v1_dot_credential__pb2.SmtpCredential.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SuspendSmtpCredential(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.CredentialService/SuspendSmtpCredential',
+            postroad_dot_control_dot_v1_dot_credential__service__pb2.SuspendSmtpCredentialRequest.SerializeToString,
+            postroad_dot_control_dot_v1_dot_credential__pb2.SmtpCredential.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeSmtpCredential(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.CredentialService/ResumeSmtpCredential',
+            postroad_dot_control_dot_v1_dot_credential__service__pb2.ResumeSmtpCredentialRequest.SerializeToString,
             postroad_dot_control_dot_v1_dot_credential__pb2.SmtpCredential.FromString,
             options,
             channel_credentials,

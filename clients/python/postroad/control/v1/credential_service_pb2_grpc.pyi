@@ -77,6 +77,17 @@ class CredentialServiceStub:
     """Refuses the credential for ever and keeps its record; an open session is
     refused at its next MAIL.
     """
+    SuspendSmtpCredential: _grpc.UnaryUnaryMultiCallable[_credential_service_pb2.SuspendSmtpCredentialRequest, _credential_pb2.SmtpCredential]
+    """Stops an SMTP credential until it is resumed: AUTH is refused, the next
+    MAIL of open sessions too, and no attempt begins for mail that it
+    submitted, whenever that was; it waits. Suspending twice changes nothing
+    but the reason. FAILED_PRECONDITION when it was revoked, or when 1,000 of
+    the account are suspended.
+    """
+    ResumeSmtpCredential: _grpc.UnaryUnaryMultiCallable[_credential_service_pb2.ResumeSmtpCredentialRequest, _credential_pb2.SmtpCredential]
+    """Lifts a suspension; its mail goes on. Resuming an active credential
+    changes nothing. FAILED_PRECONDITION when it was revoked.
+    """
 
 @_typing.type_check_only
 class CredentialServiceAsyncStub(CredentialServiceStub):
@@ -124,6 +135,17 @@ class CredentialServiceAsyncStub(CredentialServiceStub):
     RevokeSmtpCredential: _aio.UnaryUnaryMultiCallable[_credential_service_pb2.RevokeSmtpCredentialRequest, _credential_pb2.SmtpCredential]  # type: ignore[assignment]
     """Refuses the credential for ever and keeps its record; an open session is
     refused at its next MAIL.
+    """
+    SuspendSmtpCredential: _aio.UnaryUnaryMultiCallable[_credential_service_pb2.SuspendSmtpCredentialRequest, _credential_pb2.SmtpCredential]  # type: ignore[assignment]
+    """Stops an SMTP credential until it is resumed: AUTH is refused, the next
+    MAIL of open sessions too, and no attempt begins for mail that it
+    submitted, whenever that was; it waits. Suspending twice changes nothing
+    but the reason. FAILED_PRECONDITION when it was revoked, or when 1,000 of
+    the account are suspended.
+    """
+    ResumeSmtpCredential: _aio.UnaryUnaryMultiCallable[_credential_service_pb2.ResumeSmtpCredentialRequest, _credential_pb2.SmtpCredential]  # type: ignore[assignment]
+    """Lifts a suspension; its mail goes on. Resuming an active credential
+    changes nothing. FAILED_PRECONDITION when it was revoked.
     """
 
 class CredentialServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -241,6 +263,29 @@ class CredentialServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_credential_pb2.SmtpCredential, _abc.Awaitable[_credential_pb2.SmtpCredential]]:
         """Refuses the credential for ever and keeps its record; an open session is
         refused at its next MAIL.
+        """
+
+    @_abc_1.abstractmethod
+    def SuspendSmtpCredential(
+        self,
+        request: _credential_service_pb2.SuspendSmtpCredentialRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_credential_pb2.SmtpCredential, _abc.Awaitable[_credential_pb2.SmtpCredential]]:
+        """Stops an SMTP credential until it is resumed: AUTH is refused, the next
+        MAIL of open sessions too, and no attempt begins for mail that it
+        submitted, whenever that was; it waits. Suspending twice changes nothing
+        but the reason. FAILED_PRECONDITION when it was revoked, or when 1,000 of
+        the account are suspended.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeSmtpCredential(
+        self,
+        request: _credential_service_pb2.ResumeSmtpCredentialRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_credential_pb2.SmtpCredential, _abc.Awaitable[_credential_pb2.SmtpCredential]]:
+        """Lifts a suspension; its mail goes on. Resuming an active credential
+        changes nothing. FAILED_PRECONDITION when it was revoked.
         """
 
 def add_CredentialServiceServicer_to_server(servicer: CredentialServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,79 @@
+"""SuspensionService: which nodes have confirmed what was suspended, resumed or revoked.
+
+Contract. A node has confirmed a denial when every worker of it has in force the version of the denials that first had
+it, or a newer one; what was lifted, when it has the newest version. `wait` looks again until all have, or its time is
+over; cancelled, it leaves nothing behind. Nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from controlplane.domain import names
+from controlplane.domain.access import Caller
+from controlplane.domain.errors import invalid
+from controlplane.domain.suspensions import Subject, SubjectKind, Suspension
+from controlplane.ports import Database, Work, scope_of
+
+_SUFFIX = "/suspension"
+_MAX_WAIT_S = 60.0
+_POLL_S = 0.25
+
+
+def parse_subject(name: str) -> Subject:
+    """Return what the suspension of this name is about; InvalidArgumentError for any other name."""
+    resource = name.removesuffix(_SUFFIX)
+    if resource == name:
+        raise invalid("name", "must be the name of an account, SMTP credential or provider, and end with /suspension")
+    collection = resource.split("/")[-2:][0]
+    if collection == "accounts":
+        account = names.parse_name(resource, names.ACCOUNT)[0]
+        return Subject(SubjectKind.ACCOUNT, resource, account, account)
+    if collection == "smtpCredentials":
+        account, credential = names.parse_name(resource, names.SMTP_CREDENTIAL)
+        return Subject(SubjectKind.CREDENTIAL, resource, account, credential)
+    owner, provider = names.parse_owned(resource, names.PROVIDER, names.SHARED_PROVIDER)
+    return Subject(SubjectKind.PROVIDER, resource, owner, provider)
+
+
+class SuspensionsService:
+    """See the module."""
+
+    def __init__(self, database: Database, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._database = database
+        self._monotonic = monotonic
+
+    async def get(self, caller: Caller, subject: Subject) -> Suspension:
+        """Return the receipt as it is."""
+        caller.require_account(subject.account)
+        async with self._database.transaction(scope_of(caller)) as work:
+            await _check_exists(work, subject)
+            version = await work.bundles.denial_version(subject.resource)
+            pool = None if subject.account is None else (await work.accounts.get(subject.account)).node_pool
+            return Suspension(
+                subject.resource + _SUFFIX,
+                version is not None,
+                await work.bundles.denials_version() if version is None else version,
+                tuple(await work.nodes.receipts(pool)),
+            )
+
+    async def wait(self, caller: Caller, subject: Subject, timeout_s: float | None) -> Suspension:
+        """Return the receipt when all have confirmed it, or as it is when the time is over (at most a minute)."""
+        ends = self._monotonic() + min(_MAX_WAIT_S if timeout_s is None else timeout_s, _MAX_WAIT_S)
+        while True:
+            found = await self.get(caller, subject)
+            left = ends - self._monotonic()
+            if found.confirmed or left <= 0:
+                return found
+            await asyncio.sleep(min(left, _POLL_S))
+
+
+async def _check_exists(work: Work, subject: Subject) -> None:
+    if subject.kind is SubjectKind.CREDENTIAL and subject.account is not None:
+        await work.smtp_credentials.get(subject.account, subject.item)
+    elif subject.kind is SubjectKind.PROVIDER:
+        await work.providers.get(subject.account, subject.item)
+    else:
+        await work.accounts.get(subject.item)
