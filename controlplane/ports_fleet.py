@@ -486,8 +486,8 @@ class BookStore(Protocol):
         ...
 
     async def forget_books(self, first_day: date, resolved_before: datetime) -> None:
-        """Drop entries of days before `first_day`, findings that were resolved before then, and books of spools that
-        the fleet knows no more.
+        """Drop entries of days before `first_day` whose rows were dropped, findings that were resolved before then, and
+        books of spools that the fleet knows no more.
         """
         ...
 

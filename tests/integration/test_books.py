@@ -19,10 +19,11 @@ import pytest
 from controlplane.adapters.postgres import books as books_module
 from controlplane.adapters.postgres.books import PostgresBooks
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.domain.books import MOST_NAMED, Comparison, FindingKind
 from controlplane.jobs.books import SILENT_AFTER, book_jobs
-from controlplane.ports_fleet import BookHealth, RawBatch, SpoolOpening
+from controlplane.ports_fleet import WAITING_DAYS, BookHealth, RawBatch, SpoolOpening
 from controlplane.services.auditing import Auditor
 from dataplane.adapters.spool_sqlite import SqliteSpool
 from dataplane.core.ids import MessageId, format_message_id
@@ -345,7 +346,15 @@ async def test_books_end_with_the_days_that_are_kept(plane: Plane) -> None:
     await _waiting(plane)
     seen: list[BookHealth] = []
     jobs = {job.name: job for job in book_jobs(plane.store, retention=timedelta(days=30), sampled=seen.append)}
+    first_day = NOW.date() + timedelta(days=1)
 
+    # Its mail waits, and so the day is kept for longer.
+    assert await PostgresJobs(plane.fleet).drop_partitions(first_day) == 0
+    await jobs["forget_books"].run(NOW + timedelta(days=31))
+    (book,) = (await plane.compare()).books
+    assert (book.ledger.entries.accepted, book.ledger.balances, book.agrees) == (3, True, True)
+
+    assert await PostgresJobs(plane.fleet).drop_partitions(first_day + timedelta(days=WAITING_DAYS)) > 0
     await jobs["forget_books"].run(NOW + timedelta(days=30))
     assert len(await fetch(plane.database, "SELECT FROM postroad.book_entries")) == 1
     await jobs["forget_books"].run(NOW + timedelta(days=31))

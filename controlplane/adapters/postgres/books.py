@@ -99,6 +99,11 @@ _RESOLVE_SILENT = """
 UPDATE postroad.book_findings SET resolve_time = $1
 WHERE kind = $2 AND resolve_time IS NULL AND last_seen_time < $1
 """
+# A day whose mail still waits keeps its rows, and with them its entries.
+_FORGET_ENTRIES = """
+DELETE FROM postroad.book_entries
+WHERE day < $1 AND to_regclass('postroad.recipients_' || to_char(day, 'YYYYMMDD')) IS NULL
+"""
 _FORGET_SPOOLS = """
 DELETE FROM postroad.{table} AS b WHERE NOT EXISTS (SELECT FROM postroad.spools AS s WHERE s.spool = b.spool)
 """
@@ -192,7 +197,7 @@ class PostgresBooks:
     async def forget_books(self, first_day: date, resolved_before: datetime) -> None:
         """As the port says."""
         async with self._database.transaction("books_forget") as connection:
-            await connection.execute("DELETE FROM postroad.book_entries WHERE day < $1", first_day)
+            await connection.execute(_FORGET_ENTRIES, first_day)
             await connection.execute("DELETE FROM postroad.book_findings WHERE resolve_time < $1", resolved_before)
             for table in ("books", "book_comparisons"):
                 await connection.execute(_FORGET_SPOOLS.format(table=table))
