@@ -71,8 +71,8 @@ class Plane:
             self.stored = first + len(records) - 1
 
     @contextlib.asynccontextmanager
-    async def comparing(self) -> AsyncIterator[None]:
-        """Go round and round."""
+    async def comparing(self, *, once: bool = False) -> AsyncIterator[None]:
+        """Go round and round, or once: a round that is cut off may store what was so before."""
 
         async def ask(question: WaitingQuestion) -> None:
             account = question.account and f"accounts/{question.account}"
@@ -81,12 +81,17 @@ class Plane:
             totals = [(owner.removeprefix("accounts/"), *rest) for owner, *rest in statement.totals]
             comparer.answered(statement._replace(totals=tuple(totals), without_deadline=tuple(without)))  # type: ignore[arg-type]
 
+        def concluded(comparison: Comparison) -> None:
+            self.compared.put_nowait(comparison)
+            if once:
+                task.cancel()
+
         auditor = Auditor(
             self.store,
             self.now,
             interval_s=0.01,
             report=lambda _, reason: self.reasons.put_nowait(reason),
-            concluded=self.compared.put_nowait,
+            concluded=concluded,
         )
         comparer = auditor.attend(NODE, ask)
         comparer.reports(self.name, taken=True)
@@ -105,7 +110,7 @@ class Plane:
         """One comparison that begins now."""
         while not self.compared.empty():
             self.compared.get_nowait()
-        async with self.comparing(), asyncio.timeout(20):
+        async with self.comparing(once=True), asyncio.timeout(20):
             return await self.compared.get()
 
     async def findings(self, *, resolved: bool = False) -> list[Found]:
