@@ -192,7 +192,7 @@ def test_mail_is_held_shown_cancelled_and_goes_out_at_its_time(stack: LocalStack
     got = stack.json("messages", "get", message)
     assert (got["state"], got["priority"]) == ("RECIPIENT_STATE_SCHEDULED", 5)
     assert got["sendTime"] == found[0]["sendTime"] == got["recipients"][0]["nextAttemptTime"]
-    assert stack.json("messages", "cancel", message)["cancelledCount"] == 1
+    assert stack.json("messages", "cancel", message)["changedCount"] == 1
     short = stack.json("send", "--to", "soon@example.net", "--hold-for", "1", "--follow")["messages"][0]
     times = [datetime.fromisoformat(short[name]) for name in ("acceptTime", "sendTime")]
     assert times[1] - times[0] == timedelta(seconds=1)
