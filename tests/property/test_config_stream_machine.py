@@ -130,6 +130,7 @@ class StreamMachine(RuleBasedStateMachine):
         if fresh_disk:
             self.node = ModelNode(reported=self.node.reported)
         self.repaired: set[bytes] = set()  # once a stream and target
+        self.is_damaged = False  # since this stream began: its Hello tells of what was damaged before
         self.session = Session("edge-1", delta_bytes=STEP_BYTES)
         self.session.config_changed(self.target())
         self.session.denials_changed(self.denials)
@@ -178,11 +179,10 @@ class StreamMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.to_node and not self.to_server)
     @rule()
     def heartbeat(self) -> None:
-        held = digest_of(self.node.held)
-        if held != self.target().digest:
-            # The one repair of this stream and target may be spent on it.
+        if self.is_damaged and "accounts/a" not in self.node.held and not self.unanswered:
+            # The one repair of this stream and target is spent on it.
             self.repaired.add(self.target().digest)
-        self.session.receive_status(held, self.node.denials_version)
+        self.session.receive_status(digest_of(self.node.held), self.node.denials_version)
 
     @precondition(lambda self: not self.to_node and not self.to_server)
     @rule()
@@ -191,6 +191,7 @@ class StreamMachine(RuleBasedStateMachine):
         self.exchange(20)
         was_repaired = self.target().digest in self.repaired
         damaged = self.node.held.pop("accounts/a", None)
+        self.is_damaged = self.is_damaged or damaged is not None
         self.heartbeat()
         self.exchange(20)
         if damaged is not None and not was_repaired and not self.recorded:
