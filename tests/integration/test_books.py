@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import sqlite3
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from dataplane.core.queue import State
 from dataplane.core.waiting import WaitingQuestion
 from support.databases import Database
 from support.fleet import NOW, NOW_MS, accepted, add_node, execute, fetch, fleet_database, message_id
-from support.random_mail import Mail, file_of
+from support.random_mail import Mail, harm
 from support.spools import ManualClock, open_durable
 
 NODE = "node-1"
@@ -125,11 +124,6 @@ class Plane:
         )
         return [(FindingKind(row[0]), row[1], row[2]) for row in rows]
 
-    def harm(self, sql: str, *arguments: object) -> None:
-        """Do something to the spool that nobody should."""
-        with sqlite3.connect(file_of(self.spool)) as database:
-            database.execute(sql, arguments)
-
 
 @pytest.fixture
 async def plane(migrated_database: Database, tmp_path: Path) -> AsyncIterator[Plane]:
@@ -222,7 +216,7 @@ async def test_what_is_gone_from_a_spool_is_named(plane: Plane, deletion: str) -
     lost, *_ = await _waiting(plane)
     assert (await plane.compare()).findings == ()
 
-    plane.harm(deletion, lost)
+    harm(plane.spool, deletion, lost)
 
     (book,) = (await plane.compare()).books
     assert (book.agrees, book.ledger.waiting.count, book.spool_waiting.count) == (False, 3, 2)
@@ -262,7 +256,7 @@ async def test_a_record_that_could_not_be_stored_leaves_its_mail_to_be_named(pla
 
 async def test_what_a_spool_set_aside_is_named_so(plane: Plane) -> None:
     lost, *_ = await _waiting(plane)
-    plane.harm("UPDATE message SET checksum = checksum + 1 WHERE id = ?", lost)
+    harm(plane.spool, "UPDATE message SET checksum = checksum + 1 WHERE id = ?", lost)
     with contextlib.suppress(Exception):
         await plane.spool.load(lost)
 
@@ -274,7 +268,7 @@ async def test_what_a_spool_set_aside_is_named_so(plane: Plane) -> None:
 async def test_who_waits_without_a_time_is_named(plane: Plane) -> None:
     late, *_ = await _waiting(plane)
 
-    plane.harm("UPDATE recipient SET due_ms = 0 WHERE message_id = ?", late)
+    harm(plane.spool, "UPDATE recipient SET due_ms = 0 WHERE message_id = ?", late)
 
     await plane.compare()
     assert await plane.findings() == [_named(FindingKind.NO_DEADLINE, late)]
@@ -282,12 +276,12 @@ async def test_who_waits_without_a_time_is_named(plane: Plane) -> None:
 
 async def test_a_finding_that_is_over_is_resolved_and_kept(plane: Plane) -> None:
     late, *_ = await _waiting(plane)
-    plane.harm("UPDATE recipient SET due_ms = 0 WHERE message_id = ?", late)
+    harm(plane.spool, "UPDATE recipient SET due_ms = 0 WHERE message_id = ?", late)
     await plane.compare()
     await plane.compare()
     assert len(await plane.findings()) == 1
 
-    plane.harm("UPDATE recipient SET due_ms = ? WHERE message_id = ?", NOW_MS, late)
+    harm(plane.spool, "UPDATE recipient SET due_ms = ? WHERE message_id = ?", NOW_MS, late)
     await plane.compare()
 
     assert await plane.findings() == []
@@ -296,7 +290,7 @@ async def test_a_finding_that_is_over_is_resolved_and_kept(plane: Plane) -> None
 
 async def test_many_are_named_in_part_and_counted(plane: Plane) -> None:
     await _waiting(plane, MOST_NAMED + 20)
-    plane.harm("DELETE FROM recipient")
+    harm(plane.spool, "DELETE FROM recipient")
 
     comparison = await plane.compare()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sqlite3
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ from dataplane.core.queue import TERMINAL, State
 from dataplane.core.waiting import BUCKETS, Tally, Waiting, WaitingQuestion, WaitingStatement, bucket_of, tally
 from dataplane.ports import SpoolError
 from postroad.node.v1.ledger_pb2 import LedgerRecord as Message
-from support.random_mail import ACCOUNT, Mail, file_of
+from support.random_mail import ACCOUNT, Mail, harm
 from support.spools import NOW_MS, ManualClock, open_durable
 
 
@@ -80,9 +79,8 @@ async def test_accounts_are_told_apart(spool: SqliteSpool) -> None:
     mail = Mail(spool, random.Random(1))
     message_id = await mail.accept(2)
     await mail.settle(message_id, {})
-    with sqlite3.connect(file_of(spool)) as database:
-        key = make_queue_key("accounts/other", "providers/x")
-        database.execute("UPDATE recipient SET queue_key = ? WHERE idx = 1", (key,))
+    key = make_queue_key("accounts/other", "providers/x")
+    harm(spool, "UPDATE recipient SET queue_key = ? WHERE idx = 1", key)
 
     totals = (await _ask(spool, 1)).totals
 
@@ -102,8 +100,7 @@ async def test_what_a_hand_deleted_waits_no_more(spool: SqliteSpool, deletion: s
     for one in (lost, kept):
         await mail.settle(one, {})
 
-    with sqlite3.connect(file_of(spool)) as database:
-        database.execute(deletion, (lost,))
+    harm(spool, deletion, lost)
 
     named = (await _ask(spool, 2, ACCOUNT, range(BUCKETS))).recipients
     assert [one for _, one in named] == [Waiting(kept, 0)]
@@ -123,8 +120,7 @@ async def test_what_a_hand_deleted_waits_no_more(spool: SqliteSpool, deletion: s
 )
 async def test_who_waits_without_a_time_is_named(spool: SqliteSpool, state: State, due_ms: int, found: bool) -> None:  # noqa: FBT001
     message_id = await Mail(spool, random.Random(3)).accept(1)
-    with sqlite3.connect(file_of(spool)) as database:
-        database.execute("UPDATE recipient SET state = ?, due_ms = ?", (int(state), due_ms))
+    harm(spool, "UPDATE recipient SET state = ?, due_ms = ?", int(state), due_ms)
 
     late = (await _ask(spool, 0)).without_deadline
 
@@ -135,8 +131,7 @@ async def test_what_was_set_aside_is_named(spool: SqliteSpool) -> None:
     mail = Mail(spool, random.Random(4))
     message_id = await mail.accept(1)
     await mail.settle(message_id, {})
-    with sqlite3.connect(file_of(spool)) as database:
-        database.execute("UPDATE message SET checksum = checksum + 1")
+    harm(spool, "UPDATE message SET checksum = checksum + 1")
     with pytest.raises(SpoolError, match="quarantined"):
         await spool.load(message_id)
 
@@ -158,8 +153,7 @@ async def _not_written(spool: SqliteSpool, monkeypatch: pytest.MonkeyPatch) -> i
 
 async def _damaged(spool: SqliteSpool, monkeypatch: pytest.MonkeyPatch) -> int:
     del monkeypatch
-    with sqlite3.connect(file_of(spool)) as database:
-        database.execute("UPDATE outbox SET checksum = checksum + 1")
+    harm(spool, "UPDATE outbox SET checksum = checksum + 1")
     return 1
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
+
+import apsw
 
 from dataplane.adapters.ledger_codec import encode_record
 from dataplane.adapters.spool_sqlite import SqliteSpool
@@ -71,6 +72,14 @@ class Mail:
         await self.settle(message_id, {index: self.choice.choice(ways) for index in picked})
 
 
-def file_of(spool: SqliteSpool) -> Path:
-    """The database of a spool, for hands that are not ours."""
-    return spool._folder / "spool.db"
+def harm(spool: SqliteSpool, sql: str, *arguments: apsw.SQLiteValue) -> None:
+    """Do something to the file of a spool that nobody should.
+
+    With the library that has the file open: another one, in the same process, would not see its locks, and delete the
+    write-ahead log when it closes.
+    """
+    connection = apsw.Connection(str(spool._folder / "spool.db"))
+    try:
+        connection.execute(sql, arguments)
+    finally:
+        connection.close()
