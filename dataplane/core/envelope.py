@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from dataplane.core.idempotency import SubmissionKey
@@ -100,6 +101,7 @@ def make_queue_key(account: str, next_hop: str, priority: int = 0, *, pinned: bo
     return key + _PINNED if pinned else key
 
 
+@lru_cache(maxsize=1024)
 def split_queue_key(queue_key: str) -> tuple[str, str]:
     """Return account and next hop of a key."""
     account, _, rest = queue_key.partition("\t")

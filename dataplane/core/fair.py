@@ -72,10 +72,11 @@ class _Flow(Generic[Item]):
     def next_lane(self) -> int:
         """Where the next item lies: where the priority is higher, else the lane whose turn it is; there is one."""
         lane = self.lane
-        mine, other = self.lanes[lane], self.lanes[lane ^ 1]
-        if not mine:
-            return lane ^ 1
-        return lane ^ 1 if other and other[0][1] > mine[0][1] else lane
+        other = self.lanes[lane ^ 1]
+        if not other:
+            return lane
+        mine = self.lanes[lane]
+        return lane if mine and other[0][1] <= mine[0][1] else lane ^ 1
 
 
 class FairLine(Generic[Item]):

@@ -246,11 +246,10 @@ class Dispatcher:
                 attempt.place += 1
                 self.offer(attempt)
                 return
-        queue_key = attempt.queue_key
-        if not is_pinned(queue_key):
+        rows = attempt.rows
+        if attempt.place > 0 and not is_pinned(attempt.queue_key):
             # What this target put off waits for it, not behind everything that waits for a dead one before it.
-            queue_key = make_queue_key(attempt.message.envelope.account, attempt.provider, attempt.priority)
-        rows = under_key(attempt.rows, queue_key)
+            rows = under_key(rows, make_queue_key(attempt.message.envelope.account, attempt.provider, attempt.priority))
         self._end(attempt, list(zip(rows, verdicts, strict=True)), connection.tls)
 
     # --- ends
