@@ -5,8 +5,9 @@ brake the surplus goes to the disk and is read back, is recorded twice, and cost
 messages in hand (on their way in, or accepted and on their way out in memory) a session that says MAIL is set aside,
 and each one that leaves the hand lets one go on: accounts in turn, so that no account's sessions wait behind all of
 another's. An account of which nothing waits and less than its share is inside goes on at once, up to twice the mark in
-all: who sends little does not wait for those who send as fast as they can. A transaction counts for PERIOD_S to twice
-that: a client that is slow takes nobody's place.
+all: who sends little does not wait for those who send as fast as they can. While several accounts wait the mark is half
+as high: more in hand would serve none of them faster, and make the loop's turns longer for who sends little. A
+transaction counts for PERIOD_S to twice that: a client that is slow takes nobody's place.
 
 That is right only while the loop itself is what is short. A timer looks whether it is: when the loop was idle for a
 part of the time, a few go on; when that is so IDLE_LOOKS times in a row, it is the next hops that are slow. Then all go
@@ -144,13 +145,17 @@ class Turnstile:
 
     def one_left(self) -> None:
         """A message is in hand no more: somebody may go on in its place."""
-        if self.waiting_count and self._held() < self._mark:
+        if self.waiting_count and self._held() < self._room():
             self._let_go(1)
 
     def open(self) -> None:
         """Let everybody go on, a few in each turn of the loop, and nobody wait for a while."""
         self._rest_ends_s = self._clock() + REST_S
         self._let_go(self.waiting_count)
+
+    def _room(self) -> int:
+        """How many messages may be in hand while somebody waits."""
+        return self._mark if len(self._waiting) == 1 else self._mark // 2
 
     def _held(self) -> int:
         return self._in_hand() + sum(self._inside_count)
@@ -213,7 +218,7 @@ class Turnstile:
             self._let_go(self.waiting_count)
         else:
             # Places come free without anybody's leaving as well: slow clients are forgotten.
-            free = AT_ONCE if is_idle else min(AT_ONCE, self._mark - self._held() - self._owed)
+            free = AT_ONCE if is_idle else min(AT_ONCE, self._room() - self._held() - self._owed)
             self._let_go(max(0, free))
         self._look_later()
 

@@ -148,6 +148,28 @@ def test_accounts_take_turns_however_many_sessions_one_has(bench: Bench) -> None
     assert bench.went == ["a1", "b1", "a2"]
 
 
+def test_half_as_much_is_in_hand_while_several_accounts_wait() -> None:
+    bench = Bench(mark=16)
+    bench.wait("a1", "a2", "b1")
+    bench.in_hand = 8
+    bench.one_left()
+    assert bench.went == []
+    bench.in_hand = 7
+    bench.one_left()
+    bench.in_hand = 15
+    assert bench.went == ["a1"]
+    bench.one_left()
+    assert bench.went == ["a1"]
+    bench.in_hand = 7
+    bench.one_left()
+    assert bench.went == ["a1", "b1"]
+
+    # One account is left.
+    bench.in_hand = 15
+    bench.one_left()
+    assert bench.went == ["a1", "b1", "a2"]
+
+
 @pytest.mark.parametrize("others_wait", [True, False])
 def test_who_sends_little_does_not_wait_for_those_who_flood(*, others_wait: bool) -> None:
     bench = Bench(mark=16)
