@@ -38,6 +38,7 @@ from controlplane.adapters.grpc.api import Api, ApiParts, build_api
 from controlplane.adapters.grpc.enrollment import EnrollmentServicer, signer
 from controlplane.adapters.grpc.node_config import NodeConfigServicer
 from controlplane.adapters.grpc.node_ledger import NodeLedgerServicer
+from controlplane.adapters.grpc.node_queue import NodeQueueServicer
 from controlplane.adapters.grpc.transport import API_OPTIONS, NODE_OPTIONS, TlsFiles, server_credentials
 from controlplane.adapters.http.probes import Readiness, add_probes
 from controlplane.adapters.http.server import HttpServer, tls_context
@@ -51,6 +52,7 @@ from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, Fle
 from controlplane.adapters.postgres.leader import PostgresJobs, PostgresLeadership
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.migrate import load_migrations, schema_problems
+from controlplane.adapters.postgres.queue import PostgresQueue
 from controlplane.adapters.postgres.signal import PostgresLedgerSignal
 from controlplane.adapters.redis.functions import RedisFunctions
 from controlplane.adapters.redis.limits import RedisLiveLimits
@@ -68,12 +70,13 @@ from controlplane.services.compile import POOL_KEY_PLACE
 from controlplane.services.enrollment import EnrollmentService
 from controlplane.services.ingest import IngestService
 from controlplane.services.limit_states import NoLiveLimits
+from controlplane.services.queue import QueueService
 from controlplane.services.throttle import LocalRequestBudget
 from controlplane.settings import Settings
 from controlplane.stream.fleet import FleetService
 from controlplane.stream.hub import Hub
 from controlplane.telemetry import Metrics, configure_logging, get_logger
-from postroad.node.v1 import enrollment_service_pb2_grpc, ledger_service_pb2_grpc
+from postroad.node.v1 import enrollment_service_pb2_grpc, ledger_service_pb2_grpc, queue_service_pb2_grpc
 
 AdministrationError = administration.AdministrationError
 commands = administration
@@ -363,6 +366,12 @@ class _ControlPlane:
         )
         self._nodes.add_generic_rpc_handlers((self._config.handler(),))
         ledger_service_pb2_grpc.add_LedgerServiceServicer_to_server(self._ledger, self._nodes)
+        queue = QueueService(
+            PostgresQueue(self._fleet_database, store, self._metrics.queue_changed), _now, time.monotonic
+        )
+        queue_service_pb2_grpc.add_QueueServiceServicer_to_server(
+            NodeQueueServicer(queue, self._fleet, time.monotonic), self._nodes
+        )
 
         ports = (
             self._bind(self._public, "grpc", self._settings.grpc.host, self._settings.grpc.port, self._tls),

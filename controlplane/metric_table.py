@@ -39,6 +39,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("audit_findings", "gauge", "What is wrong with the books now; told by the leader", ("kind",)),
     MetricSpec("audit_age_seconds", "gauge", "Since a spool was last compared; told by the leader", ("spool",)),
     MetricSpec("ledger_duplicates_total", "counter", "Messages that two spools stored under one Idempotency-Key"),
+    MetricSpec("replicated_queue_changes_total", "counter", "What became of mail in the replicated queue", ("change",)),
     MetricSpec("leader", "gauge", "1 while this process runs the jobs"),
     MetricSpec("job_errors_total", "counter", "Runs of jobs that failed", ("job",)),
     MetricSpec("tls_cert_expiry_days", "gauge", "Days until the first certificate of this process ends"),

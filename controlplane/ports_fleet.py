@@ -494,3 +494,102 @@ class BookStore(Protocol):
     async def health(self, now: datetime) -> BookHealth:
         """How the books are."""
         ...
+
+
+# --- replicated queue ----------------------------------------------------------------------------------------------
+
+
+class LeaseLostError(Exception):
+    """The lease has ended, or what was asked for is not under it; nothing was changed."""
+
+
+class BadQueueRequestError(Exception):
+    """What was asked can never be done."""
+
+
+class Lease(NamedTuple):
+    """A lease that is good for so long from now on."""
+
+    epoch: int
+    duration_s: int
+
+
+class QueuedMessage(NamedTuple):
+    """A message as it enters the queue; `content` None where `chunks` of it were put before."""
+
+    record: bytes
+    envelope: bytes
+    content: bytes | None
+    chunks: int
+    sending: bool
+
+
+class ClaimWish(NamedTuple):
+    """Who claims how much; see postroad.node.v1.ClaimMessagesRequest."""
+
+    spool: str
+    epoch: int
+    claim_id: str
+    max_messages: int
+    max_bytes: int
+
+
+class ClaimedRecipient(NamedTuple):
+    """A recipient that is due, and the attempt that may begin."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
+    attempt: int
+    due_ms: int
+
+
+class Claimed(NamedTuple):
+    """A claimed message; `content` None when it must be fetched."""
+
+    message_id: bytes
+    envelope: bytes
+    recipients: tuple[ClaimedRecipient, ...]
+    content: bytes | None
+
+
+class ContentPart(NamedTuple):
+    """Chunks one after the other; `next_chunk` is the first that is missing, 0 for none."""
+
+    data: bytes
+    next_chunk: int
+
+
+class QueueStore(Protocol):
+    """Mail that PostgreSQL owns. LeaseLostError where a lease is named that has ended."""
+
+    async def renew(self, node_id: str, spool: str, epoch: int) -> Lease:
+        """Renew the lease, or begin one where `epoch` is 0 or has ended; SpoolOwnershipError for another's spool."""
+        ...
+
+    async def store_content(self, message_id: bytes, chunk: int, data: bytes) -> None:
+        """Put a piece of a content whose message comes later."""
+        ...
+
+    async def store(
+        self, node_id: str, pool: str, spool: str, epoch: int, messages: Sequence[QueuedMessage], now: datetime
+    ) -> None:
+        """Store messages, all or none, in queue and ledger; BadQueueRequestError for what can never be stored."""
+        ...
+
+    async def claim(
+        self, node_id: str, pool: str, wish: ClaimWish, now: datetime | None, *, adopt: bool
+    ) -> list[Claimed]:
+        """Claim what is due, after claims that were not confirmed and, with `adopt`, ended leases gave theirs back.
+
+        `now` takes the place of the database's clock.
+        """
+        ...
+
+    async def fetch_content(self, node_id: str, spool: str, epoch: int, message_id: bytes, chunk: int) -> ContentPart:
+        """Read a content that the lease holds, from a chunk on."""
+        ...
+
+    async def confirm(
+        self, node_id: str, spool: str, epoch: int, claim_id: str, message_ids: Sequence[bytes]
+    ) -> list[bytes]:
+        """Begin to send what was claimed; returns which of it is still the lease's."""
+        ...

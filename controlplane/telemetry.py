@@ -171,6 +171,10 @@ class Metrics:
         """Two spools stored messages with one Idempotency-Key."""
         self._counters["ledger_duplicates_total"].inc()
 
+    def queue_changed(self, change: str, count: int) -> None:
+        """Something became of so many messages of the replicated queue."""
+        self._counters["replicated_queue_changes_total"].labels(change).inc(count)
+
     def leading(self, *, now: bool) -> None:
         """Whether this process is the leader; what only the leader tells ends with that."""
         self._gauges["leader"].set(1 if now else 0)

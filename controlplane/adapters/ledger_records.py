@@ -29,6 +29,7 @@ _QUEUED = int(State.QUEUED)
 _SCHEDULED = int(State.SCHEDULED)
 _PRIORITIES = range(-9, 10)
 _CONFLICT = int(EventType.CONFLICTING_OUTCOME)
+_UNCERTAIN = int(EventType.UNCERTAIN)
 _ACCOUNT_PREFIX = "accounts/"
 _STORED_TEXT_LIMIT = 4_096
 _HASH_BYTES = 32
@@ -77,6 +78,18 @@ Key = tuple[bytes, int]
 """A recipient: message id, position in the envelope."""
 
 
+class QueueReport(NamedTuple):
+    """What a spool says of a recipient that it holds under a lease; `uncertain`: nobody saw its attempt end."""
+
+    message_id: UUID
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
+    epoch: int
+    state: int
+    attempt: int
+    due_ms: int
+    uncertain: bool
+
+
 class RecordRows:
     """Rows of a run of records. `clean` replaces what PostgreSQL's text cannot hold."""
 
@@ -90,6 +103,8 @@ class RecordRows:
         self.changed: dict[Key, list[Any]] = {}
         self.events: list[tuple[Any, ...]] = []
         self.results: dict[str, CommandProgress] = {}
+        # What concerns the replicated queue; only the newest of a recipient counts there.
+        self.reports: dict[Key, QueueReport] = {}
 
     def add(self, raw: bytes) -> None:
         """Take one record; RecordError leaves everything as it was."""
@@ -122,6 +137,12 @@ class RecordRows:
             row = [message_id, index, account, "", update.state, update.attempts, update.next_attempt_ms]
             row += [update.update_ms, *self._outcome(last_event.get(index))]
             self._change((record.message_id, index), row)
+            if record.epoch:
+                last = last_event.get(index)
+                uncertain = last is not None and last.type == _UNCERTAIN
+                self.reports[(record.message_id, index)] = QueueReport(
+                    *(message_id, index, record.epoch, update.state, update.attempts, update.next_attempt_ms, uncertain)
+                )
 
     def _check(self, record: LedgerRecord) -> None:
         raw_id = record.message_id

@@ -42,6 +42,14 @@ class Durability(IntEnum):
     REPLICATED = 2
 
 
+class UncertainPolicy(IntEnum):
+    """Numbers as in postroad.control.v1.Account.UncertainPolicy."""
+
+    UNSPECIFIED = 0
+    RETRY = 1
+    HOLD = 2
+
+
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """Seconds; None takes the default."""
@@ -66,6 +74,7 @@ class Account:
     node_pool: str = ""
     retry_policy: RetryPolicy = RetryPolicy()
     delivery_weight: int = 1
+    uncertain_policy: UncertainPolicy = UncertainPolicy.RETRY
     meta: Meta = Meta()
 
 
@@ -77,6 +86,7 @@ ACCOUNT_FIELDS = Fields(
         "durability": Field("durability"),
         "node_pool": Field("node_pool"),
         "delivery_weight": Field("delivery_weight"),
+        "uncertain_policy": Field("uncertain_policy"),
         "retry_policy": Field(
             "retry_policy",
             {

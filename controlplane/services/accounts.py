@@ -12,7 +12,6 @@ from dataclasses import replace
 from controlplane.domain import names
 from controlplane.domain.access import OPERATOR_FIELDS, Caller
 from controlplane.domain.errors import (
-    FailedPreconditionError,
     NotFoundError,
     PermissionDeniedError,
     Reason,
@@ -26,6 +25,7 @@ from controlplane.domain.resources import (
     Account,
     AccountState,
     Durability,
+    UncertainPolicy,
 )
 from controlplane.ports import Database, Work, scope_of
 from controlplane.services.compile import BundleCompiler, Edited, refuse
@@ -156,16 +156,13 @@ class AccountsService:
 def _checked(account: Account) -> Account:
     """Fill in defaults and refuse what no account may have; the rest is for the compiler."""
     check_display_name(account.display_name, "account.display_name")
-    if account.durability is Durability.REPLICATED:
-        raise FailedPreconditionError(
-            Reason.REPLICATION_UNAVAILABLE, "this deployment has no replicated queue", subject="account.durability"
-        )
     domains = tuple(domain.lower() for domain in account.sender_domains)
     # Before the database sees them: it would refuse what it cannot hold in words of its own.
     refuse([*validate_sender_domains(domains), *validate_account_networks(account.networks)], _EDITED)
     return replace(
         account,
-        durability=Durability.LOCAL,
+        durability=account.durability or Durability.LOCAL,
+        uncertain_policy=account.uncertain_policy or UncertainPolicy.RETRY,
         node_pool=account.node_pool or DEFAULT_NODE_POOL,
         sender_domains=domains,
     )

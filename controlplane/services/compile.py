@@ -16,7 +16,7 @@ from controlplane.domain import names
 from controlplane.domain.errors import InvalidArgumentError, Reason, Violation
 from controlplane.domain.limits import config_of as limit_config
 from controlplane.domain.messages import milliseconds_at
-from controlplane.domain.resources import Account, NodePool, Provider, RoutingRule, SmtpCredential
+from controlplane.domain.resources import Account, Durability, NodePool, Provider, RoutingRule, SmtpCredential
 from controlplane.ports import BundleEncoder, Sealer, Work
 from dataplane.core import config
 from dataplane.core.policy import compile_account, compile_networks
@@ -81,6 +81,7 @@ class BundleCompiler:
             ),
             limits=tuple(limit_config(one) for one in await work.limits.list_all(account.account)),
             delivery_weight=account.delivery_weight,
+            replicated=account.durability is Durability.REPLICATED,
         )
         refuse(config.validate_account(value), edited)
         compile_account(value)

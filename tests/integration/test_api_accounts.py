@@ -215,10 +215,27 @@ async def test_networks_of_two_accounts_never_overlap(stack: ApiStack) -> None:
     assert (binding.network, binding.account) == ("10.1.0.0/16", "accounts/first")
 
 
-async def test_replicated_durability_is_refused_while_there_is_no_replicated_queue(stack: ApiStack) -> None:
+async def test_durability_reaches_the_bundle_and_both_choices_are_kept(stack: ApiStack) -> None:
+    plain = await stack.operator.account("CreateAccount", create("plain"))
+    assert (plain.durability, plain.uncertain_policy) == (
+        pb.Account.DURABILITY_LOCAL,
+        pb.Account.UNCERTAIN_POLICY_RETRY,
+    )
     request = create("acme", durability=pb.Account.DURABILITY_REPLICATED)
-    error = await stack.operator.refused(stack.operator.account("CreateAccount", request))
-    assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "REPLICATION_UNAVAILABLE")
+    request.account.uncertain_policy = pb.Account.UNCERTAIN_POLICY_HOLD
+    account = await stack.operator.account("CreateAccount", request)
+    assert account.uncertain_policy == pb.Account.UNCERTAIN_POLICY_HOLD
+    (row,) = await stack.as_superuser("SELECT content FROM postroad.config_bundles WHERE bundle = 'accounts/acme'")
+    assert bundle_pb2.AccountBundle.FromString(row["content"]).replicated
+    account.durability = pb.Account.DURABILITY_LOCAL
+    mask = FieldMask(paths=["durability"])
+    changed = await stack.operator.account(
+        "UpdateAccount", service.UpdateAccountRequest(account=account, update_mask=mask)
+    )
+    assert (changed.durability, changed.uncertain_policy) == (
+        pb.Account.DURABILITY_LOCAL,
+        pb.Account.UNCERTAIN_POLICY_HOLD,
+    )
 
 
 async def test_suspending_is_a_denial_and_resuming_lifts_it(stack: ApiStack) -> None:

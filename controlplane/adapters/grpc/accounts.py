@@ -10,13 +10,14 @@ from controlplane.adapters.grpc import convert
 from controlplane.adapters.grpc.context import caller
 from controlplane.domain import names
 from controlplane.domain.errors import invalid
-from controlplane.domain.resources import ACCOUNT_FIELDS, Account, Durability, RetryPolicy
+from controlplane.domain.resources import ACCOUNT_FIELDS, Account, Durability, RetryPolicy, UncertainPolicy
 from controlplane.services.accounts import AccountsService
 from postroad.control.v1 import account_pb2 as pb
 from postroad.control.v1 import account_service_pb2 as service_pb
 from postroad.control.v1 import account_service_pb2_grpc as service_grpc
 
 _DURABILITIES = frozenset(durability.value for durability in Durability)
+_UNCERTAIN_POLICIES = frozenset(policy.value for policy in UncertainPolicy)
 
 
 class AccountHandlers(service_grpc.AccountServiceServicer):
@@ -81,6 +82,8 @@ def read_account(message: pb.Account, account: str) -> Account:
     policy = message.retry_policy
     if int(message.durability) not in _DURABILITIES:
         raise invalid("account.durability", "is not known")
+    if int(message.uncertain_policy) not in _UNCERTAIN_POLICIES:
+        raise invalid("account.uncertain_policy", "is not known")
     pool = message.node_pool
     return Account(
         account=account,
@@ -96,6 +99,7 @@ def read_account(message: pb.Account, account: str) -> Account:
             lifetime_s=convert.from_duration(policy, "lifetime"),
         ),
         delivery_weight=message.delivery_weight or 1,
+        uncertain_policy=UncertainPolicy(message.uncertain_policy),
     )
 
 
@@ -112,6 +116,7 @@ def write_account(account: Account) -> pb.Account:
         durability=pb.Account.Durability.ValueType(account.durability),
         node_pool=names.format_name(names.NODE_POOL, account.node_pool),
         delivery_weight=account.delivery_weight,
+        uncertain_policy=pb.Account.UncertainPolicy.ValueType(account.uncertain_policy),
     )
     if policy != RetryPolicy():
         message.retry_policy.CopyFrom(

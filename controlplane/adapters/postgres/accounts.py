@@ -16,7 +16,7 @@ from controlplane.adapters.postgres.session import Session
 from controlplane.domain import names
 from controlplane.domain.errors import FailedPreconditionError, NotFoundError, Reason
 from controlplane.domain.etags import Etag
-from controlplane.domain.resources import Account, AccountState, Durability, RetryPolicy
+from controlplane.domain.resources import Account, AccountState, Durability, RetryPolicy, UncertainPolicy
 
 _SELECT = """
 SELECT a.*,
@@ -66,9 +66,9 @@ class AccountsRepository:
             """
             INSERT INTO postroad.accounts (
                 account, display_name, durability, node_pool, retry_base_s, retry_factor, retry_cap_s, retry_lifetime_s,
-                delivery_weight, messages_since
+                delivery_weight, uncertain_policy, messages_since
             )
-            SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9,
+            SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10,
                 (SELECT transaction_timestamp() FROM postroad.former_accounts WHERE account = $1)
             """,
             *(account.account, *_values(account)),
@@ -84,7 +84,8 @@ class AccountsRepository:
             """
             UPDATE postroad.accounts
             SET display_name = $4, durability = $5, node_pool = $6, retry_base_s = $7, retry_factor = $8,
-                retry_cap_s = $9, retry_lifetime_s = $10, delivery_weight = $11
+                retry_cap_s = $9, retry_lifetime_s = $10, delivery_weight = $11,
+                uncertain_policy = $12
             WHERE account = $1 AND left(uid::text, 8) = $2 AND version = $3
             RETURNING 1
             """,
@@ -204,7 +205,14 @@ def _values(account: Account) -> tuple[object, ...]:
     policy = account.retry_policy
     return (
         *(account.display_name, account.durability, account.node_pool),
-        *(policy.base_s, policy.factor, policy.cap_s, policy.lifetime_s, account.delivery_weight),
+        *(
+            policy.base_s,
+            policy.factor,
+            policy.cap_s,
+            policy.lifetime_s,
+            account.delivery_weight,
+            account.uncertain_policy,
+        ),
     )
 
 
@@ -220,5 +228,6 @@ def _account(row: asyncpg.Record) -> Account:
         node_pool=row["node_pool"],
         retry_policy=RetryPolicy(row["retry_base_s"], row["retry_factor"], row["retry_cap_s"], row["retry_lifetime_s"]),
         delivery_weight=row["delivery_weight"],
+        uncertain_policy=UncertainPolicy(row["uncertain_policy"]),
         meta=meta_of(row),
     )

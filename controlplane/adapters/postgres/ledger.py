@@ -14,7 +14,9 @@ UnavailableError leaves everything as it was.
     newer incarnation                       stored: the worker was restarted
     another node's spool                    refused: NOT_OWNED
 
-A spool speaks of messages that it accepted itself: what it says of others' is set aside, whoever's they are.
+A spool speaks of messages that it accepted itself, or that move between spools (REPLICATED): what it says of others'
+is set aside, whoever's they are. What it says of mail that it holds under a lease changes the replicated queue in the
+same transaction.
 A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
 What was accepted and what ended is entered into the spool's books by the statement that moves the cursor.
 
@@ -43,6 +45,7 @@ from controlplane.adapters.ledger_records import (
 )
 from controlplane.adapters.postgres.book_entries import BY_DAY, ENTER, Entered
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.queue_reports import apply_reports
 from controlplane.adapters.postgres.session import Connection
 from controlplane.ports_fleet import (
     WAITING_DAYS,
@@ -71,9 +74,9 @@ _WINDOW = "interval '24 hours'"
 _INSERT_MESSAGES = f"""
 INSERT INTO postroad.messages (
     message_id, account, accept_time, sender, size_bytes, header_message_id, subject, credential, client_address,
-    client_helo, client_tls, session, send_time, priority, node, spool
+    client_helo, client_tls, session, send_time, priority, node, spool, replicated
 )
-SELECT m, a, {_EPOCH} t, s, z, h, j, c, ca, ch, ct, n, CASE WHEN x > 0 THEN {_EPOCH} x END, p, $15, $16
+SELECT m, a, {_EPOCH} t, s, z, h, j, c, ca, ch, ct, n, CASE WHEN x > 0 THEN {_EPOCH} x END, p, $15, $16, $17
 FROM unnest(
     $1::uuid[], $2::text[], $3::bigint[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::text[],
     $10::text[], $11::text[], $12::text[], $13::bigint[], $14::smallint[]
@@ -138,7 +141,7 @@ FROM unnest(
 _COUNT_OWN = """
 SELECT count(*)
 FROM postroad.messages AS m JOIN unnest($1::uuid[], $2::text[]) AS u (i, a) ON m.message_id = u.i AND m.account = u.a
-WHERE m.message_id BETWEEN $3 AND $4 AND m.spool = $5
+WHERE m.message_id BETWEEN $3 AND $4 AND (m.spool = $5 OR m.replicated)
 """
 _MOVE_CURSOR = f"""
 WITH entered AS ({ENTER})
@@ -243,12 +246,11 @@ class PostgresLedger:
 
     async def store(self, node_id: str, batch: RawBatch, now: datetime) -> Stored:
         """As `LedgerStore.store`."""
-        now_ms = int(now.timestamp() * 1000)
-        bounds = IdBounds(now_ms - self._kept_ms, now_ms + DAY_MS)
+        bounds = self.bounds(now)
         records = list(enumerate(batch.records, batch.first_record))
         # Before the spool's row is locked: the lock is held for the database's part only.
         decoded = _decode(records, bounds)
-        await self._prepare_days(decoded.rows.days(), bounds)
+        await self.prepare_days(decoded.rows.days(), bounds)
         async with self._database.transaction("ledger_store") as connection:
             row = await connection.fetchrow(_LOCK, UUID(batch.spool))
             if row is None or row["node"] != node_id:
@@ -281,13 +283,25 @@ class PostgresLedger:
         self._report(opening.spool, "MISSING", text)
         return opening.oldest_record - 1
 
-    async def _prepare_days(self, days: set[int], bounds: IdBounds) -> None:
+    def bounds(self, now: datetime) -> IdBounds:
+        """Which messages can be stored."""
+        now_ms = int(now.timestamp() * 1000)
+        return IdBounds(now_ms - self._kept_ms, now_ms + DAY_MS)
+
+    async def prepare_days(self, days: set[int], bounds: IdBounds) -> None:
         """Make partitions that the leader did not: a node may report mail of days on which nobody led."""
         for day in sorted(days - self._days_ready):
             async with self._database.transaction("ledger_partitions") as connection:
                 await connection.execute("SELECT postroad.ensure_partitions(date '1970-01-01' + $1::integer, 1)", day)
             self._days_ready.add(day)
         self._days_ready = {day for day in self._days_ready if day >= bounds.first_ms // DAY_MS}
+
+
+async def insert_replicated(connection: Connection, rows: RecordRows, node_id: str, spool: UUID) -> None:
+    """Record messages that are accepted into the queue in this transaction."""
+    await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 14), node_id, spool, True)
+    await connection.execute(_INSERT_RECIPIENTS, *columns(rows.accepted.values(), 12))
+    await connection.execute("SELECT pg_notify('postroad_ledger', '')")
 
 
 class _Reject(NamedTuple):
@@ -382,7 +396,8 @@ class _Writer:
         connection, entered = self._connection, Entered()
         new: set[tuple[Any, ...]] = set()
         if rows.messages:
-            answer = await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 14), self._node_id, self._spool)
+            own = (self._node_id, self._spool, False)
+            answer = await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 14), *own)
             if _count(answer) == len(rows.messages):
                 new = {row[:2] for row in rows.messages}
         await self._check_own(rows, new)
@@ -396,6 +411,8 @@ class _Writer:
             events = events + await self._update(list(rows.changed.values()), entered)
         if events:
             await connection.execute(_INSERT_EVENTS, *columns(events, 18), self._node_id, self._spool)
+        if rows.reports:
+            await apply_reports(connection, self._spool, list(rows.reports.values()))
         if rows.results:
             progress = columns(rows.results.values(), 6)
             await connection.execute(_UPDATE_COMMANDS, *progress, self._spool, self._now)

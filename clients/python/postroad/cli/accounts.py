@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -29,6 +30,31 @@ ACCOUNT = Kind(
     ),
 )
 
+
+class Durability(StrEnum):
+    """As postroad.control.v1.Account.Durability."""
+
+    LOCAL = "local"
+    REPLICATED = "replicated"
+
+    @property
+    def value_sent(self) -> Account.Durability.ValueType:
+        """The number that travels."""
+        return Account.Durability.Value(f"DURABILITY_{self.name}")
+
+
+class Uncertain(StrEnum):
+    """As postroad.control.v1.Account.UncertainPolicy."""
+
+    RETRY = "retry"
+    HOLD = "hold"
+
+    @property
+    def value_sent(self) -> Account.UncertainPolicy.ValueType:
+        """The number that travels."""
+        return Account.UncertainPolicy.Value(f"UNCERTAIN_POLICY_{self.name}")
+
+
 app = typer.Typer(
     no_args_is_help=True, help="Accounts: the tenants that own credentials, providers, rules and messages."
 )
@@ -47,23 +73,38 @@ Weight = Annotated[
     int | None,
     typer.Option("--delivery-weight", min=1, max=100, help="Turns of delivery beside other accounts; operators only"),
 ]
+Durable = Annotated[
+    Durability | None,
+    typer.Option(help="Where mail is stored before its 250: on the node's disk, or in PostgreSQL too; operators only"),
+]
+WhenUncertain = Annotated[
+    Uncertain | None,
+    typer.Option(help="What becomes of replicated mail that a lost node was sending: it may have arrived, or not"),
+]
 Pool = Annotated[str | None, typer.Option("--pool", help="Node pool that serves the account")]
 
 
 @app.command("create")
 def create_account(
     context: typer.Context,
+    *,
     account_id: Annotated[str, typer.Argument(help="Lower-case letters, digits and '-'")],
     sender_domain: SenderDomains = None,
     network: Networks = None,
     display_name: DisplayName = None,
     pool: Pool = None,
     delivery_weight: Weight = None,
+    durability: Durable = None,
+    uncertain_policy: WhenUncertain = None,
 ) -> None:
     """Create an account."""
     session = session_of(context)
     account = Account(display_name=display_name or "", sender_domains=sender_domain or [], networks=network or [])
     account.delivery_weight = delivery_weight or 0
+    if durability:
+        account.durability = durability.value_sent
+    if uncertain_policy:
+        account.uncertain_policy = uncertain_policy.value_sent
     if pool:
         account.node_pool = session.name("nodePools", pool, "")
     show(session, ACCOUNT, create(session, ACCOUNT, account_id, account))
@@ -79,6 +120,8 @@ def update_account(
     display_name: DisplayName = None,
     pool: Pool = None,
     delivery_weight: Weight = None,
+    durability: Durable = None,
+    uncertain_policy: WhenUncertain = None,
     no_sender_domains: Annotated[bool, typer.Option("--no-sender-domains", help="Remove all")] = False,
     no_networks: Annotated[bool, typer.Option("--no-networks", help="Remove all")] = False,
 ) -> None:
@@ -93,6 +136,8 @@ def update_account(
             networks=[] if no_networks else network or None,
             node_pool=session.name("nodePools", pool, "") if pool else None,
             delivery_weight=delivery_weight,
+            durability=durability.value_sent if durability else None,
+            uncertain_policy=uncertain_policy.value_sent if uncertain_policy else None,
         )
 
     show(session, ACCOUNT, update(session, ACCOUNT, ACCOUNT.name(session, name), change))

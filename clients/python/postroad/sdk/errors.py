@@ -187,7 +187,6 @@ BY_REASON: Mapping[str, type[PostroadError]] = {
     "PROVIDER_SUSPENDED": FailedPreconditionError,
     "LIMIT_TAKEN": FailedPreconditionError,
     "LIMIT_SUBJECT_MISSING": FailedPreconditionError,
-    "REPLICATION_UNAVAILABLE": FailedPreconditionError,
     "LAST_OPERATOR_KEY": FailedPreconditionError,
     "KEY_REVOKED": FailedPreconditionError,
     "CONCURRENT_EDIT": AbortedError,

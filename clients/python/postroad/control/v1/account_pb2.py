@@ -28,7 +28,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!postroad/control/v1/account.proto\x12\x13postroad.control.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdc\x05\n\x07\x41\x63\x63ount\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x11\n\x03uid\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x37\n\x05state\x18\x04 \x01(\x0e\x32\".postroad.control.v1.Account.StateB\x04\xe2\x41\x01\x03\x12\x1c\n\x0esuspend_reason\x18\x05 \x01(\tB\x04\xe2\x41\x01\x03\x12\x16\n\x0esender_domains\x18\x06 \x03(\t\x12\x10\n\x08networks\x18\x07 \x03(\t\x12;\n\ndurability\x18\x08 \x01(\x0e\x32\'.postroad.control.v1.Account.Durability\x12)\n\tnode_pool\x18\t \x01(\tB\x16\xfa\x41\x13\n\x11postroad/NodePool\x12\x36\n\x0cretry_policy\x18\n \x01(\x0b\x32 .postroad.control.v1.RetryPolicy\x12\x35\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x0c\n\x04\x65tag\x18\r \x01(\t\x12\x17\n\x0f\x64\x65livery_weight\x18\x0e \x01(\x05\"E\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_ACTIVE\x10\x01\x12\x13\n\x0fSTATE_SUSPENDED\x10\x02\"Y\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44URABILITY_LOCAL\x10\x01\x12\x19\n\x15\x44URABILITY_REPLICATED\x10\x02:<\xea\x41\x39\n\x10postroad/Account\x12\x12\x61\x63\x63ounts/{account}*\x08\x61\x63\x63ounts2\x07\x61\x63\x63ount\"\x9b\x01\n\x0bRetryPolicy\x12\'\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x66\x61\x63tor\x18\x02 \x01(\x01\x12&\n\x03\x63\x61p\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08lifetime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Durationb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!postroad/control/v1/account.proto\x12\x13postroad.control.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x90\x07\n\x07\x41\x63\x63ount\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x11\n\x03uid\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x37\n\x05state\x18\x04 \x01(\x0e\x32\".postroad.control.v1.Account.StateB\x04\xe2\x41\x01\x03\x12\x1c\n\x0esuspend_reason\x18\x05 \x01(\tB\x04\xe2\x41\x01\x03\x12\x16\n\x0esender_domains\x18\x06 \x03(\t\x12\x10\n\x08networks\x18\x07 \x03(\t\x12;\n\ndurability\x18\x08 \x01(\x0e\x32\'.postroad.control.v1.Account.Durability\x12)\n\tnode_pool\x18\t \x01(\tB\x16\xfa\x41\x13\n\x11postroad/NodePool\x12\x36\n\x0cretry_policy\x18\n \x01(\x0b\x32 .postroad.control.v1.RetryPolicy\x12\x35\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x0c\n\x04\x65tag\x18\r \x01(\t\x12\x17\n\x0f\x64\x65livery_weight\x18\x0e \x01(\x05\x12\x46\n\x10uncertain_policy\x18\x0f \x01(\x0e\x32,.postroad.control.v1.Account.UncertainPolicy\"E\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_ACTIVE\x10\x01\x12\x13\n\x0fSTATE_SUSPENDED\x10\x02\"Y\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44URABILITY_LOCAL\x10\x01\x12\x19\n\x15\x44URABILITY_REPLICATED\x10\x02\"j\n\x0fUncertainPolicy\x12 \n\x1cUNCERTAIN_POLICY_UNSPECIFIED\x10\x00\x12\x1a\n\x16UNCERTAIN_POLICY_RETRY\x10\x01\x12\x19\n\x15UNCERTAIN_POLICY_HOLD\x10\x02:<\xea\x41\x39\n\x10postroad/Account\x12\x12\x61\x63\x63ounts/{account}*\x08\x61\x63\x63ounts2\x07\x61\x63\x63ount\"\x9b\x01\n\x0bRetryPolicy\x12\'\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x66\x61\x63tor\x18\x02 \x01(\x01\x12&\n\x03\x63\x61p\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08lifetime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Durationb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,11 +52,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACCOUNT']._loaded_options = None
   _globals['_ACCOUNT']._serialized_options = b'\352A9\n\020postroad/Account\022\022accounts/{account}*\010accounts2\007account'
   _globals['_ACCOUNT']._serialized_start=184
-  _globals['_ACCOUNT']._serialized_end=916
-  _globals['_ACCOUNT_STATE']._serialized_start=694
-  _globals['_ACCOUNT_STATE']._serialized_end=763
-  _globals['_ACCOUNT_DURABILITY']._serialized_start=765
-  _globals['_ACCOUNT_DURABILITY']._serialized_end=854
-  _globals['_RETRYPOLICY']._serialized_start=919
-  _globals['_RETRYPOLICY']._serialized_end=1074
+  _globals['_ACCOUNT']._serialized_end=1096
+  _globals['_ACCOUNT_STATE']._serialized_start=766
+  _globals['_ACCOUNT_STATE']._serialized_end=835
+  _globals['_ACCOUNT_DURABILITY']._serialized_start=837
+  _globals['_ACCOUNT_DURABILITY']._serialized_end=926
+  _globals['_ACCOUNT_UNCERTAINPOLICY']._serialized_start=928
+  _globals['_ACCOUNT_UNCERTAINPOLICY']._serialized_end=1034
+  _globals['_RETRYPOLICY']._serialized_start=1099
+  _globals['_RETRYPOLICY']._serialized_end=1254
 # @@protoc_insertion_point(module_scope)

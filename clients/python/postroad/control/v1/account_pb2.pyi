@@ -63,8 +63,8 @@ class Account(_message.Message):
         DURABILITY_LOCAL: Account._Durability.ValueType  # 1
         """On the disk of the node that accepted it."""
         DURABILITY_REPLICATED: Account._Durability.ValueType  # 2
-        """In PostgreSQL as well. Refused with FAILED_PRECONDITION while the
-        deployment has no replicated queue.
+        """In PostgreSQL, too: it survives the loss of the node, and waits while
+        PostgreSQL is away. A change concerns mail that comes after it.
         """
 
     class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
@@ -75,9 +75,34 @@ class Account(_message.Message):
     DURABILITY_LOCAL: Account.Durability.ValueType  # 1
     """On the disk of the node that accepted it."""
     DURABILITY_REPLICATED: Account.Durability.ValueType  # 2
-    """In PostgreSQL as well. Refused with FAILED_PRECONDITION while the
-    deployment has no replicated queue.
+    """In PostgreSQL, too: it survives the loss of the node, and waits while
+    PostgreSQL is away. A change concerns mail that comes after it.
     """
+
+    class _UncertainPolicy:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _UncertainPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Account._UncertainPolicy.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        UNCERTAIN_POLICY_UNSPECIFIED: Account._UncertainPolicy.ValueType  # 0
+        """On input: RETRY."""
+        UNCERTAIN_POLICY_RETRY: Account._UncertainPolicy.ValueType  # 1
+        """It is sent again: it may arrive twice."""
+        UNCERTAIN_POLICY_HOLD: Account._UncertainPolicy.ValueType  # 2
+        """It is held until it is cancelled: it may not have arrived at all."""
+
+    class UncertainPolicy(_UncertainPolicy, metaclass=_UncertainPolicyEnumTypeWrapper):
+        """What becomes of REPLICATED mail that was being sent when its node was lost,
+        so that nobody knows whether it arrived.
+        """
+
+    UNCERTAIN_POLICY_UNSPECIFIED: Account.UncertainPolicy.ValueType  # 0
+    """On input: RETRY."""
+    UNCERTAIN_POLICY_RETRY: Account.UncertainPolicy.ValueType  # 1
+    """It is sent again: it may arrive twice."""
+    UNCERTAIN_POLICY_HOLD: Account.UncertainPolicy.ValueType  # 2
+    """It is held until it is cancelled: it may not have arrived at all."""
 
     NAME_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
@@ -93,6 +118,7 @@ class Account(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     DELIVERY_WEIGHT_FIELD_NUMBER: _builtins.int
+    UNCERTAIN_POLICY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`accounts/{account}`; the id is chosen by the caller: 1 to 63 of a-z, 0-9
     and '-', beginning with a letter, not ending with '-'.
@@ -117,6 +143,8 @@ class Account(_message.Message):
     """The account's share of delivery beside others that wait: one of 2 is given
     twice the turns of one of 1. 1 to 100, 1 unless set; operators change it.
     """
+    uncertain_policy: Global___Account.UncertainPolicy.ValueType
+    """RETRY unless said otherwise."""
     @_builtins.property
     def sender_domains(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Domains that this account may use in MAIL FROM and in From. `example.com`
@@ -161,10 +189,11 @@ class Account(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         delivery_weight: _builtins.int = ...,
+        uncertain_policy: Global___Account.UncertainPolicy.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "retry_policy", b"retry_policy", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delivery_weight", b"delivery_weight", "display_name", b"display_name", "durability", b"durability", "etag", b"etag", "name", b"name", "networks", b"networks", "node_pool", b"node_pool", "retry_policy", b"retry_policy", "sender_domains", b"sender_domains", "state", b"state", "suspend_reason", b"suspend_reason", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delivery_weight", b"delivery_weight", "display_name", b"display_name", "durability", b"durability", "etag", b"etag", "name", b"name", "networks", b"networks", "node_pool", b"node_pool", "retry_policy", b"retry_policy", "sender_domains", b"sender_domains", "state", b"state", "suspend_reason", b"suspend_reason", "uid", b"uid", "uncertain_policy", b"uncertain_policy", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -165,10 +165,16 @@ class LedgerRecord(_message.Message):
     RECIPIENTS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     COMMAND_RESULT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
     """UUIDv7, 16 bytes; empty on a pure command result."""
     account: _builtins.str
     """`accounts/{account}`."""
+    epoch: _builtins.int
+    """The lease under which the spool held a REPLICATED message, 0 for a LOCAL
+    one. What `recipients` says goes to the queue only if the queue still says
+    that this lease holds it.
+    """
     @_builtins.property
     def accepted(self) -> Global___AcceptedMessage:
         """In the first record of a message only."""
@@ -194,10 +200,11 @@ class LedgerRecord(_message.Message):
         recipients: _abc.Iterable[Global___RecipientUpdate] | None = ...,
         events: _abc.Iterable[Global___AttemptEvent] | None = ...,
         command_result: Global___CommandResult | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "command_result", b"command_result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "account", b"account", "command_result", b"command_result", "events", b"events", "message_id", b"message_id", "recipients", b"recipients"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "account", b"account", "command_result", b"command_result", "epoch", b"epoch", "events", b"events", "message_id", b"message_id", "recipients", b"recipients"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

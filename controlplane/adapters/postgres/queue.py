@@ -1,0 +1,278 @@
+"""The replicated queue in PostgreSQL: leases, messages as they come, and claims of them.
+
+Contract. Implements `ports_fleet.QueueStore`; every method is one transaction on the database's clock. `LeaseLostError`
+for a lease that has ended, another spool's, and what it does not hold: nothing was changed then. Of accounts that wait
+each gives at most CLAIMED_OF_ACCOUNT messages to a claim, oldest first, so that a flood of one account leaves room for
+the others. Two claims never give the same message: rows that another transaction has locked are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from controlplane.adapters.ledger_records import RecordError, RecordRows, columns
+from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.ledger import PostgresLedger, insert_replicated
+from controlplane.adapters.postgres.queue_reports import return_ended
+from controlplane.adapters.postgres.session import Connection
+from controlplane.ports_fleet import (
+    BadQueueRequestError,
+    Claimed,
+    ClaimedRecipient,
+    ClaimWish,
+    ContentPart,
+    Lease,
+    LeaseLostError,
+    QueuedMessage,
+    SpoolOwnershipError,
+)
+from dataplane.core.queue import State
+
+LEASE_S = 15
+CLAIMED_OF_ACCOUNT = 20
+_PART_BYTES = 4 * 1024 * 1024
+_QUEUED, _SENDING, _HELD = int(State.QUEUED), int(State.SENDING), int(State.HELD)
+_BAD_CONTENT = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, OverflowError, ValueError)
+
+_OWN_SPOOL = "SELECT node, accepted FROM postroad.spools WHERE spool = $1 FOR KEY SHARE"
+_RENEW = f"""
+UPDATE postroad.node_leases SET lease_until = clock_timestamp() + interval '{LEASE_S} s'
+WHERE epoch = $1 AND spool = $2 AND lease_until > clock_timestamp()
+RETURNING epoch
+"""
+_BEGIN = f"""
+INSERT INTO postroad.node_leases (spool, node, lease_until)
+VALUES ($1, $2, clock_timestamp() + interval '{LEASE_S} s') RETURNING epoch
+"""
+# Kept from being deleted until what names it is committed.
+_HAS_LEASE = """
+SELECT 1 FROM postroad.node_leases WHERE epoch = $1 AND spool = $2 AND node = $3 AND lease_until > clock_timestamp()
+FOR KEY SHARE
+"""
+_OF_POOL = "SELECT count(*) FROM postroad.accounts WHERE account = ANY ($1) AND node_pool = $2"
+_INSERT_QUEUE = """
+INSERT INTO postroad.replicated_queue (message_id, account, size_bytes, envelope, due_time, epoch)
+SELECT m, a, s, e, $6, CASE WHEN h THEN $7::bigint END
+FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::bytea[], $5::boolean[]) AS u (m, a, s, e, h)
+"""
+_INSERT_RECIPIENTS = f"""
+INSERT INTO postroad.queue_recipients (message_id, recipient_index, state, attempt, due_time)
+SELECT m, i, CASE WHEN h THEN {_SENDING} ELSE {_QUEUED} END, CASE WHEN h THEN 1 ELSE 0 END, $4
+FROM unnest($1::uuid[], $2::integer[], $3::boolean[]) AS u (m, i, h)
+"""
+_INSERT_CONTENTS = """
+INSERT INTO postroad.queue_contents (message_id, chunk, data)
+SELECT m, 0, d FROM unnest($1::uuid[], $2::bytea[]) AS u (m, d)
+"""
+_COUNT_CHUNKS = "SELECT count(*) FROM postroad.queue_contents WHERE message_id = $1 AND chunk < $2"
+# The accounts that wait, each found by one step down the index, then the oldest of each that is due.
+CLAIM = f"""
+WITH RECURSIVE waiting (account) AS (
+    (SELECT account FROM postroad.replicated_queue WHERE epoch IS NULL ORDER BY account LIMIT 1)
+    UNION ALL
+    SELECT (
+        SELECT q.account FROM postroad.replicated_queue AS q
+        WHERE q.epoch IS NULL AND q.account > w.account ORDER BY q.account LIMIT 1
+    )
+    FROM waiting AS w WHERE w.account IS NOT NULL
+)
+SELECT due.message_id, due.account, due.size_bytes, due.envelope
+FROM waiting AS w
+JOIN postroad.accounts AS a ON a.account = w.account AND a.node_pool = $1
+CROSS JOIN LATERAL (
+    SELECT q.message_id, q.account, q.size_bytes, q.envelope, q.due_time
+    FROM postroad.replicated_queue AS q
+    WHERE q.epoch IS NULL AND q.account = w.account AND q.due_time <= $2
+    ORDER BY q.due_time LIMIT {CLAIMED_OF_ACCOUNT} FOR UPDATE SKIP LOCKED
+) AS due
+ORDER BY due.due_time LIMIT $3
+"""
+_MARK = """
+UPDATE postroad.replicated_queue SET epoch = $2, claim_id = $3, claim_time = $4 WHERE message_id = ANY ($1)
+"""
+MARK_RECIPIENTS = f"""
+UPDATE postroad.queue_recipients SET state = {_SENDING}, attempt = attempt + 1
+WHERE message_id = ANY ($1) AND state <> {_HELD} AND due_time <= $2
+RETURNING message_id, recipient_index, attempt, (extract(epoch FROM due_time) * 1000)::bigint AS due_ms
+"""
+_CONTENTS = """
+SELECT message_id, data FROM postroad.queue_contents WHERE message_id = ANY ($1) ORDER BY message_id, chunk
+"""
+_CONFIRM = """
+UPDATE postroad.replicated_queue SET claim_id = NULL, claim_time = NULL
+WHERE message_id = ANY ($1) AND epoch = $2 AND claim_id = $3
+RETURNING message_id
+"""
+_HOLDS = "SELECT 1 FROM postroad.replicated_queue WHERE message_id = $1 AND epoch = $2"
+
+
+class PostgresQueue:
+    """See the module. `observe` is told what was done and how often; see `controlplane.telemetry`."""
+
+    def __init__(
+        self,
+        database: FleetDatabase,
+        ledger: PostgresLedger,
+        observe: Callable[[str, int], None] = lambda _what, _count: None,
+    ) -> None:
+        self._database = database
+        self._ledger = ledger
+        self._observe = observe
+
+    async def renew(self, node_id: str, spool: str, epoch: int) -> Lease:
+        """As the port says."""
+        key = UUID(spool)
+        async with self._database.transaction("queue_renew") as connection:
+            # Before the spool has reported anything it is nobody's.
+            await connection.execute(
+                "INSERT INTO postroad.spools (spool, node) VALUES ($1, $2) ON CONFLICT DO NOTHING", key, node_id
+            )
+            row = await connection.fetchrow(_OWN_SPOOL, key)
+            if row is None or row["node"] != node_id:
+                raise SpoolOwnershipError
+            if not row["accepted"]:
+                raise LeaseLostError("the spool is refused")
+            renewed = await connection.fetchval(_RENEW, epoch, key) if epoch else None
+            if renewed is None:
+                renewed = await connection.fetchval(_BEGIN, key, node_id)
+                self._observe("epochs", 1)
+        return Lease(renewed, LEASE_S)
+
+    async def store_content(self, message_id: bytes, chunk: int, data: bytes) -> None:
+        """As the port says."""
+        async with self._database.transaction("queue_content") as connection:
+            await connection.execute(
+                "INSERT INTO postroad.queue_contents (message_id, chunk, data) VALUES ($1, $2, $3)"
+                " ON CONFLICT DO NOTHING",
+                *(UUID(bytes=message_id), chunk, data),
+            )
+
+    async def store(
+        self, node_id: str, pool: str, spool: str, epoch: int, messages: Sequence[QueuedMessage], now: datetime
+    ) -> None:
+        """As the port says."""
+        bounds = self._ledger.bounds(now)
+        rows = RecordRows(bounds, clean=True)
+        try:
+            for message in messages:
+                rows.add(message.record)
+        except RecordError as error:
+            raise BadQueueRequestError(str(error)) from error
+        if len(rows.messages) != len(messages):
+            raise BadQueueRequestError("a record that accepts nothing")
+        await self._ledger.prepare_days(rows.days(), bounds)
+        async with self._database.transaction("queue_store") as connection:
+            await _check_lease(connection, node_id, spool, epoch)
+            accounts = list({row[1] for row in rows.messages})
+            if await connection.fetchval(_OF_POOL, accounts, pool) < len(accounts):
+                raise LeaseLostError("an account is not of the node's pool")
+            try:
+                await insert_replicated(connection, rows, node_id, UUID(spool))
+                await _insert(connection, rows, messages, epoch, now)
+            except _BAD_CONTENT as error:
+                raise BadQueueRequestError(type(error).__name__) from error
+        self._observe("stored", len(messages))
+
+    async def claim(
+        self, node_id: str, pool: str, wish: ClaimWish, now: datetime | None, *, adopt: bool
+    ) -> list[Claimed]:
+        """As the port says."""
+        async with self._database.transaction("queue_return") as connection:
+            clock = now or await connection.fetchval("SELECT transaction_timestamp()")
+            returned, uncertain = await return_ended(connection, clock, adopt=adopt)
+        self._observe("returned", returned)
+        self._observe("uncertain", uncertain)
+        async with self._database.transaction("queue_claim") as connection:
+            clock = now or await connection.fetchval("SELECT transaction_timestamp()")
+            await _check_lease(connection, node_id, wish.spool, wish.epoch)
+            found = await connection.fetch(CLAIM, pool, clock, wish.max_messages)
+            message_ids = [row["message_id"] for row in found]
+            if not message_ids:
+                return []
+            await connection.execute(_MARK, message_ids, wish.epoch, UUID(wish.claim_id), clock)
+            recipients: dict[UUID, list[ClaimedRecipient]] = {}
+            for row in await connection.fetch(MARK_RECIPIENTS, message_ids, clock):
+                recipient = ClaimedRecipient(row["recipient_index"], row["attempt"], row["due_ms"])
+                recipients.setdefault(row["message_id"], []).append(recipient)
+            contents = await _contents(connection, found, wish.max_bytes)
+        self._observe("claimed", len(message_ids))
+        return [
+            Claimed(key.bytes, row["envelope"], tuple(sorted(recipients.get(key, ()))), contents.get(key))
+            for row in found
+            for key in (row["message_id"],)
+        ]
+
+    async def fetch_content(self, node_id: str, spool: str, epoch: int, message_id: bytes, chunk: int) -> ContentPart:
+        """As the port says."""
+        key = UUID(bytes=message_id)
+        async with self._database.transaction("queue_fetch") as connection:
+            await _check_lease(connection, node_id, spool, epoch)
+            if await connection.fetchval(_HOLDS, key, epoch) is None:
+                raise LeaseLostError("the lease does not hold the message")
+            data: list[bytes] = []
+            size_bytes = 0
+            async for row in connection.cursor(
+                "SELECT chunk, data FROM postroad.queue_contents WHERE message_id = $1 AND chunk >= $2 ORDER BY chunk",
+                *(key, chunk),
+                prefetch=4,
+            ):
+                if data and size_bytes + len(row["data"]) > _PART_BYTES:
+                    return ContentPart(b"".join(data), row["chunk"])
+                data.append(row["data"])
+                size_bytes += len(row["data"])
+        return ContentPart(b"".join(data), 0)
+
+    async def confirm(
+        self, node_id: str, spool: str, epoch: int, claim_id: str, message_ids: Sequence[bytes]
+    ) -> list[bytes]:
+        """As the port says."""
+        async with self._database.transaction("queue_confirm") as connection:
+            await _check_lease(connection, node_id, spool, epoch)
+            keys = [UUID(bytes=message_id) for message_id in message_ids]
+            found = await connection.fetch(_CONFIRM, keys, epoch, UUID(claim_id))
+        return [row["message_id"].bytes for row in found]
+
+
+async def _check_lease(connection: Connection, node_id: str, spool: str, epoch: int) -> None:
+    if await connection.fetchval(_HAS_LEASE, epoch, UUID(spool), node_id) is None:
+        raise LeaseLostError("the lease has ended")
+
+
+async def _insert(
+    connection: Connection, rows: RecordRows, messages: Sequence[QueuedMessage], epoch: int, now: datetime
+) -> None:
+    queue: list[tuple[Any, ...]] = []
+    contents: list[tuple[Any, ...]] = []
+    sending: dict[UUID, bool] = {}
+    # A record accepts one message, so that both are in the same order.
+    for row, message in zip(rows.messages, messages, strict=True):
+        key = row[0]
+        sending[key] = message.sending
+        queue.append((key, row[1], row[4], message.envelope, message.sending))
+        if message.content is not None:
+            contents.append((key, message.content))
+        elif await connection.fetchval(_COUNT_CHUNKS, key, message.chunks) != message.chunks:
+            raise BadQueueRequestError("a content is not whole")
+    recipients = [(row[0], row[1], sending[row[0]]) for row in rows.accepted.values()]
+    await connection.execute(_INSERT_QUEUE, *columns(queue, 5), now, epoch)
+    await connection.execute(_INSERT_RECIPIENTS, *columns(recipients, 3), now)
+    await connection.execute(_INSERT_CONTENTS, *columns(contents, 2))
+
+
+async def _contents(connection: Connection, found: Iterable[Any], max_bytes: int) -> dict[UUID, bytes]:
+    """Contents of as many of these messages, in order, as fit."""
+    wanted: list[UUID] = []
+    for row in found:
+        max_bytes -= row["size_bytes"]
+        if max_bytes < 0:
+            break
+        wanted.append(row["message_id"])
+    parts: dict[UUID, list[bytes]] = {}
+    for row in await connection.fetch(_CONTENTS, wanted):
+        parts.setdefault(row["message_id"], []).append(row["data"])
+    return {key: b"".join(data) for key, data in parts.items()}

@@ -1,0 +1,313 @@
+"""The replicated queue in PostgreSQL: who holds what, what a lease's end does, what comes too late."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import pytest
+
+from controlplane.adapters.postgres import queue, queue_reports
+from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.ledger import PostgresLedger
+from controlplane.adapters.postgres.queue import CLAIMED_OF_ACCOUNT, PostgresQueue
+from controlplane.ports_fleet import BadQueueRequestError, LeaseLostError, SpoolOwnershipError
+from postroad.node.v1.ledger_pb2 import EventType, RecipientState
+from support.databases import Database
+from support.fleet import NOW_MS, add_node, changed, event, execute, fetch, fleet_database, message_id, text_id, update
+from support.queue import (
+    Holder,
+    add_account,
+    end_lease,
+    event_types,
+    ledger_states,
+    queue_row,
+    queue_states,
+    queued,
+)
+
+QUEUED, SENDING, DEFERRED, HELD, SENT = (
+    RecipientState.RECIPIENT_STATE_QUEUED,
+    RecipientState.RECIPIENT_STATE_SENDING,
+    RecipientState.RECIPIENT_STATE_DEFERRED,
+    RecipientState.RECIPIENT_STATE_HELD,
+    RecipientState.RECIPIENT_STATE_SENT,
+)
+UNCERTAIN = EventType.EVENT_TYPE_UNCERTAIN
+
+
+@pytest.fixture
+async def database(migrated_database: Database) -> AsyncIterator[FleetDatabase]:
+    await add_node(migrated_database)
+    await add_node(migrated_database, "edge-2")
+    await add_account(migrated_database)
+    async with fleet_database(migrated_database) as made:
+        yield made
+
+
+@pytest.fixture
+async def holder(database: FleetDatabase) -> Holder:
+    ledger = PostgresLedger(database, retention=timedelta(days=30))
+    return await Holder(PostgresQueue(database, ledger), ledger).begin()
+
+
+@pytest.fixture
+async def other(holder: Holder) -> Holder:
+    """Another node."""
+    return await Holder(holder.queue, holder.ledger, "edge-2").begin()
+
+
+async def test_what_is_stored_is_in_queue_and_ledger_and_the_leases(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    raw_id = await holder.store("a@example.net", "b@example.net")
+    assert (await queue_row(migrated_database, raw_id))["epoch"] == holder.epoch
+    assert await queue_states(migrated_database, raw_id) == [(SENDING, 1), (SENDING, 1)]
+    assert await ledger_states(migrated_database, raw_id) == [QUEUED, QUEUED]
+    assert (await other.claim())[1] == []
+
+
+async def test_an_outcome_leaves_the_queue_with_the_record_that_tells_it(
+    holder: Holder, migrated_database: Database
+) -> None:
+    raw_id = await holder.store("a@example.net", "b@example.net")
+    await holder.report(changed(raw_id, update(0, SENT)))
+    assert await queue_states(migrated_database, raw_id) == [(SENDING, 1)]
+    await holder.report(changed(raw_id, update(1, SENT)))
+    assert await queue_row(migrated_database, raw_id) is None
+    assert await fetch(migrated_database, "SELECT 1 FROM postroad.queue_contents") == []
+    assert await ledger_states(migrated_database, raw_id) == [SENT, SENT]
+
+
+async def test_what_was_deferred_waits_for_anybody_until_it_is_due(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    raw_id = await holder.store()
+    due = update(0, DEFERRED)
+    due.next_attempt_ms = NOW_MS + 600_000
+    await holder.report(changed(raw_id, due))
+    assert (await queue_row(migrated_database, raw_id))["epoch"] is None
+    assert (await other.claim())[1] == []
+    claim_id, claimed = await other.claim(after_s=601)
+    assert [(one.message_id, one.content) for one in claimed] == [(raw_id, b"hello\r\n")]
+    assert [(one.index, one.attempt) for one in claimed[0].recipients] == [(0, 2)]
+    assert await other.confirm(claim_id, claimed) == [raw_id]
+
+
+async def test_a_claim_that_nobody_confirmed_returns_after_a_minute_and_was_no_attempt(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    raw_id = await holder.store(sending=False)
+    claim_id, claimed = await holder.claim()
+    assert len(claimed) == 1
+    assert (await other.claim(after_s=58, adopt=False))[1] == []
+    (again,) = (await other.claim(after_s=120, adopt=False))[1]
+    assert [one.attempt for one in again.recipients] == [1]
+    assert await event_types(migrated_database, raw_id) == []
+    # Whoever claimed it first comes too late.
+    assert await holder.confirm(claim_id, claimed) == []
+
+
+async def test_two_claimers_never_get_the_same_message(holder: Holder, other: Holder) -> None:
+    ids = {await holder.store(sending=False) for _ in range(60)}
+    taken: list[bytes] = []
+    for _ in range(10):
+        both = await asyncio.gather(*(one.claim(7) for one in (holder, other) * 2))
+        taken += [one.message_id for _, claimed in both for one in claimed]
+    assert len(taken) == len(set(taken))
+    assert set(taken) == ids
+
+
+async def test_what_an_ended_lease_was_sending_is_uncertain_and_another_node_has_it(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    raw_id = await holder.store()
+    assert (await other.claim())[1] == []
+    await end_lease(migrated_database, holder.epoch)
+    assert (await other.claim(adopt=False))[1] == []
+    claim_id, (claimed,) = await other.claim()
+    assert [one.attempt for one in claimed.recipients] == [2]
+    assert await event_types(migrated_database, raw_id) == [UNCERTAIN]
+    assert await other.confirm(claim_id, [claimed]) == [raw_id]
+
+
+async def test_what_an_ended_lease_was_sending_is_held_where_the_account_chose_so(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    await add_account(migrated_database, "careful", uncertain=2)
+    raw_id = await holder.store(account="careful")
+    waiting = await holder.store(account="careful", sending=False)
+    await end_lease(migrated_database, holder.epoch)
+    _, claimed = await other.claim()
+    assert [one.message_id for one in claimed] == [waiting]
+    assert await queue_states(migrated_database, raw_id) == [(HELD, 1)]
+    assert await ledger_states(migrated_database, raw_id) == [HELD]
+    assert await event_types(migrated_database, raw_id) == [UNCERTAIN]
+
+
+async def test_a_worker_that_finds_its_own_attempt_uncertain_has_it_held_too(
+    holder: Holder, migrated_database: Database
+) -> None:
+    await add_account(migrated_database, "careful", uncertain=2)
+    raw_id = await holder.store(account="careful")
+    record = changed(raw_id, update(0, QUEUED), events=(event(UNCERTAIN, 0),))
+    record.account = "accounts/careful"
+    await holder.report(record)
+    assert await queue_states(migrated_database, raw_id) == [(HELD, 1)]
+    assert await ledger_states(migrated_database, raw_id) == [HELD]
+
+
+async def test_what_a_lost_lease_reports_changes_nothing_in_the_queue(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    raw_id = await holder.store()
+    await end_lease(migrated_database, holder.epoch)
+    claim_id, claimed = await other.claim()
+    await other.confirm(claim_id, claimed)
+    await holder.report(changed(raw_id, update(0, DEFERRED)))
+    await holder.report(changed(raw_id, update(0, QUEUED, attempts=1)))
+    assert await queue_states(migrated_database, raw_id) == [(SENDING, 2)]
+    assert (await queue_row(migrated_database, raw_id))["epoch"] == other.epoch
+    await other.report(changed(raw_id, update(0, SENT, attempts=2)))
+    assert await queue_row(migrated_database, raw_id) is None
+
+
+async def test_a_former_lease_of_the_same_spool_is_another_lease(holder: Holder, migrated_database: Database) -> None:
+    """It takes over its own mail; what is said under the old lease then is too late."""
+    raw_id, former = await holder.store(), holder.epoch
+    await end_lease(migrated_database, former)
+    holder.epoch = (await holder.queue.renew(holder.node, holder.spool, former)).epoch
+    assert holder.epoch != former
+    claim_id, claimed = await holder.claim()
+    assert await holder.confirm(claim_id, claimed) == [raw_id]
+    await holder.report(changed(raw_id, update(0, QUEUED, attempts=1)), epoch=former)
+    assert await queue_states(migrated_database, raw_id) == [(SENDING, 2)]
+
+
+async def test_an_epoch_may_not_be_borrowed(holder: Holder, other: Holder, migrated_database: Database) -> None:
+    raw_id = await holder.store()
+    await other.report(changed(raw_id, update(0, DEFERRED)), epoch=holder.epoch)
+    assert await queue_states(migrated_database, raw_id) == [(SENDING, 1)]
+    with pytest.raises(LeaseLostError):
+        await other.queue.fetch_content(other.node, other.spool, other.epoch, raw_id, 0)
+    other.epoch = holder.epoch
+    with pytest.raises(LeaseLostError):
+        await other.store()
+    with pytest.raises(SpoolOwnershipError):
+        await other.queue.renew(other.node, holder.spool, 0)
+
+
+async def test_put_back_is_no_attempt(holder: Holder, other: Holder, migrated_database: Database) -> None:
+    raw_id = await holder.store()
+    await holder.report(changed(raw_id, update(0, QUEUED, attempts=0)))
+    assert await queue_states(migrated_database, raw_id) == [(QUEUED, 0)]
+    _, (claimed,) = await other.claim()
+    assert [one.attempt for one in claimed.recipients] == [1]
+
+
+async def test_a_lease_that_lives_is_renewed_and_one_that_ended_stores_nothing(
+    holder: Holder, migrated_database: Database
+) -> None:
+    assert (await holder.queue.renew(holder.node, holder.spool, holder.epoch)).epoch == holder.epoch
+    await end_lease(migrated_database, holder.epoch)
+    with pytest.raises(LeaseLostError):
+        await holder.store()
+    assert await fetch(migrated_database, "SELECT 1 FROM postroad.messages") == []
+
+
+async def test_a_refused_spool_gets_no_lease(holder: Holder, migrated_database: Database) -> None:
+    await execute(migrated_database, "UPDATE postroad.spools SET accepted = false")
+    with pytest.raises(LeaseLostError):
+        await holder.queue.renew(holder.node, holder.spool, holder.epoch)
+
+
+async def test_nobody_stores_or_claims_mail_of_another_pool(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    await add_account(migrated_database, "far", pool="far")
+    with pytest.raises(LeaseLostError):
+        await holder.store(account="far")
+    await holder.store(sending=False)
+    other.pool = "far"
+    assert (await other.claim())[1] == []
+
+
+async def test_all_messages_are_stored_or_none(holder: Holder, migrated_database: Database) -> None:
+    twice = message_id()
+    with pytest.raises(BadQueueRequestError):
+        await holder.store_all([queued(message_id()), queued(twice), queued(twice)])
+    with pytest.raises(BadQueueRequestError):
+        await holder.store_all([queued(message_id()), queued(message_id(), content=None, chunks=2)])
+    assert await fetch(migrated_database, "SELECT 1 FROM postroad.replicated_queue") == []
+    assert await fetch(migrated_database, "SELECT 1 FROM postroad.messages") == []
+
+
+async def test_a_content_in_chunks_comes_back_whole(holder: Holder) -> None:
+    raw_id = message_id()
+    chunks = [bytes([number]) * 1_000_000 for number in range(6)]
+    for number, chunk in enumerate([*chunks, chunks[-1]]):
+        await holder.queue.store_content(raw_id, min(number, 5), chunk)
+    record = queued(raw_id, sending=False, content=None, chunks=6)
+    await holder.store_all([record])
+    _, (claimed,) = await holder.claim()
+    # The size that the record tells decides what comes along; here all of it did.
+    assert claimed.content == b"".join(chunks)
+    first = await holder.queue.fetch_content(holder.node, holder.spool, holder.epoch, raw_id, 0)
+    rest = await holder.queue.fetch_content(holder.node, holder.spool, holder.epoch, raw_id, first.next_chunk)
+    assert (first.next_chunk, rest.next_chunk) == (4, 0)
+    assert first.data + rest.data == b"".join(chunks)
+
+
+async def test_a_flood_leaves_room_for_others_in_a_claim(holder: Holder, migrated_database: Database) -> None:
+    await add_account(migrated_database, "small")
+    await holder.store_all([queued(message_id(), sending=False) for _ in range(100)])
+    small = await holder.store(account="small", sending=False)
+    _, claimed = await holder.claim(CLAIMED_OF_ACCOUNT + 1)
+    assert len(claimed) == CLAIMED_OF_ACCOUNT + 1
+    assert small in {one.message_id for one in claimed}
+
+
+_SEED = """
+WITH made AS (
+    SELECT ('01900000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid AS id, n FROM generate_series(1, 50000) AS n
+), queue AS (
+    INSERT INTO postroad.replicated_queue (
+        message_id, account, size_bytes, envelope, due_time, epoch, claim_id, claim_time
+    )
+    SELECT id, 'account-' || n % 50, 100, '\\x00', now() + n * interval '1 s',
+        CASE WHEN n % 10 = 0 THEN $1::bigint END, CASE WHEN n % 1000 = 0 THEN id END,
+        CASE WHEN n % 1000 = 0 THEN now() END
+    FROM made
+)
+INSERT INTO postroad.queue_recipients (message_id, recipient_index, state, attempt, due_time)
+SELECT id, 0, 2, 0, now() FROM made
+"""
+
+
+async def test_fifty_thousand_rows_are_never_walked(holder: Holder, migrated_database: Database) -> None:
+    await execute(migrated_database, _SEED, holder.epoch)
+    for table in ("replicated_queue", "queue_recipients", "queue_contents", "node_leases"):
+        await execute(migrated_database, f"ANALYZE postroad.{table}")
+    some = [text_id(message_id()) for _ in range(100)]
+    now = (await fetch(migrated_database, "SELECT now()"))[0][0]
+    looked = {
+        "ix_replicated_queue_waiting": (queue.CLAIM, ("default", now, 100)),
+        "ix_replicated_queue_epoch": (queue_reports.LOCK_ENDED, ([holder.epoch + 1, holder.epoch + 2],)),
+        "ix_replicated_queue_claim_time": (queue_reports.LOCK_UNCONFIRMED, (now,)),
+        "pk_queue_recipients": (queue.MARK_RECIPIENTS, (some, now)),
+        "pk_replicated_queue": (queue_reports.LOCK, (some,)),
+    }
+    for index, (sql, arguments) in looked.items():
+        rows = await fetch(migrated_database, "EXPLAIN " + sql, *arguments)
+        plan = "\n".join(row[0] for row in rows)
+        assert index in plan, plan
+        assert "Seq Scan on replicated_queue" not in plan, plan
+        assert "Seq Scan on queue_recipients" not in plan, plan
+
+
+async def test_a_look_at_nothing_costs_no_rows(holder: Holder) -> None:
+    claim_id = str(uuid.uuid4())
+    assert (await holder.claim())[1] == []
+    assert await holder.confirm(claim_id, []) == []
