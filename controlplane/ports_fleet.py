@@ -427,6 +427,10 @@ class JobStore(Protocol):
         """Forget at most `limit` revisions made before then, never the current one of a bundle; returns how many."""
         ...
 
+    async def sweep_queue(self, before: datetime) -> None:
+        """Forget contents put before then whose message never came, and fail what waits of accounts that are gone."""
+        ...
+
     async def delete_denials(self, now: datetime, limit: int) -> int:
         """Forget at most `limit` denials that ended by now; the version moves, and replicas are told, if any did."""
         ...

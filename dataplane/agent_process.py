@@ -21,13 +21,14 @@ from dataplane.adapters.bundle_check import check_bundles
 from dataplane.adapters.bundle_codec import decode_settings
 from dataplane.adapters.lkg import LastKnownGoodFiles, open_files
 from dataplane.agent.applied import WorkerTable
-from dataplane.agent.channel import open_channel
+from dataplane.agent.channel import eager_options, open_channel
 from dataplane.agent.held import EMPTY, HeldConfig
 from dataplane.agent.identity import load_identity
 from dataplane.agent.ledger import LedgerStream
 from dataplane.agent.metrics import MetricsServer, NodeState
 from dataplane.agent.node_agent import NodeAgent
 from dataplane.agent.ports import StoreError
+from dataplane.agent.queue_relay import QueueRelay
 from dataplane.agent.stream import ConfigStream
 from dataplane.agent.stream_machine import NodeFacts, StreamMachine
 from dataplane.agent.workers import WorkerHub
@@ -76,7 +77,10 @@ async def run_agent(settings: Settings, worker_count: int, child: Child, log: Ev
     config = ConfigStream(machine, channel, agent, files, check_bundles, clock, random.random, log)
     config.last_contact_ms = held.contact_ms
     ledger = LedgerStream(channel, agent, clock, random.random, log)
-    agent.attach(config, ledger)
+    queue = QueueRelay(
+        lambda: open_channel(settings.control_plane.address, load_identity(data_dir), eager_options()), log
+    )
+    agent.attach(config, ledger, queue)
     certificates = {"node": data_dir / "identity" / "certificate.pem"}
     if settings.tls is not None:
         certificates["listeners"] = settings.tls.certificate_file
@@ -93,6 +97,7 @@ async def run_agent(settings: Settings, worker_count: int, child: Child, log: Ev
             for service in services:
                 service.cancel()
     finally:
+        await queue.close()
         await metrics.stop()
         await hub.stop()
 

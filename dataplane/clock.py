@@ -16,3 +16,8 @@ class SystemClock:
 
     # Seconds that only grow; asked many times a message, so that nothing stands between.
     monotonic = staticmethod(time.monotonic)
+
+
+def boot_time_s() -> float:
+    """Seconds that grow while the machine sleeps, too: what leases are measured by."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -44,6 +44,7 @@ NOISY = frozenset(
         "message.limited",
         "message.repeated",
         "message.not_stored",
+        "queue.unreadable",
         "session.failed",
     }
 )

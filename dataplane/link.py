@@ -6,9 +6,9 @@ know no socket; `LinkProtocol` carries them over one. The worker calls, the agen
 is closed to other users.
 
     worker -> agent     WorkerHello first, then ConfigApplied, DenialsApplied, LedgerRecords, LedgerStatement,
-                        WorkerStatus
+                        QueueCall, WorkerStatus
     agent -> worker     ConfigChanged, DenialsChanged, ContactTime, LedgerPull, LedgerPause, LedgerCursor,
-                        LedgerQuestion, RunCommand, SpoolVerdict, StatusRequest
+                        LedgerQuestion, QueueAnswer, RunCommand, SpoolVerdict, StatusRequest
 
 Records are pulled: a worker sends one LedgerRecords for each LedgerPull, as soon as there is a record behind
 `after`, so that what the agent holds is bounded by what it asked for. Nothing here is durable: a side that
@@ -22,6 +22,7 @@ import asyncio
 import json
 import struct
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from dataplane.core.commands import Filter
@@ -32,6 +33,8 @@ SOCKET_PATH = "run/agent.sock"
 
 _LENGTH = struct.Struct(">I")
 _RECORDS_HEAD = struct.Struct(">36sqqI")
+_CALL_HEAD = struct.Struct(">qBI")
+_ANSWER_HEAD = struct.Struct(">qB")
 
 
 class LinkError(Exception):
@@ -174,6 +177,34 @@ class StatusRequest(NamedTuple):
     number: int
 
 
+class QueueMethod(IntEnum):
+    """Methods of postroad.node.v1.QueueService."""
+
+    RENEW_LEASE = 1
+    STORE_CONTENT = 2
+    STORE_MESSAGES = 3
+    CLAIM_MESSAGES = 4
+    FETCH_CONTENT = 5
+    CONFIRM_CLAIM = 6
+
+
+class QueueCall(NamedTuple):
+    """Make a call to the control plane; `payload` is the request, which the agent does not look into."""
+
+    number: int
+    method: QueueMethod
+    timeout_ms: int
+    payload: bytes
+
+
+class QueueAnswer(NamedTuple):
+    """What came of the call of that number: the response, or a text where `status`, a gRPC code, is not 0."""
+
+    number: int
+    status: int
+    payload: bytes
+
+
 class Sample(NamedTuple):
     """One counted or measured value: a metric's name, its label values in the order of its declaration, the
     value, which for a histogram is its row.
@@ -208,6 +239,8 @@ Message: TypeAlias = (
     | LedgerCursor
     | LedgerQuestion
     | LedgerStatement
+    | QueueCall
+    | QueueAnswer
     | RunCommand
     | SpoolVerdict
     | StatusRequest
@@ -270,6 +303,8 @@ _READERS: dict[int, Callable[[list[Any]], Message]] = {
     16: lambda fields: LedgerStatement(bytes.fromhex(fields[0])),
 }
 _RECORDS_TYPE = 9
+_CALL_TYPE = 17
+_ANSWER_TYPE = 18
 _TYPES: dict[type[Message], int] = {
     WorkerHello: 1,
     ConfigChanged: 2,
@@ -287,6 +322,8 @@ _TYPES: dict[type[Message], int] = {
     WorkerStatus: 14,
     LedgerQuestion: 15,
     LedgerStatement: 16,
+    QueueCall: _CALL_TYPE,
+    QueueAnswer: _ANSWER_TYPE,
 }
 
 
@@ -294,6 +331,10 @@ def encode(message: Message) -> bytes:
     """Return the frame of a message; LinkError when it is too long to be taken by the other side."""
     if isinstance(message, LedgerRecords):
         payload = _pack_records(message)
+    elif isinstance(message, QueueCall):
+        payload = _CALL_HEAD.pack(*message[:3]) + message.payload
+    elif isinstance(message, QueueAnswer):
+        payload = _ANSWER_HEAD.pack(*message[:2]) + message.payload
     else:
         fields: list[Any] = list(message)
         if isinstance(message, RunCommand):
@@ -332,6 +373,12 @@ def _decode(frame_type: int, payload: memoryview) -> Message:
     try:
         if frame_type == _RECORDS_TYPE:
             return _unpack_records(payload)
+        if frame_type == _CALL_TYPE:
+            number, method, timeout_ms = _CALL_HEAD.unpack_from(payload)
+            return QueueCall(number, QueueMethod(method), timeout_ms, bytes(payload[_CALL_HEAD.size :]))
+        if frame_type == _ANSWER_TYPE:
+            number, status = _ANSWER_HEAD.unpack_from(payload)
+            return QueueAnswer(number, status, bytes(payload[_ANSWER_HEAD.size :]))
         return _READERS[frame_type](json.loads(bytes(payload)))
     except (KeyError, ValueError, TypeError, IndexError, struct.error) as error:
         raise LinkError(f"a frame of type {frame_type} that is no message") from error

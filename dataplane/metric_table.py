@@ -103,6 +103,15 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("ledger_unacknowledged_records", "Records that the control plane has not stored"),
     _gauge("ledger_lag_seconds", "Age of the oldest record that the control plane has not stored", merge="max"),
     _counter("ledger_records_alone_total", "Acceptances that were recorded before any outcome"),
+    # REPLICATED mail
+    _gauge("replicated_lease_seconds", "Seconds that the shortest lease of the workers is good for", merge="min"),
+    _counter(
+        "replicated_messages_total",
+        "Messages of the replicated queue: stored, refused with 451, claimed to be sent",
+        "result",
+        ("stored", "refused", "claimed"),
+    ),
+    _counter("replicated_leases_lost_total", "Leases that ended or were given up"),
     # limits
     _counter("limiter_decisions_total", "Questions to the limiter by who answered", "by", ("shared", "local")),
     _counter("limiter_over_admission_total", "Grants of local shares: what may be above a limit, at most"),

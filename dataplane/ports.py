@@ -308,6 +308,26 @@ class Spool(Protocol):
         ...
 
 
+class ReplicatedQueue(Protocol):
+    """Mail that PostgreSQL owns. A node holds what it sends at once, under a lease; all else waits there."""
+
+    @property
+    def epoch(self) -> int:
+        """The lease under which mail may be taken now; 0 for none: then nothing is accepted."""
+        ...
+
+    def accept(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
+        """Store a message; done means that PostgreSQL has it and, for rows that are `sending`, the spool too.
+
+        SpoolError when that cannot be had; then it is not delivered from here, though PostgreSQL may have it.
+        """
+        ...
+
+    def receive(self, message_id: MessageId) -> Incoming:
+        """Begin a content too large to be held in memory; its message waits in PostgreSQL."""
+        ...
+
+
 # --- limits
 
 

@@ -24,7 +24,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from dataplane.adapters.limiter_local import LocalLimiter
 from dataplane.adapters.limiter_memory import LimiterMemory
 from dataplane.adapters.limiter_redis import RedisLimiter
 from dataplane.adapters.lkg import open_files
+from dataplane.adapters.replicated_queue import LinkedQueue
 from dataplane.adapters.resolver import CheckingResolver
 from dataplane.adapters.spool_sqlite import SqliteSpool, read_losses
 from dataplane.agent.identity import IdentityError, load_identity
@@ -43,7 +44,7 @@ from dataplane.agent.ports import StoreError
 from dataplane.agent.workers import hold_worker_lock
 from dataplane.agent_link import AgentLink
 from dataplane.busy_time import busy_time
-from dataplane.clock import SystemClock
+from dataplane.clock import SystemClock, boot_time_s
 from dataplane.commands import CommandRunner, Tools
 from dataplane.delivery.engine import DeliveryEngine, Surroundings
 from dataplane.delivery.limits import DeliveryLimits
@@ -125,6 +126,7 @@ class _Worker:
         self._resuming: set[asyncio.Task[None]] = set()
         self._counters = IngressCounters()
         self._limits: RedisLimiter | None = None
+        self._queue: LinkedQueue | None = None
         self._limiter = self._make_limiter()
         self._lag = LoopLag(self._clock.monotonic)
         self._node, self._view = self._open_config()
@@ -189,6 +191,7 @@ class _Worker:
                 # A provider's number of connections is this worker's, whatever number of spools it has.
                 pools=first.pools if first is not None else None,
                 limits=limits,
+                holds=self._holds,
             )
             self._log.info("spool.opened", spool=name, incarnation=spool.identity.incarnation)
             lift_quarantine(Path("spool") / name)
@@ -209,6 +212,9 @@ class _Worker:
                 damaged_places=report.damaged_places,
                 quarantine=str(report.quarantine),
             )
+
+    def _holds(self, epoch: int) -> bool:
+        return self._queue is not None and self._queue.holds(epoch)
 
     def _set_aside(self, name: str, error: SpoolError) -> None:
         """One damaged spool must not keep the others' mail from going on."""
@@ -250,6 +256,7 @@ class _Worker:
             await self._limits.start()
         room = connection_room(descriptor_limit(), open_descriptors())
         live = LiveSettings(self._settings, self._view, room, self._log)
+        self._queue = self._replicated_queue()
         side = self._worker_side(live)
         ingress = await self._start(listener_fds, live)
         async with asyncio.TaskGroup() as group:
@@ -261,6 +268,7 @@ class _Worker:
                     self._watch_tls(ingress),
                     self._follow_settings(live, signals),
                     *(() if memory is None else (memory.run(),)),
+                    *self._queue_services(),
                 )
             ]
             failures = [self._ended, *(engine.failed for engine in self._engines.values())]
@@ -271,6 +279,8 @@ class _Worker:
                 if failure.done():
                     failure.result()
             side.begin_draining()
+            if self._queue is not None:
+                self._queue.stop()
             await self._drain(ingress, side, DrainPlan.of(live.settings.drain_timeout_s), signals)
             await close_behind((*services, draining), self._spools.values())
             self._log.info("drain.ended")
@@ -318,26 +328,44 @@ class _Worker:
             restart=self._restart,
             deliver_from=self._deliver_from,
             log=self._log,
+            queue=self._queue,
         )
         side = WorkerSide(parts)
         link = AgentLink(Path(SOCKET_PATH), side.hello, side.received, side.agent_lost, random.random, self._log)
         forwarder = RecordForwarder(self._spools, link.send, self._log)
         runner = CommandRunner(self._spools, Tools(self._engines, encode_record, self._clock, self._log))
         side.attach(link, forwarder, runner)
+        if self._queue is not None:
+            self._queue.attach(self._engines[self._primary()], link.send)
         return side
+
+    def _primary(self) -> str:
+        """Mail goes to the first spool that is not refused; the others deliver what they hold."""
+        good = (name for name in self._spools if not is_refused(Path("spool") / name))
+        return next(good, next(iter(self._spools)))
+
+    def _replicated_queue(self) -> LinkedQueue | None:
+        primary = self._primary()
+        if is_refused(Path("spool") / primary):
+            return None
+        return LinkedQueue(self._spools[primary], self._view, encode_record, boot_time_s, self._log)
+
+    def _queue_services(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._queue.keep_lease(), self._queue.claim_mail()] if self._queue is not None else []
 
     def _samples(self) -> Iterator[SampleRow]:
         yield from self._counters.samples()
         yield "event_loop_lag_seconds", (), self._lag.seconds.row
         if self._limits is not None:
             yield from limiter_samples(self._limits)
+        if self._queue is not None:
+            yield from self._queue.samples()
         for engine in self._engines.values():
             yield from engine.counters.samples()
 
     async def _start(self, listener_fds: Sequence[int], live: LiveSettings) -> Ingress:
         refused = {name for name in self._spools if is_refused(Path("spool") / name)}
-        # Mail goes to the first spool that is not refused; the others deliver what they hold.
-        primary = next((name for name in self._spools if name not in refused), next(iter(self._spools)))
+        primary = self._primary()
         self._view.halted = primary in refused
         for name, engine in self._engines.items():
             if name in refused:
@@ -362,6 +390,7 @@ class _Worker:
             keyed=Submissions(self._spools[primary], self._claims(), self._counters, self._log),
             turnstile=self._turnstile(self._engines[primary]),
             delay_bytes=bounds.delay_bytes,
+            replicated=self._queue,
         )
         ingress = Ingress(submission, self._tls(), timeouts_of(bounds))
         live.attach(admission, ingress.service)

@@ -35,6 +35,7 @@ from dataplane.link import (
     LedgerQuestion,
     LedgerStatement,
     Message,
+    QueueAnswer,
     RunCommand,
     Sample,
     SpoolState,
@@ -93,6 +94,18 @@ class Delivery(Protocol):
         ...
 
 
+class QueueCaller(Protocol):
+    """Who calls the replicated queue over the link."""
+
+    def answered(self, answer: QueueAnswer) -> None:
+        """What came of a call."""
+        ...
+
+    def agent_lost(self) -> None:
+        """No call will be answered any more."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
     """The worker. `books` are the same spools as they answer for themselves; `samples` is what it counts, beside its
@@ -113,6 +126,7 @@ class WorkerParts:
     restart: Callable[[str], None]
     deliver_from: Callable[[str], bool]
     log: EventLog
+    queue: QueueCaller | None = None
 
 
 class WorkerSide:
@@ -185,6 +199,9 @@ class WorkerSide:
                 self._questions.put_nowait(message)
             case SpoolVerdict():
                 self._judge(message)
+            case QueueAnswer():
+                if self._parts.queue is not None:
+                    self._parts.queue.answered(message)
             case StatusRequest():
                 self._status_requests.put_nowait(message.number)
             case _:
@@ -193,6 +210,8 @@ class WorkerSide:
     def agent_lost(self) -> None:
         """The agent is gone."""
         self._forwarder.agent_lost()
+        if self._parts.queue is not None:
+            self._parts.queue.agent_lost()
 
     def _judge(self, verdict: SpoolVerdict) -> None:
         folder = Path("spool") / verdict.spool

@@ -104,7 +104,8 @@ class Message:
     """An accepted message; `events` are filled in for one message only, oldest first.
 
     `send_time` is until when the submitter had it held, None when it was due at once. `duplicate_of` is the id of the
-    message that had been stored under its Idempotency-Key, empty for none.
+    message that had been stored under its Idempotency-Key, empty for none. A `replicated` one waits in no spool but in
+    the replicated queue; `spool` is the one that accepted it.
     """
 
     message_id: str
@@ -123,6 +124,7 @@ class Message:
     spool: str
     send_time: datetime | None = None
     priority: int = 0
+    replicated: bool = False
     recipients: tuple[Recipient, ...] = ()
     events: tuple[Event, ...] = ()
     duplicate_of: str = ""

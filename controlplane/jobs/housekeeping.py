@@ -19,6 +19,7 @@ _IDEMPOTENCY = timedelta(hours=24)
 _SUBMISSION_KEYS = timedelta(days=7)
 _KEYS_A_BATCH = 10_000
 _EXPIRED_TOKENS = timedelta(days=1)
+_LATE_CONTENTS = timedelta(days=1)
 _OLD_REVISIONS = timedelta(days=30)
 # A revision may be megabytes: few in a transaction.
 _REVISIONS_A_BATCH, _BATCHES_A_RUN = 200, 100
@@ -51,6 +52,9 @@ def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
     async def forget_denials(now: datetime) -> None:
         await store.delete_denials(now, _DENIALS_A_RUN)
 
+    async def sweep_queue(now: datetime) -> None:
+        await store.sweep_queue(now - _LATE_CONTENTS)
+
     return [
         Job("make_partitions", timedelta(hours=1), make_partitions),
         Job("drop_partitions", timedelta(hours=1), drop_partitions),
@@ -58,6 +62,7 @@ def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
         Job("forget_submission_keys", timedelta(minutes=10), forget_submission_keys),
         Job("forget_tokens", timedelta(hours=1), forget_tokens),
         Job("forget_revisions", timedelta(hours=6), forget_revisions),
+        Job("sweep_queue", timedelta(hours=1), sweep_queue),
         Job("forget_denials", timedelta(hours=1), forget_denials),
     ]
 

@@ -56,6 +56,8 @@ def _message(record: LedgerRecord) -> pb.LedgerRecord:
         _add_update(message, update)
     for event in record.events:
         _add_event(message, event)
+    if record.epoch:
+        message.epoch = record.epoch
     if record.command_result is not None:
         message.command_result.CopyFrom(_command_result(record.command_result))
     return message

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from dataplane.agent.held import EMPTY, HeldConfig
 from dataplane.agent.ledger import LedgerStream
+from dataplane.agent.queue_relay import QueueRelay
 from dataplane.agent.stream import ConfigStream
 from dataplane.agent.stream_machine import StreamMachine
 from dataplane.agent.workers import WorkerHub
@@ -26,6 +27,7 @@ from dataplane.link import (
     LedgerQuestion,
     LedgerRecords,
     LedgerStatement,
+    QueueCall,
     RunCommand,
     SpoolVerdict,
     WorkerHello,
@@ -49,13 +51,15 @@ class NodeAgent:
         self._clock = clock
         self._config: ConfigStream
         self._ledger: LedgerStream
+        self._queue: QueueRelay
         self._commands: OrderedDict[str, RunCommand] = OrderedDict()
         self._lost: set[str] = set()
 
-    def attach(self, config: ConfigStream, ledger: LedgerStream) -> None:
+    def attach(self, config: ConfigStream, ledger: LedgerStream, queue: QueueRelay) -> None:
         """Hand over the streams, which were made with this object; before anything runs."""
         self._config = config
         self._ledger = ledger
+        self._queue = queue
 
     # --- from workers ----------------------------------------------------------------------------------------
 
@@ -99,6 +103,10 @@ class NodeAgent:
     def statement_arrived(self, statement: LedgerStatement) -> None:
         """Send it on."""
         self._ledger.statement_arrived(statement)
+
+    def queue_called(self, index: int, call: QueueCall) -> None:
+        """Make the call, and give the worker the answer."""
+        self._queue.call(call, lambda answer: self._hub.send(index, answer))
 
     # --- for the configuration stream ------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from dataplane.link import (
     LinkError,
     LinkProtocol,
     Message,
+    QueueCall,
     SpoolState,
     StatusRequest,
     WorkerHello,
@@ -57,6 +58,10 @@ class WorkerObserver(Protocol):
 
     def statement_arrived(self, statement: LedgerStatement) -> None:
         """A worker answered a question."""
+        ...
+
+    def queue_called(self, index: int, call: QueueCall) -> None:
+        """A worker asks the replicated queue."""
         ...
 
 
@@ -183,6 +188,8 @@ class WorkerHub:
                 self._observer.records_arrived(message)
             case LedgerStatement():
                 self._observer.statement_arrived(message)
+            case QueueCall():
+                self._observer.queue_called(index, message)
             case WorkerStatus():
                 self._status(index, message)
             case _:

@@ -90,6 +90,8 @@ TIMEOUTS_S: dict[Phase, float] = {
 DATA_TIMEOUT_S = 120.0
 BLOCK_TIMEOUT_S = 180.0
 
+NOT_PERMITTED = "stopped before the final dot"
+
 _UNKNOWN_COMMAND = frozenset({500, 502})
 _SERVICE_CLOSING = 421
 _START_MAIL_INPUT = 354
@@ -187,6 +189,12 @@ class Client:
         if self.phase is Phase.ENVELOPE and self._position > len(self._verdicts):
             return DATA_TIMEOUT_S
         return TIMEOUTS_S.get(self.phase, 0.0)
+
+    @property
+    def permitted(self) -> bool:
+        """Whether the content may go out and end now; asked before each piece, the last of which has the final dot."""
+        permit = self._transaction.permit
+        return permit is None or permit()
 
     def take_output(self) -> list[bytes]:
         """Return what must be sent now, in order, and forget it."""
@@ -421,6 +429,8 @@ class Client:
             self._output.append(b".\r\n")
             return Signal.NOTHING
         self.phase = Phase.CONTENT
+        if not self.permitted:
+            return self._finish(Verdict(VerdictKind.INTERRUPTED, 0, "4.3.2", NOT_PERMITTED), reusable=False)
         content = self._transaction.content
         if len(content) > PIECE_BYTES:
             self._framing = Framing(content)

@@ -28,7 +28,8 @@ class Envelope:
     `sender` is empty for the null sender; domains are lower case. `size_bytes` counts the content as delivered. Times
     are milliseconds since 1970 by the node's wall clock. `headers` holds the unfolded values of the few fields that
     routing rules may look at, by lower-case name. `submission_key` is None for a message that came without one.
-    `send_time_ms` is until when the submitter had it held, 0 if not.
+    `send_time_ms` is until when the submitter had it held, 0 if not. `epoch` is the lease under which REPLICATED mail
+    is held here, 0 for LOCAL mail.
     """
 
     message_id: MessageId
@@ -50,6 +51,7 @@ class Envelope:
     submission_key: SubmissionKey | None = None
     send_time_ms: int = 0
     priority: int = 0
+    epoch: int = 0
 
     @property
     def released_ms(self) -> int:

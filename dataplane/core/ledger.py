@@ -63,7 +63,10 @@ class CommandResult:
 
 @dataclass(frozen=True, slots=True)
 class LedgerRecord:
-    """One record. `accepted` and `recipients_accepted` (addresses in RCPT order) only in a message's first record."""
+    """One record. `accepted` and `recipients_accepted` (addresses in RCPT order) only in a message's first record.
+
+    `epoch` is the envelope's.
+    """
 
     message_id: MessageId
     account: str
@@ -72,3 +75,4 @@ class LedgerRecord:
     updates: tuple[RecipientUpdate, ...] = ()
     events: tuple[AttemptEvent, ...] = ()
     command_result: CommandResult | None = None
+    epoch: int = 0

@@ -11,7 +11,7 @@ take as it is gets a refusal by us instead of a transaction:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -41,7 +41,8 @@ class Transaction(NamedTuple):
     """A message for recipients of one next hop. `content` has CRLF line ends; `sender` may be empty.
 
     `verified` says that this process has just seen that the line ends are right; otherwise they are counted again. A
-    `priority` that is not 0 is handed on where the server knows priorities (RFC 6710, section 4.2).
+    `priority` that is not 0 is handed on where the server knows priorities (RFC 6710, section 4.2). `permit` is asked
+    right before the final dot, where there is one: False ends the transaction without it.
     """
 
     sender: str
@@ -51,6 +52,7 @@ class Transaction(NamedTuple):
     body_8bit: bool = False
     verified: bool = False
     priority: int = 0
+    permit: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -63,7 +65,7 @@ class Login:
 
 def mail_parameters(transaction: Transaction, capabilities: Mapping[str, str]) -> tuple[Verdict | None, str]:
     """Return why a server with these capabilities cannot take the message, or None, and the parameters of MAIL."""
-    sender, recipients, content, smtputf8, body_8bit, verified, priority = transaction
+    sender, recipients, content, smtputf8, body_8bit, verified, priority, _ = transaction
     addresses = sender + "".join(recipients)
     if not addresses.isprintable() and any(character < " " or character == "\x7f" for character in addresses):
         return _refusal("5.1.3", "control characters in an address"), ""

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable
 from typing import cast
 
-from dataplane.core.client import BLOCK_TIMEOUT_S, Client, Phase, Signal
+from dataplane.core.client import BLOCK_TIMEOUT_S, NOT_PERMITTED, Client, Phase, Signal
 from dataplane.core.transaction import Transaction, Verdict, VerdictKind
 from dataplane.delivery.deadlines import NEVER, Deadlines
 from dataplane.delivery.limits import Lease
@@ -190,6 +190,9 @@ class Connection(asyncio.Protocol):
         """The next piece of a large content."""
         self._piece_due = False
         if self._closed or self._writing_paused or not self._client.content_left or self._transport is None:
+            return
+        if not self._client.permitted:
+            self.abort(NOT_PERMITTED)
             return
         self._move_deadline()
         self._transport.write(self._client.next_piece())

@@ -11,12 +11,14 @@ settlement, by `_conclude` or `_put_back`. How targets are chosen:
     lost before the dot, or cannot take it      the next one; if none is left: the verdict
     none left, all of them unknown              deferred, never failed
 
-Denials of account, credential and provider are looked at once more before the first byte of MAIL.
+Denials of account, credential and provider are looked at once more before the first byte of MAIL, and so is the lease
+of REPLICATED mail, which is looked at again before the dot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from dataplane.core.config import RetryPolicy, SmtpProvider, Target
@@ -26,6 +28,7 @@ from dataplane.core.ids import format_message_id
 from dataplane.core.ledger import AttemptEvent
 from dataplane.core.policy import denied, is_denied
 from dataplane.core.queue import EventType, State
+from dataplane.core.retry import is_expired
 from dataplane.core.shaping import Flow
 from dataplane.core.transaction import Transaction, Verdict, VerdictKind
 from dataplane.delivery.attempt import Attempt, Message
@@ -38,9 +41,11 @@ from dataplane.delivery.pools import Pools
 from dataplane.delivery.settler import Done, Settler
 from dataplane.delivery.transforms import Transform, apply_transforms
 from dataplane.failpoints import failpoint
-from dataplane.ports import Clock, ConfigView, EventLog
+from dataplane.ports import Clock, ConfigView, EventLog, Settlement
 
+UNREACHABLE = Verdict(VerdictKind.TEMPORARY, 0, "4.4.7", "no target could be reached within the lifetime")
 _NO_TARGET = Verdict(VerdictKind.TEMPORARY, 0, "4.3.5", "no target of the rule is known here")
+GIVEN_BACK_MS = 30_000
 _NEXT_TARGET = (VerdictKind.INTERRUPTED, VerdictKind.REFUSED)
 _DEFAULT_RETRY = RetryPolicy()
 
@@ -77,6 +82,7 @@ class Tools(NamedTuple):
     counters: DeliveryCounters
     log: EventLog
     transforms: tuple[Transform, ...]
+    holds: Callable[[int], bool]  # whether mail may be sent that is held under this lease
 
 
 class Outlook(NamedTuple):
@@ -101,6 +107,7 @@ class Dispatcher:
             self._counters,
             self._log,
             self._transforms,
+            self._holds,
         ) = tools
         self._held_bytes: dict[str, int] = {}
         self.follower = Follower(_nothing, _nothing, _nothing, _nothing)
@@ -209,6 +216,10 @@ class Dispatcher:
     def prepare(self, attempt: Attempt, connection: Connection) -> Transaction | None:
         """See `connections.Job`."""
         envelope = attempt.message.envelope
+        epoch = envelope.epoch
+        if epoch and not self._holds(epoch):
+            self.put_back(attempt)
+            return None
         wall_ms = self._clock.wall_ms()
         denials = self._config.denials
         if denied(denials, envelope.account, envelope.credential, wall_ms, accepted_ms=envelope.accepted_ms):
@@ -231,6 +242,7 @@ class Dispatcher:
             # Nothing has touched the content since its line ends were looked at.
             verified=attempt.message.canonical and not self._transforms,
             priority=envelope.priority,
+            permit=partial(self._holds, epoch) if epoch else None,
         )
 
     def done(self, attempt: Attempt, connection: Connection, verdicts: tuple[Verdict, ...]) -> None:
@@ -255,10 +267,12 @@ class Dispatcher:
     # --- ends
 
     def is_denied(self, job: Job) -> bool:
-        """Whether a denial stops this attempt now."""
+        """Whether a denial, or the end of the lease that holds it, stops this attempt now."""
         if not isinstance(job, Attempt):
             return False
         envelope = job.message.envelope
+        if envelope.epoch and not self._holds(envelope.epoch):
+            return True
         found = denied(
             self._config.denials,
             envelope.account,
@@ -273,14 +287,14 @@ class Dispatcher:
         """Return the recipients to the queue: this was no attempt."""
         queue_key = attempt.queue_key
         self._counters.put_back += len(attempt.rows)
-        settlement = put_back(attempt.message, attempt.rows, self._moment().steady_ms)
+        settlement = self._returned(attempt.message, attempt.rows)
         self._settler.settle(settlement, lambda _: self.follower.requeued(queue_key))
         self._release(attempt)
 
     def put_back_rows(self, message: Message, rows: Sequence[RecipientRow]) -> None:
         """The same for recipients that no attempt was made for."""
         self._counters.put_back += len(rows)
-        settlement = put_back(message, rows, self._moment().steady_ms)
+        settlement = self._returned(message, rows)
         queue_keys = {row.queue_key for row in rows}
 
         def requeued(_: int) -> None:
@@ -289,9 +303,20 @@ class Dispatcher:
 
         self._settler.settle(settlement, requeued)
 
+    def _returned(self, message: Message, rows: Sequence[RecipientRow]) -> Settlement:
+        moment = self._moment()
+        if not message.envelope.epoch:
+            return put_back(message, rows, moment.steady_ms)
+        # What could not be sent here is not asked for again at once; what a drain gives up is there for others.
+        delay_ms = 0 if self.stopping else int(GIVEN_BACK_MS * (0.5 + self._random() / 2))
+        return self._concluder.give_back(message, rows, moment.wall_ms + delay_ms, moment)
+
     def _end_without_target(self, attempt: Attempt) -> None:
         if attempt.probed and attempt.failure is not None:
             failure = attempt.failure
+        elif attempt.waits and attempt.message.envelope.epoch and self.outlived(attempt.message.envelope):
+            # LOCAL mail is looked at when its turn comes; of this nobody else asks how old it is.
+            failure = UNREACHABLE
         elif attempt.waits:
             self.put_back(attempt)
             return
@@ -341,10 +366,15 @@ class Dispatcher:
         for change in conclusion.settlement.changes:
             if change.state is State.DEFERRED:
                 self.follower.expected(change.queue_key, change.due_ms)
-            else:
+            elif change.state is not State.CANCELLED:  # that one waits in PostgreSQL
                 self._counters.lifetime_seconds.observe(lifetime_s)
         for event in conclusion.events:
             self._tell(envelope, event)
+
+    def outlived(self, envelope: Envelope) -> bool:
+        """Whether the message's lifetime is over."""
+        moment = self._moment()
+        return is_expired(self.retry_policy(envelope), envelope.accepted_ms, moment.wall_ms, moment.steady_ms)
 
     def retry_policy(self, envelope: Envelope) -> RetryPolicy:
         """The account's retry policy of this moment."""

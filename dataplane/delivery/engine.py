@@ -29,7 +29,7 @@ from dataplane.core.transaction import Verdict, VerdictKind
 from dataplane.delivery.attempt import Message
 from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.deadlines import Deadlines
-from dataplane.delivery.dispatch import Dispatcher, Follower, Tools
+from dataplane.delivery.dispatch import UNREACHABLE, Dispatcher, Follower, Tools
 from dataplane.delivery.held import HeldMail
 from dataplane.delivery.limits import DeliveryLimits
 from dataplane.delivery.outcome import Concluder, Moment, claim, claimed, released
@@ -66,7 +66,6 @@ DENIED_LIMIT = 10_000  # recipients remembered; more of them are looked at again
 SETTLE_GRACE_S = 5.0
 
 _REVOKED = Verdict(VerdictKind.TEMPORARY, 0, "4.7.1", "the credential that submitted it was revoked before")
-_UNREACHABLE = Verdict(VerdictKind.TEMPORARY, 0, "4.4.7", "no target could be reached within the lifetime")
 
 
 class Surroundings(NamedTuple):
@@ -86,6 +85,7 @@ class DeliveryEngine:
     """`ports.Handover`, and the life of delivery in a worker.
 
     Engines of one worker share the `pools` of one of them, so that connections are counted once; they stop together.
+    `holds` says whether REPLICATED mail that is held under a lease may be sent; without it none is.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class DeliveryEngine:
         transforms: tuple[Transform, ...] = NO_TRANSFORMS,
         pools: Pools | None = None,
         limits: DeliveryLimits | None = None,
+        holds: Callable[[int], bool] | None = None,
     ) -> None:
         spool, config, resolver, encode, clock, random, log, hostname = surroundings
         self.counters = DeliveryCounters()
@@ -130,6 +131,7 @@ class DeliveryEngine:
                 self.counters,
                 log,
                 transforms,
+                holds or _holds_nothing,
             )
         )
         self._scheduler = Scheduler(spool, self, self.moment, self.counters, log)
@@ -230,6 +232,10 @@ class DeliveryEngine:
         """Now, by the clock that due times follow."""
         return self._steady_ms()
 
+    def lease_ended(self) -> None:
+        """What was held under a lease is nobody's business here any more: cut it where its dot has not left."""
+        self._dispatcher.follow_denials()
+
     def moment(self) -> Moment:
         """Both clocks, now."""
         wall_ms = self._clock.wall_ms()
@@ -267,8 +273,13 @@ class DeliveryEngine:
         addresses = tuple([row.address for row in recipients])
         # Ingress counted the line ends of what it hands over.
         held_bytes = message_bytes(len(content), addresses)
-        message = Message(envelope, content, addresses, reported=False, canonical=True, held_bytes=held_bytes)
+        reported = envelope.epoch > 0  # PostgreSQL recorded it when it stored it
+        message = Message(envelope, content, addresses, reported, canonical=True, held_bytes=held_bytes)
         plan = make_plan(self._config, envelope, recipients, self._clock.wall_ms())
+        if plan.held is Held.MESSAGE and envelope.epoch and self._dispatcher.outlived(envelope):
+            ends = [(row, _REVOKED) for row in recipients]
+            self._dispatcher.conclude(message, ends, plan.bundle_revision, self.moment())
+            return
         if plan.held is not None or self._stopping:
             self._reporter.watch(message)
             self._dispatcher.put_back_rows(message, recipients)
@@ -346,7 +357,7 @@ class DeliveryEngine:
         groups = [group for group, outlook in zip(plan.groups, outlooks, strict=True) if outlook.usable]
         if not groups and not plan.refused:
             if outlived and any(outlook.is_dead for outlook in outlooks):
-                return Taken([self._expire(stored, rows, plan, moment, _UNREACHABLE)])
+                return Taken([self._expire(stored, rows, plan, moment, UNREACHABLE)])
             return Taken([], moment.steady_ms + LOOK_AGAIN_MS)
         return Taken(self._claim(stored, plan, groups, split_queue_key(rows[0].queue_key)[1]))
 
@@ -483,6 +494,11 @@ def _move_due(message_id: MessageId, rows: Sequence[RecipientRow], due_ms: int) 
         RecipientChange(row.index, row.attempt, released(row.state), row.attempt, due_ms, row.queue_key) for row in rows
     ]
     return Settlement(message_id, changes, None, reported=False)
+
+
+def _holds_nothing(epoch: int) -> bool:
+    del epoch
+    return False
 
 
 def _nobody() -> None:

@@ -11,6 +11,7 @@ recipients with the same verdict share an event.
     INTERRUPTED   deferred            INTERRUPTED   expired, EXPIRED
     UNCERTAIN     deferred            UNCERTAIN     expired, UNCERTAIN and EXPIRED
 
+Of REPLICATED mail the record says all this and the spool forgets what has to wait: PostgreSQL gives it out again.
 Every move is checked against the one table in core/queue. Texts are safe already, so that nothing a remote says can
 keep an outcome from being stored.
 """
@@ -23,7 +24,7 @@ from typing import NamedTuple
 from dataplane.core.config import RetryPolicy
 from dataplane.core.envelope import RecipientRow
 from dataplane.core.ledger import AttemptEvent, LedgerRecord, RecipientUpdate
-from dataplane.core.queue import EventType, State, check_move
+from dataplane.core.queue import TERMINAL, EventType, State, check_move
 from dataplane.core.retry import is_expired, next_attempt_ms
 from dataplane.core.transaction import Verdict, VerdictKind
 from dataplane.delivery.attempt import Message
@@ -98,7 +99,8 @@ class Concluder:
                 else:
                     due_ms = next_attempt_ms(policy, row.attempt, moment.steady_ms, random)
             check_move(row.state, state)
-            changes.append(RecipientChange(row.index, row.attempt, state, row.attempt, due_ms, row.queue_key))
+            kept = _kept(message, state)
+            changes.append(RecipientChange(row.index, row.attempt, kept, row.attempt, due_ms, row.queue_key))
             shown_ms = due_ms + moment.wall_ms - moment.steady_ms if due_ms else 0
             updates.append(RecipientUpdate(row.index, state, row.attempt, shown_ms, moment.wall_ms))
             indexes.setdefault((row.attempt, event, verdict), []).append(row.index)
@@ -116,13 +118,25 @@ class Concluder:
         shown_ms = due_ms + moment.wall_ms - moment.steady_ms
         for row in rows:
             check_move(row.state, State.QUEUED)
-            changes.append(RecipientChange(row.index, row.attempt, State.QUEUED, row.attempt, due_ms, row.queue_key))
+            kept = _kept(message, State.QUEUED)
+            changes.append(RecipientChange(row.index, row.attempt, kept, row.attempt, due_ms, row.queue_key))
             updates.append(RecipientUpdate(row.index, State.QUEUED, row.attempt, shown_ms, moment.wall_ms))
         events = tuple(
             _event(tuple(found), attempt, EventType.UNCERTAIN, verdict, Facts(), moment.wall_ms)
             for attempt, found in _by_attempt(rows).items()
         )
         return Conclusion(self._settlement(message, changes, tuple(updates), events), events)
+
+    def give_back(self, message: Message, rows: Sequence[RecipientRow], due_ms: int, moment: Moment) -> Settlement:
+        """Return recipients of REPLICATED mail to PostgreSQL as if their attempt had not begun; due by wall clock."""
+        changes: list[RecipientChange] = []
+        updates: list[RecipientUpdate] = []
+        for row in rows:
+            check_move(row.state, State.QUEUED)
+            kept = _kept(message, State.QUEUED)
+            changes.append(RecipientChange(row.index, row.attempt, kept, row.attempt, 0, row.queue_key))
+            updates.append(RecipientUpdate(row.index, State.QUEUED, row.attempt - 1, due_ms, moment.wall_ms))
+        return self._settlement(message, changes, tuple(updates), ())
 
     def report(self, message: Message) -> Settlement:
         """Tell that a message was accepted; until it is told otherwise the ledger shows its recipients as queued.
@@ -147,9 +161,15 @@ class Concluder:
             message.addresses if first else (),
             updates,
             events,
+            epoch=envelope.epoch,
         )
         message.reported = True
         return Settlement(envelope.message_id, changes, self._encode(record), reported=True)
+
+
+def _kept(message: Message, state: State) -> State:
+    """What becomes of the row in the spool: REPLICATED mail that has to wait does so in PostgreSQL, not here."""
+    return State.CANCELLED if message.envelope.epoch and state not in TERMINAL else state
 
 
 def put_back(message: Message, rows: Sequence[RecipientRow], due_ms: int) -> Settlement:

@@ -92,5 +92,7 @@ class Recovery(NamedTuple):
 
 
 def _message(stored: StoredMessage) -> Message:
-    addresses = () if stored.reported else tuple(row.address for row in stored.recipients)
-    return Message(stored.envelope, b"", addresses, stored.reported)
+    # PostgreSQL recorded REPLICATED mail when it stored it.
+    reported = stored.reported or stored.envelope.epoch > 0
+    addresses = () if reported else tuple(row.address for row in stored.recipients)
+    return Message(stored.envelope, b"", addresses, reported)

@@ -21,7 +21,7 @@ The commit belongs to the spool: nothing here cancels it. A fault of ours is a 4
     checks at MAIL, in order            refusal
     configuration too old               451 4.3.2
     account or credential denied, gone  550 5.7.1
-    REPLICATED asked for                451 4.3.0, until there is a replicated queue
+    REPLICATED, and there is no lease   451 4.3.0: PostgreSQL is away, or the control plane
     sender's domain not the account's   553 5.7.1; the null sender is everybody's, it marks bounces
 """
 
@@ -66,6 +66,7 @@ from dataplane.ports import (
     Handover,
     Incoming,
     Limiter,
+    ReplicatedQueue,
     Spool,
     SpoolError,
     SpoolFullError,
@@ -106,6 +107,7 @@ class Submission:
     limits: IngressLimits = field(default_factory=IngressLimits)
     delay_bytes: int = DELAY_BYTES
     turnstile: Turnstile | None = None
+    replicated: ReplicatedQueue | None = None
 
     def submitter(self, address: str) -> Submitter:
         """Return the policy for a connection from this address."""
@@ -228,7 +230,7 @@ class Submitter:
         compiled = self._account_now()
         if compiled is None:
             return replies.SENDER_DENIED
-        if compiled.account.replicated:
+        if compiled.account.replicated and not self._lease():
             return replies.REPLICATION_UNAVAILABLE
         if sender is not None and not compiled.owns_sender_domain(sender.domain):
             return replies.SENDER_NOT_OWNED
@@ -352,7 +354,8 @@ class Submitter:
         message_id = new_message_id(now_ms, self._shared.random(_RANDOM_OCTETS))
         added, header_message_id = self._complete(b"", scanned, hello, now_ms, format_message_id(message_id))
         hashed = SubmissionHash(self._sender, self._recipients) if scanned.idempotency_key else None
-        incoming = self._shared.spool.receive(message_id)
+        owner = self._queue() or self._shared.spool
+        incoming = owner.receive(message_id)
         large = self._large = _Large(incoming, message_id, scanned, header_message_id, hashed)
         if hashed is not None:
             whole = b"".join(pieces)
@@ -447,14 +450,18 @@ class Submitter:
             shared.counters.messages_refused += 1
             answer(replies.NO_ROUTE)
             return
+        if self._lease_is_missing(envelope):
+            answer(replies.REPLICATION_UNAVAILABLE)
+            return
         rows, handed_over = self._rows(keys, envelope)
         handed_content = stored if handed_over else b""
+        owner = shared.spool if not envelope.epoch else self._queue() or shared.spool
         if key is not None:
-            write = partial(shared.spool.accept, content=stored, recipients=rows)
+            write = partial(owner.accept, content=stored, recipients=rows)
             self._store_once(envelope, key, write, handed_content, rows, answer)
             return
         failpoint("accept.received")
-        future = shared.spool.accept(envelope, stored, rows)
+        future = owner.accept(envelope, stored, rows)
         future.add_done_callback(
             partial(self._stored, envelope, identifier, handed_content, rows, self._part_with_recipients(), answer)
         )
@@ -484,6 +491,9 @@ class Submitter:
         if not any(keys):
             shared.counters.messages_refused += 1
             answer(replies.NO_ROUTE)
+            return
+        if self._lease_is_missing(envelope):
+            answer(replies.REPLICATION_UNAVAILABLE)
             return
         rows, _ = self._rows(keys, envelope, in_memory=False)
         self._large = None
@@ -563,6 +573,7 @@ class Submitter:
             submission_key=key,
             send_time_ms=self._send_time_ms(now_ms),
             priority=self._parameters.priority,
+            epoch=self._lease() if self._account().account.replicated else 0,
         )
 
     def _send_time_ms(self, now_ms: int) -> int:
@@ -669,7 +680,7 @@ class Submitter:
         try:
             if rows[0].state is State.SENDING:
                 shared.handover.deliver(envelope, content, rows)
-            else:
+            elif not envelope.epoch:
                 shared.handover.queued(envelope, rows)
         except Exception as fault:  # noqa: BLE001 - it is stored: whatever delivery does, 250 is the truth
             self.failed(fault)
@@ -704,6 +715,18 @@ class Submitter:
         if self._pinned is None:
             raise RuntimeError("no transaction")
         return self._pinned
+
+    def _queue(self) -> ReplicatedQueue | None:
+        """Who owns the account's mail, None for the spool."""
+        return self._shared.replicated if self._account().account.replicated else None
+
+    def _lease(self) -> int:
+        """The lease under which REPLICATED mail may be taken now, 0 for none."""
+        queue = self._shared.replicated
+        return queue.epoch if queue is not None else 0
+
+    def _lease_is_missing(self, envelope: Envelope) -> bool:
+        return not envelope.epoch and self._account().account.replicated
 
     def _account_now(self) -> CompiledAccount | None:
         """Return the account if it, and what the client showed, still may send."""

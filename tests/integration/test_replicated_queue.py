@@ -11,12 +11,26 @@ import pytest
 
 from controlplane.adapters.postgres import queue, queue_reports
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.queue import CLAIMED_OF_ACCOUNT, PostgresQueue
+from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
 from controlplane.ports_fleet import BadQueueRequestError, LeaseLostError, SpoolOwnershipError
 from postroad.node.v1.ledger_pb2 import EventType, RecipientState
 from support.databases import Database
-from support.fleet import NOW_MS, add_node, changed, event, execute, fetch, fleet_database, message_id, text_id, update
+from support.fleet import (
+    NOW,
+    NOW_MS,
+    add_node,
+    changed,
+    event,
+    execute,
+    fetch,
+    fleet_database,
+    message_id,
+    text_id,
+    update,
+)
 from support.queue import (
     Holder,
     add_account,
@@ -28,12 +42,13 @@ from support.queue import (
     queued,
 )
 
-QUEUED, SENDING, DEFERRED, HELD, SENT = (
+QUEUED, SENDING, DEFERRED, HELD, SENT, CANCELLED = (
     RecipientState.RECIPIENT_STATE_QUEUED,
     RecipientState.RECIPIENT_STATE_SENDING,
     RecipientState.RECIPIENT_STATE_DEFERRED,
     RecipientState.RECIPIENT_STATE_HELD,
     RecipientState.RECIPIENT_STATE_SENT,
+    RecipientState.RECIPIENT_STATE_CANCELLED,
 )
 UNCERTAIN = EventType.EVENT_TYPE_UNCERTAIN
 
@@ -267,6 +282,43 @@ async def test_a_flood_leaves_room_for_others_in_a_claim(holder: Holder, migrate
     _, claimed = await holder.claim(CLAIMED_OF_ACCOUNT + 1)
     assert len(claimed) == CLAIMED_OF_ACCOUNT + 1
     assert small in {one.message_id for one in claimed}
+
+
+async def test_what_waits_or_is_held_is_cancelled_and_what_is_sent_is_too_late(
+    holder: Holder, migrated_database: Database
+) -> None:
+    waiting, sending = await holder.store("a@example.net", "b@example.net", sending=False), await holder.store()
+    for raw_id in (waiting, sending, message_id()):
+        await execute(
+            migrated_database,
+            "INSERT INTO postroad.commands (account, verb, spool, message_ids) VALUES ('demo', 1, $1, ARRAY[$2::uuid])",
+            *(QUEUE_SPOOL, text_id(raw_id)),
+        )
+    assert (await holder.claim())[1] == []
+    rows = await fetch(migrated_database, "SELECT * FROM postroad.commands")
+    done = {row["message_ids"][0].bytes: (row["changed_count"], row["too_late_count"]) for row in rows}
+    assert (done.pop(waiting), done.pop(sending), *done.values()) == ((2, 0), (0, 1), (0, 1))
+    assert all(row["done_time"] for row in rows)
+    assert await queue_row(migrated_database, waiting) is None
+    assert await ledger_states(migrated_database, waiting) == [CANCELLED, CANCELLED]
+    assert await event_types(migrated_database, waiting) == [EventType.EVENT_TYPE_CANCELLED] * 2
+
+
+async def test_late_contents_and_mail_of_deleted_accounts_are_swept(
+    holder: Holder, database: FleetDatabase, migrated_database: Database
+) -> None:
+    await add_account(migrated_database, "gone")
+    kept, lost = await holder.store(sending=False), await holder.store(account="gone", sending=False)
+    late, fresh = message_id(NOW_MS - 90_000_000), message_id()
+    for raw_id in (late, fresh):
+        await holder.queue.store_content(raw_id, 0, b"piece")
+    await execute(migrated_database, "DELETE FROM postroad.accounts WHERE account = 'gone'")
+    await PostgresJobs(database).sweep_queue(NOW - timedelta(days=1))
+    rows = await fetch(migrated_database, "SELECT message_id FROM postroad.queue_contents")
+    assert {row["message_id"].bytes for row in rows} == {kept, fresh}
+    assert await queue_row(migrated_database, lost) is None
+    assert await ledger_states(migrated_database, lost) == [RecipientState.RECIPIENT_STATE_FAILED]
+    assert await queue_states(migrated_database, kept) == [(QUEUED, 0)]
 
 
 _SEED = """

@@ -55,6 +55,11 @@ class KillableStack(LocalStack):
         return _descendants(self._process.pid)
 
 
+def pids_below(pid: int) -> list[int]:
+    """Every process that this one started, and that those started."""
+    return _descendants(pid)
+
+
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
     """Return when `condition()` is true; AssertionError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s

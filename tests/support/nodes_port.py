@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from controlplane.adapters.grpc.node_config import NodeConfigServicer
 from controlplane.adapters.grpc.node_ledger import NodeLedgerServicer
+from controlplane.adapters.grpc.node_queue import NodeQueueServicer
 from controlplane.adapters.grpc.transport import NODE_OPTIONS, TlsFiles, server_credentials
 from controlplane.adapters.pki import CertificateAuthority, create_authority, write_private
 from controlplane.adapters.postgres.books import PostgresBooks
@@ -27,14 +29,17 @@ from controlplane.adapters.postgres.feed import ChangeFeed
 from controlplane.adapters.postgres.fleet import PostgresFleet
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.ledger import PostgresLedger
+from controlplane.adapters.postgres.queue import PostgresQueue
 from controlplane.domain.books import Comparison
 from controlplane.services.auditing import Auditor
 from controlplane.services.ingest import IngestService
+from controlplane.services.queue import QueueService
 from controlplane.stream.fleet import FleetService
 from controlplane.stream.hub import Hub
 from postroad.node.v1 import config_stream_service_pb2 as pb
 from postroad.node.v1.config_stream_service_pb2_grpc import ConfigStreamServiceStub
 from postroad.node.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_to_server
+from postroad.node.v1.queue_service_pb2_grpc import add_QueueServiceServicer_to_server
 from support.databases import Database
 from support.fleet import execute, fleet_pool, role_dsn
 
@@ -131,6 +136,8 @@ async def nodes_port(
         server = grpc.aio.server(options=NODE_OPTIONS)
         server.add_generic_rpc_handlers((config.handler(),))
         add_LedgerServiceServicer_to_server(ledger, server)
+        queue = QueueService(PostgresQueue(fleet_database, store), now, time.monotonic)
+        add_QueueServiceServicer_to_server(NodeQueueServicer(queue, fleet, time.monotonic), server)
         files = TlsFiles(folder / "server.pem", folder / "server.key", folder / "ca.pem")
         port = server.add_secure_port("127.0.0.1:0", server_credentials(files, lambda text: events.append((text, {}))))
         feed = asyncio.create_task(ChangeFeed(await role_dsn(database, "postroad_fleet"), fleet.scan).run())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dataplane.core.client import Client, Signal
 from dataplane.core.config import TlsPolicy
@@ -65,9 +65,9 @@ class Played:
 
 
 def transaction(
-    *recipients: str, content: bytes = MESSAGE, sender: str = "a@example.com", **flags: bool
+    *recipients: str, content: bytes = MESSAGE, sender: str = "a@example.com", **options: Any
 ) -> Transaction:
-    return Transaction(sender, recipients or ("b@example.net",), content, **flags)
+    return Transaction(sender, recipients or ("b@example.net",), content, **options)
 
 
 def play(

@@ -11,12 +11,14 @@ import asyncio
 import contextlib
 from datetime import date, datetime
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 
 from controlplane.adapters.postgres.bundles import DENIALS_CHANNEL
 from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase
 from controlplane.ports_fleet import WAITING_DAYS
+from dataplane.core.queue import State
 
 _DAYS_THAT_WAIT = """
 SELECT coalesce(array_agg(day), '{}')
@@ -29,6 +31,25 @@ WHERE EXISTS (
 """
 _LOCK = 0x706F73746C656164  # "postlead"
 _TIMEOUT_S = 5.0
+
+
+_SWEEP_CONTENTS = """
+DELETE FROM postroad.queue_contents AS c
+WHERE c.message_id < $1 AND NOT EXISTS (SELECT FROM postroad.replicated_queue AS q WHERE q.message_id = c.message_id)
+"""
+_WITHOUT_ACCOUNT = """
+SELECT q.message_id FROM postroad.replicated_queue AS q
+WHERE q.epoch IS NULL AND NOT EXISTS (SELECT FROM postroad.accounts AS a WHERE a.account = q.account)
+LIMIT 10000 FOR UPDATE SKIP LOCKED
+"""
+_FAIL = f"""
+UPDATE postroad.recipients AS r
+SET state = {int(State.FAILED)}, next_attempt_time = NULL, update_time = transaction_timestamp(),
+    enhanced_code = '5.7.1', reply_text = 'the account is deleted'
+FROM postroad.queue_recipients AS q
+WHERE q.message_id = ANY ($1) AND r.message_id = q.message_id AND r.recipient_index = q.recipient_index
+    AND r.message_id BETWEEN $2 AND $3
+"""
 
 
 class PostgresLeadership:
@@ -134,6 +155,17 @@ class PostgresJobs:
             *(before, limit),
         )
 
+    async def sweep_queue(self, before: datetime) -> None:
+        """As the port says."""
+        async with self._database.transaction("job_sweep_queue") as connection:
+            await connection.execute(_SWEEP_CONTENTS, least_message_id(before))
+            gone = await connection.fetch(_WITHOUT_ACCOUNT)
+            if gone:
+                message_ids = [row["message_id"] for row in gone]
+                await connection.execute(_FAIL, message_ids, min(message_ids), max(message_ids))
+                for table in ("queue_recipients", "queue_contents", "replicated_queue"):
+                    await connection.execute(f"DELETE FROM postroad.{table} WHERE message_id = ANY ($1)", message_ids)
+
     async def delete_denials(self, now: datetime, limit: int) -> int:
         """As the port says."""
         async with self._database.transaction("job_delete_denials") as connection:
@@ -156,6 +188,11 @@ class PostgresJobs:
         async with self._database.transaction("job_delete") as connection:
             answer = await connection.execute(sql, *arguments)
         return _count(answer)
+
+
+def least_message_id(moment: datetime) -> UUID:
+    """The least UUIDv7 made then."""
+    return UUID(int=int(moment.timestamp() * 1000) << 80)
 
 
 def _count(answer: str) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import asyncpg
 
 from controlplane.adapters.postgres.nodes import COMMANDS_CHANNEL
+from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
 from controlplane.adapters.postgres.session import Session
 from controlplane.domain import names
 from controlplane.domain.errors import FailedPreconditionError, NotFoundError, Reason
@@ -150,13 +151,14 @@ class MessagesRepository:
 
     async def add_command(self, order: CommandOrder, message: Message) -> Command:
         """As the port says."""
+        spool = QUEUE_SPOOL if message.replicated else message.spool
         row = await self._session.row(
             "command_insert",
             """
             INSERT INTO postroad.commands (account, verb, spool, message_ids, provider)
             VALUES ($1, $2, $3, ARRAY[$4::uuid], $5) RETURNING *, $6::text AS node
             """,
-            *(order.account, order.verb, message.spool, message.message_id, order.provider, message.node),
+            *(order.account, order.verb, spool, message.message_id, order.provider, message.node),
         )
         assert row is not None  # noqa: S101 - INSERT … RETURNING of one row
         await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, message.node)
@@ -233,6 +235,7 @@ def _message(row: asyncpg.Record, recipients: list[Recipient], events: list[Even
         spool=str(row["spool"]),
         send_time=row["send_time"],
         priority=row["priority"],
+        replicated=row["replicated"],
         recipients=tuple(recipients),
         events=tuple(events),
         duplicate_of="" if row["duplicate_of"] is None else str(row["duplicate_of"]),

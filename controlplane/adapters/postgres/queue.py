@@ -18,6 +18,7 @@ import asyncpg
 from controlplane.adapters.ledger_records import RecordError, RecordRows, columns
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.ledger import PostgresLedger, insert_replicated
+from controlplane.adapters.postgres.queue_commands import run_commands
 from controlplane.adapters.postgres.queue_reports import return_ended
 from controlplane.adapters.postgres.session import Connection
 from controlplane.ports_fleet import (
@@ -39,7 +40,8 @@ _PART_BYTES = 4 * 1024 * 1024
 _QUEUED, _SENDING, _HELD = int(State.QUEUED), int(State.SENDING), int(State.HELD)
 _BAD_CONTENT = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, OverflowError, ValueError)
 
-_OWN_SPOOL = "SELECT node, accepted FROM postroad.spools WHERE spool = $1 FOR KEY SHARE"
+# Without a lock: the ledger holds the row for as long as a batch takes.
+_OWN_SPOOL = "SELECT node, accepted FROM postroad.spools WHERE spool = $1"
 _RENEW = f"""
 UPDATE postroad.node_leases SET lease_until = clock_timestamp() + interval '{LEASE_S} s'
 WHERE epoch = $1 AND spool = $2 AND lease_until > clock_timestamp()
@@ -105,7 +107,7 @@ SELECT message_id, data FROM postroad.queue_contents WHERE message_id = ANY ($1)
 """
 _CONFIRM = """
 UPDATE postroad.replicated_queue SET claim_id = NULL, claim_time = NULL
-WHERE message_id = ANY ($1) AND epoch = $2 AND claim_id = $3
+WHERE message_id = ANY ($1) AND epoch = $2 AND (claim_id = $3 OR claim_id IS NULL)
 RETURNING message_id
 """
 _HOLDS = "SELECT 1 FROM postroad.replicated_queue WHERE message_id = $1 AND epoch = $2"
@@ -184,6 +186,7 @@ class PostgresQueue:
         """As the port says."""
         async with self._database.transaction("queue_return") as connection:
             clock = now or await connection.fetchval("SELECT transaction_timestamp()")
+            await run_commands(connection, clock)
             returned, uncertain = await return_ended(connection, clock, adopt=adopt)
         self._observe("returned", returned)
         self._observe("uncertain", uncertain)

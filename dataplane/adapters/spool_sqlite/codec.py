@@ -74,6 +74,8 @@ def encode_envelope(envelope: Envelope, recipients: Sequence[RecipientRow]) -> b
         fields["send_time_ms"] = envelope.send_time_ms
     if envelope.priority:
         fields["priority"] = envelope.priority
+    if envelope.epoch:
+        fields["epoch"] = envelope.epoch
     try:
         return orjson.dumps(fields)
     except TypeError:
@@ -105,6 +107,7 @@ def decode_envelope(message_id: MessageId, encoded: bytes) -> tuple[Envelope, di
             submission_key=_submission_key(fields["submission_key"]) if "submission_key" in fields else None,
             send_time_ms=fields.get("send_time_ms", 0),
             priority=fields.get("priority", 0),
+            epoch=fields.get("epoch", 0),
         )
         addresses = {int(index): address for index, address in fields["recipients"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

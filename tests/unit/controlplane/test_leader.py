@@ -138,6 +138,9 @@ class Store:
         self.old_revisions -= forgotten
         return forgotten
 
+    async def sweep_queue(self, before: datetime) -> None:
+        self.asked.append(("queue", before))
+
     async def delete_denials(self, now: datetime, limit: int) -> int:
         self.asked.append(("denials", now, limit))
         return limit

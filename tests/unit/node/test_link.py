@@ -29,6 +29,8 @@ MESSAGES: list[link.Message] = [
     link.LedgerCursor(SPOOL, 14),
     link.LedgerQuestion(SPOOL, 3, 41, "accounts/demo", (0, 4095)),
     link.LedgerStatement(b"\x00\xff statement"),
+    link.QueueCall(5, link.QueueMethod.STORE_MESSAGES, 20_000, b"\x00\xff" * 300),
+    link.QueueAnswer(5, 14, b"away"),
     link.RunCommand("c1", SPOOL, 1, "accounts/demo", (b"\x01" * 16, b"\x02" * 16)),
     link.RunCommand(
         *("c2", SPOOL, 6, "accounts/-", (), "providers/new"),

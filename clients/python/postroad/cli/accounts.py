@@ -79,7 +79,7 @@ Durable = Annotated[
 ]
 WhenUncertain = Annotated[
     Uncertain | None,
-    typer.Option(help="What becomes of replicated mail that a lost node was sending: it may have arrived, or not"),
+    typer.Option(help="What becomes of replicated mail of which nobody knows whether it arrived"),
 ]
 Pool = Annotated[str | None, typer.Option("--pool", help="Node pool that serves the account")]
 

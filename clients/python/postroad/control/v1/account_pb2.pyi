@@ -93,8 +93,8 @@ class Account(_message.Message):
         """It is held until it is cancelled: it may not have arrived at all."""
 
     class UncertainPolicy(_UncertainPolicy, metaclass=_UncertainPolicyEnumTypeWrapper):
-        """What becomes of REPLICATED mail that was being sent when its node was lost,
-        so that nobody knows whether it arrived.
+        """What becomes of REPLICATED mail whose attempt nobody saw the end of: its
+        node was lost, or the connection after the final dot. It may have arrived.
         """
 
     UNCERTAIN_POLICY_UNSPECIFIED: Account.UncertainPolicy.ValueType  # 0

@@ -127,7 +127,8 @@ class QueueServiceServicer:
 
     def ConfirmClaim(self, request, context):
         """Says that claimed messages are in the spool and are being sent from now on.
-        Answers with those that still are the spool's.
+        Answers with those that still are the spool's; asked again it answers the
+        same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -65,7 +65,8 @@ class QueueServiceStub:
     """
     ConfirmClaim: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.ConfirmClaimRequest, _queue_service_pb2.ConfirmClaimResponse]
     """Says that claimed messages are in the spool and are being sent from now on.
-    Answers with those that still are the spool's.
+    Answers with those that still are the spool's; asked again it answers the
+    same.
     """
 
 @_typing.type_check_only
@@ -105,7 +106,8 @@ class QueueServiceAsyncStub(QueueServiceStub):
     """
     ConfirmClaim: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.ConfirmClaimRequest, _queue_service_pb2.ConfirmClaimResponse]  # type: ignore[assignment]
     """Says that claimed messages are in the spool and are being sent from now on.
-    Answers with those that still are the spool's.
+    Answers with those that still are the spool's; asked again it answers the
+    same.
     """
 
 class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -178,7 +180,8 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_queue_service_pb2.ConfirmClaimResponse, _abc.Awaitable[_queue_service_pb2.ConfirmClaimResponse]]:
         """Says that claimed messages are in the spool and are being sent from now on.
-        Answers with those that still are the spool's.
+        Answers with those that still are the spool's; asked again it answers the
+        same.
         """
 
 def add_QueueServiceServicer_to_server(servicer: QueueServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

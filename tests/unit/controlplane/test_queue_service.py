@@ -1,0 +1,56 @@
+"""When mail of ended leases is given away: not before everybody who lives had time to report."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from controlplane.domain.errors import Reason, UnavailableError
+from controlplane.ports_fleet import BadQueueRequestError, ClaimWish, Lease
+from controlplane.services.queue import ADOPT_AFTER_S, MAX_BYTES, MAX_MESSAGES, QueueService
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Store:
+    def __init__(self) -> None:
+        self.away = False
+        self.adopted: list[bool] = []
+
+    async def renew(self, *_: Any) -> Lease:
+        if self.away:
+            raise UnavailableError(Reason.DATABASE_UNAVAILABLE, "away", retry_after_s=1)
+        return Lease(1, 15)
+
+    async def claim(self, *_: Any, adopt: bool) -> list[Any]:
+        self.adopted.append(adopt)
+        return []
+
+
+def wish(messages: int = 1, size_bytes: int = 0) -> ClaimWish:
+    return ClaimWish(str(uuid.uuid4()), 1, str(uuid.uuid4()), messages, size_bytes)
+
+
+async def test_nothing_is_given_away_until_postgresql_has_answered_for_a_while() -> None:
+    store, now_s = Store(), [100.0]
+    service = QueueService(store, lambda: NOW, lambda: now_s[0])  # type: ignore[arg-type]
+    await service.claim("edge-1", "default", wish())
+    now_s[0] += ADOPT_AFTER_S - 0.1
+    await service.claim("edge-1", "default", wish())
+    now_s[0] += 0.2
+    await service.claim("edge-1", "default", wish())
+    store.away = True
+    with pytest.raises(UnavailableError):
+        await service.renew("edge-1", "spool", 1)
+    await service.claim("edge-1", "default", wish())
+    assert store.adopted == [False, False, True, False]
+
+
+@pytest.mark.parametrize("asked", [wish(0), wish(MAX_MESSAGES + 1), wish(1, MAX_BYTES + 1)])
+async def test_a_claim_is_bounded(asked: ClaimWish) -> None:
+    service = QueueService(Store(), lambda: NOW, lambda: 0.0)  # type: ignore[arg-type]
+    with pytest.raises(BadQueueRequestError):
+        await service.claim("edge-1", "default", asked)
