@@ -81,6 +81,9 @@ CREATE POLICY pl_node_leases_fleet ON postroad.node_leases TO postroad_fleet USI
 CREATE POLICY pl_replicated_queue_fleet ON postroad.replicated_queue TO postroad_fleet USING (true);
 CREATE POLICY pl_queue_recipients_fleet ON postroad.queue_recipients TO postroad_fleet USING (true);
 CREATE POLICY pl_queue_contents_fleet ON postroad.queue_contents TO postroad_fleet USING (true);
+-- A command with a filter says that it left something alone here.
+CREATE POLICY pl_replicated_queue_api ON postroad.replicated_queue FOR SELECT TO postroad_api
+    USING (account = (SELECT postroad.current_account()) OR (SELECT postroad.is_operator()));
 -- Whose pool a message's account belongs to, and what the account chose.
 CREATE POLICY pl_accounts_fleet ON postroad.accounts FOR SELECT TO postroad_fleet USING (true);
 
@@ -89,3 +92,4 @@ GRANT SELECT, INSERT, UPDATE, DELETE
     ON postroad.node_leases, postroad.replicated_queue, postroad.queue_recipients, postroad.queue_contents
     TO postroad_fleet;
 GRANT SELECT (account, node_pool, uncertain_policy) ON postroad.accounts TO postroad_fleet;
+GRANT SELECT (message_id, account, epoch) ON postroad.replicated_queue TO postroad_api;

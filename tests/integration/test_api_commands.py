@@ -11,6 +11,7 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.duration_pb2 import Duration
 
 from controlplane.adapters.postgres import messages as repository
+from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
 from dataplane.core.ids import format_message_id, new_message_id
 from postroad.control.v1 import account_service_pb2, provider_service_pb2
 from postroad.control.v1 import message_pb2 as pb
@@ -201,6 +202,51 @@ async def test_an_operation_fails_only_when_no_spool_did_anything(stack: ApiStac
     assert [one.error for one in result.spools] == ["not known", ""]
     await progress(stack, SPOOLS[1], 0, 0, done=True, error="not known either")
     assert (await get(client, operation.name)).error.message == "not known"
+
+
+@pytest.mark.parametrize("method", VERBS)
+async def test_a_replicated_message_can_be_cancelled_only(stack: ApiStack, client: Client, method: str) -> None:
+    await stack.as_superuser("UPDATE postroad.messages SET replicated = true")
+    if method == "CancelMessage":
+        await client.message(method, request_of(method))
+        (command,) = await commands(stack)
+        assert command["spool"] == QUEUE_SPOOL
+        return
+    refusal = await client.refused(client.message(method, request_of(method)))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MESSAGE_REPLICATED")
+    assert await commands(stack) == []
+
+
+@pytest.mark.parametrize("verb", VERBS.values())
+async def test_a_filter_says_that_it_left_the_replicated_queue_alone(
+    stack: ApiStack, client: Client, verb: service.CommandVerb.ValueType
+) -> None:
+    await queue_message(stack, "acme")
+    request = all_of(verb, provider="accounts/acme/providers/relay" if verb == VERBS["RerouteMessage"] else "")
+    operation = await client.message("CommandMessages", request)
+    assert metadata_of(operation).spool_count == 3
+    for spool in SPOOLS:
+        await progress(stack, spool, 1, 0, done=True)
+    result = service.CommandResult()
+    assert (await get(client, operation.name)).response.Unpack(result)
+    assert result.changed_count == 2
+    assert [one.error for one in result.spools if not one.node] == [repository._LEFT_ALONE]
+
+
+async def test_only_mail_that_a_filter_could_mean_is_spoken_of(stack: ApiStack, client: Client) -> None:
+    await stack.make_account("other")
+    await queue_message(stack, "other")
+    assert metadata_of(await client.message("CommandMessages", all_of())).spool_count == 2
+    everywhere = all_of(parent="accounts/-")
+    assert metadata_of(await stack.operator.message("CommandMessages", everywhere)).spool_count == 3
+
+
+async def queue_message(stack: ApiStack, account: str) -> None:
+    await stack.as_superuser(
+        "INSERT INTO postroad.replicated_queue (message_id, account, size_bytes, envelope, due_time)"
+        " VALUES ($1, $2, 1, '', now())",
+        *(format_message_id(new_message_id(NOW_MS, bytes(10))), account),
+    )
 
 
 async def test_operations_are_listed_once_each_in_pages(stack: ApiStack, client: Client) -> None:

@@ -20,6 +20,7 @@ from controlplane.adapters.postgres.books import PostgresBooks
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import PostgresLedger
+from controlplane.adapters.postgres.queue import PostgresQueue
 from controlplane.domain.books import MOST_NAMED, Comparison, FindingKind
 from controlplane.jobs.books import SILENT_AFTER, book_jobs
 from controlplane.ports_fleet import WAITING_DAYS, BookHealth, RawBatch, SpoolOpening
@@ -30,6 +31,7 @@ from dataplane.core.queue import State
 from dataplane.core.waiting import WaitingQuestion
 from support.databases import Database
 from support.fleet import NOW, NOW_MS, accepted, add_node, execute, fetch, fleet_database, message_id
+from support.queue import add_account, ledger_states, queue_row, queued
 from support.random_mail import Mail, harm
 from support.spools import ManualClock, open_durable
 
@@ -195,6 +197,45 @@ async def test_a_book_counts_what_was_accepted_and_how_it_ended(plane: Plane) ->
     assert (book.ledger.waiting.count, book.spool_waiting.count, book.ledger.earlier) == (2, 2, 0)
     assert book.ledger.balances
     assert book.agrees
+
+
+async def test_replicated_mail_is_in_no_book_wherever_it_is(plane: Plane) -> None:
+    """It waits in PostgreSQL, is sent from this spool, and ends there, while LOCAL mail is counted as ever."""
+    await _waiting(plane, 2)
+    await add_account(plane.database)
+    queue = PostgresQueue(plane.fleet, plane.ledger)
+    epoch = (await queue.renew(NODE, plane.name, 0)).epoch
+    sent, deferred, sending, waiting = (message_id() for _ in range(4))
+    for one in (sent, deferred, sending):
+        await queue.store(NODE, "default", plane.name, epoch, [queued(one, "a@example.net")], NOW)
+    await queue.store(NODE, "default", plane.name, epoch, [queued(waiting, "a@example.net", sending=False)], NOW)
+    for one in (sent, deferred, sending):
+        await plane.mail.hold(MessageId(one), epoch)
+
+    async def is_right() -> None:
+        comparison = await plane.compare()
+        (book,) = comparison.books
+        assert comparison.findings == comparison.unjudged == ()
+        assert (book.agrees, book.ledger.balances) == (True, True)
+        assert (book.ledger.entries.accepted, book.ledger.waiting.count, book.spool_waiting.count) == (2, 2, 2)
+
+    await is_right()
+    await plane.mail.give_back(MessageId(sent), epoch, State.SENT)
+    await plane.mail.give_back(MessageId(deferred), epoch, State.DEFERRED)
+    await is_right()  # the ledger does not know yet
+    await plane.report()
+    assert await ledger_states(plane.database, sent) == [int(State.SENT)]
+    assert [await queue_row(plane.database, one) is None for one in (sent, deferred, sending)] == [True, False, False]
+    await is_right()
+    assert plane.reasons.empty()
+
+
+async def test_a_silent_spool_is_not_said_to_hold_replicated_mail(plane: Plane) -> None:
+    await add_account(plane.database)
+    queue = PostgresQueue(plane.fleet, plane.ledger)
+    epoch = (await queue.renew(NODE, plane.name, 0)).epoch
+    await queue.store(NODE, "default", plane.name, epoch, [queued(message_id(), "a@example.net")], NOW)
+    assert await plane.store.silent_spools(NOW + timedelta(days=400)) == []
 
 
 async def test_what_comes_twice_or_cannot_be_stored_is_not_counted(plane: Plane) -> None:

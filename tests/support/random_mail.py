@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import apsw
 
@@ -27,6 +28,19 @@ class Mail:
         self.rows: dict[tuple[MessageId, int], int] = {}
         self.sizes: dict[MessageId, int] = {}
         self.told: set[MessageId] = set()
+
+    async def hold(self, message_id: MessageId, epoch: int) -> None:
+        """Take a REPLICATED message of one recipient under a lease, as a claim does."""
+        envelope = replace(make_envelope(message_id, accepted_ms=self.now_ms), epoch=epoch)
+        row = make_row(0, due_ms=self.now_ms)._replace(state=State.SENDING, attempt=1)
+        await self.spool.accept(envelope, b"content", [row])
+
+    async def give_back(self, message_id: MessageId, epoch: int, state: State) -> None:
+        """Tell how its attempt ended; the spool forgets it."""
+        kept = state if state in TERMINAL else State.CANCELLED
+        record = LedgerRecord(message_id, ACCOUNT, updates=(RecipientUpdate(0, state, 1, 0, self.now_ms),), epoch=epoch)
+        change = RecipientChange(0, 1, kept, 1, 0, KEY)
+        assert await self.spool.settle(Settlement(message_id, [change], encode_record(record), reported=True)) == 1
 
     async def accept(self, count: int = 0) -> MessageId:
         message_id = new_message_id(self.now_ms, self.choice.randbytes(10))

@@ -2,7 +2,8 @@
 
 Contract. Implements `ports_fleet.BookStore`. Each answer about a spool is read in one snapshot together with the
 spool's cursor, so that it is exact as of that record however busily records are stored meanwhile; nobody waits for it.
-Who waits is found by an index that holds nobody else.
+Who waits is found by an index that holds nobody else. REPLICATED mail is in no book: it moves between spools, and what
+waits of it waits in PostgreSQL.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _PARTS = """
     sum(('x' || substr(digits, 23))::bit(40)::bigint) AS low
 """
 # OFFSET keeps the planner from reading all messages of all days to find those of the few that wait.
-_MESSAGE = "SELECT spool, node FROM postroad.messages WHERE message_id = r.message_id OFFSET 0"
+_MESSAGE = "SELECT spool, node FROM postroad.messages WHERE message_id = r.message_id AND NOT replicated OFFSET 0"
 _WAITING = f"""
     SELECT m.spool, r.account, r.recipient_index, r.message_id, replace(r.message_id::text, '-', '') AS digits
     FROM postroad.recipients AS r CROSS JOIN LATERAL ({_MESSAGE}) AS m

@@ -18,7 +18,8 @@ A spool speaks of messages that it accepted itself, or that move between spools 
 is set aside, whoever's they are. What it says of mail that it holds under a lease changes the replicated queue in the
 same transaction.
 A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
-What was accepted and what ended is entered into the spool's books by the statement that moves the cursor.
+What was accepted and what ended is entered into the spool's books by the statement that moves the cursor; REPLICATED
+mail is in no book.
 
 Of two messages of an account with one Idempotency-Key, accepted within 24 hours, the one that is heard of second is
 marked as the duplicate of the other, and told: spools could not ask each other.
@@ -407,8 +408,12 @@ class _Writer:
             if entered.accepted(written) != len(rows.accepted):
                 # A disk that was restored tells known mail anew.
                 events = events + await self._update(list(rows.accepted.values()), entered)
-        if rows.changed:
-            events = events + await self._update(list(rows.changed.values()), entered)
+        own = [row for key, row in rows.changed.items() if key not in rows.reports]
+        moving = [row for key, row in rows.changed.items() if key in rows.reports]
+        if own:
+            events = events + await self._update(own, entered)
+        if moving:
+            events = events + await self._update(moving, Entered())
         if events:
             await connection.execute(_INSERT_EVENTS, *columns(events, 18), self._node_id, self._spool)
         if rows.reports:

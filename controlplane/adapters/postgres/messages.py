@@ -19,6 +19,7 @@ from controlplane.adapters.postgres.session import Session
 from controlplane.domain import names
 from controlplane.domain.errors import FailedPreconditionError, NotFoundError, Reason
 from controlplane.domain.messages import (
+    EVERY_ACCOUNT,
     LEAST_ID,
     Command,
     CommandOrder,
@@ -61,6 +62,7 @@ FROM postroad.messages m
 """
 
 
+_LEFT_ALONE = "mail waits in the replicated queue, which a filter leaves alone: cancel it by message"
 _COMMANDS = "SELECT c.*, s.node FROM postroad.commands c LEFT JOIN postroad.spools s USING (spool)"
 
 
@@ -170,19 +172,33 @@ class MessagesRepository:
         rows = await self._session.rows(
             "command_insert_for_spools",
             """
-            WITH inserted AS (
+            WITH operation AS MATERIALIZED (SELECT gen_random_uuid() AS operation), inserted AS (
                 INSERT INTO postroad.commands (
                     operation, account, verb, spool, message_ids, provider, accepted_before, filter_provider,
                     filter_recipient_domain, filter_states, position
                 )
                 SELECT o.operation, $1, $2, s.spool, '{}', $3, transaction_timestamp() - $4::interval, $5, $6, $7, $8
-                FROM postroad.spools s, (SELECT gen_random_uuid() AS operation) AS o
+                FROM postroad.spools s, operation o
+                RETURNING *
+            ), left_alone AS (
+                INSERT INTO postroad.commands (
+                    operation, account, verb, spool, message_ids, provider, accepted_before, filter_provider,
+                    filter_recipient_domain, filter_states, position, done_time, update_time, error
+                )
+                SELECT o.operation, $1, $2, $9, '{}', $3, transaction_timestamp() - $4::interval, $5, $6, $7, $8,
+                    transaction_timestamp(), transaction_timestamp(), $10
+                FROM operation o
+                WHERE EXISTS (
+                    SELECT FROM postroad.replicated_queue q
+                    WHERE q.epoch IS NULL AND ($1 = $11 OR q.account = $1) AND q.message_id > $8
+                )
                 RETURNING *
             )
-            SELECT i.*, s.node FROM inserted i JOIN postroad.spools s USING (spool) ORDER BY i.spool
+            SELECT i.*, s.node FROM (TABLE inserted UNION ALL TABLE left_alone) AS i
+            LEFT JOIN postroad.spools s USING (spool) ORDER BY i.spool
             """,
             *(order.account, order.verb, order.provider, wanted.min_age, wanted.provider, wanted.recipient_domain),
-            *(list(wanted.states), since_id),
+            *(list(wanted.states), since_id, QUEUE_SPOOL, _LEFT_ALONE, EVERY_ACCOUNT),
         )
         if not rows:
             name = names.format_name(names.ACCOUNT, order.account)

@@ -2,7 +2,8 @@
 
 Contract. Inside a transaction of the caller's. A command of QUEUE_SPOOL is done when this returns: recipients that
 wait, or are held, are cancelled in queue and ledger, with an event; those that are being sent, have ended, or are
-another account's count as too late. Commands that somebody else carries out are passed over.
+another account's count as too late. Commands that somebody else carries out are passed over. Nothing but cancelling
+by message comes here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from uuid import UUID
 
 from controlplane.adapters.postgres.queue_reports import LOCK, release
 from controlplane.adapters.postgres.session import Connection
-from dataplane.core.queue import EventType, State
+from dataplane.core.queue import EventType, State, Verb
 
 QUEUE_SPOOL = UUID(int=0)
 _AT_ONCE = 100
@@ -21,7 +22,7 @@ _SENDING, _CANCELLED = int(State.SENDING), int(State.CANCELLED)
 
 _COMMANDS = f"""
 SELECT command, account, message_ids FROM postroad.commands
-WHERE spool = $1 AND done_time IS NULL LIMIT {_AT_ONCE} FOR UPDATE SKIP LOCKED
+WHERE spool = $1 AND done_time IS NULL AND verb = {int(Verb.CANCEL)} LIMIT {_AT_ONCE} FOR UPDATE SKIP LOCKED
 """
 _CANCEL = f"""
 UPDATE postroad.queue_recipients AS r SET state = {_CANCELLED}
@@ -43,7 +44,8 @@ INSERT INTO postroad.delivery_events (message_id, recipient_index, account, type
 SELECT m, i, $3, {int(EventType.CANCELLED)}, $4, '', $5 FROM unnest($1::uuid[], $2::integer[]) AS u (m, i)
 """
 _DONE = """
-UPDATE postroad.commands SET done_time = $2, changed_count = $3, too_late_count = $4 WHERE command = $1
+UPDATE postroad.commands SET done_time = $2, update_time = $2, changed_count = $3, too_late_count = $4
+WHERE command = $1
 """
 
 

@@ -244,18 +244,23 @@ def progress_text(operation: Operation) -> str:
 def _report(session: Session, verb: _Verb, operations: list[Operation]) -> None:
     changed = too_late = 0
     errors = []
+    notes = []
     for operation in operations:
         if operation.HasField("error"):
             errors.append(f"{code_pb2.Code.Name(operation.error.code)}: {operation.error.message}")
             continue
         counts: Any = CommandResult() if operation.done else CommandMetadata()
         (operation.response if operation.done else operation.metadata).Unpack(counts)
+        if operation.done:
+            notes += [f"{short(one.node) or one.spool}: {one.error}" for one in counts.spools if one.error]
         changed += counts.changed_count
         too_late += counts.too_late_count
     pending = [operation for operation in operations if not operation.done]
     if session.printer.is_json and not errors and not pending:
         names = [operation.name for operation in operations]
         session.printer.json({"changedCount": changed, "tooLateCount": too_late, "operations": names})
+    for note in notes:
+        session.printer.say(note)
     session.printer.say(f"{verb.done} {changed}, too late for {too_late}")
     if errors:
         raise CommandError("; ".join(errors))

@@ -182,6 +182,7 @@ BY_REASON: Mapping[str, type[PostroadError]] = {
     "SPOOL_ATTACHED": FailedPreconditionError,
     "SPOOL_IN_USE": FailedPreconditionError,
     "SPOOL_POOL_DIFFERS": FailedPreconditionError,
+    "MESSAGE_REPLICATED": FailedPreconditionError,
     "PROVIDER_MISSING": FailedPreconditionError,
     "PROVIDER_IN_USE": FailedPreconditionError,
     "PROVIDER_SUSPENDED": FailedPreconditionError,

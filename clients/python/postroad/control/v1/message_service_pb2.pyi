@@ -599,9 +599,9 @@ class SpoolProgress(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     spool: _builtins.str
-    """UUID of the spool."""
+    """UUID of the spool, all zeros for the replicated queue."""
     node: _builtins.str
-    """`nodes/{node}` that has it; empty when the spool is gone."""
+    """`nodes/{node}` that has it; empty when the spool is gone, and for the queue."""
     changed_count: _builtins.int
     """Recipients that were changed there."""
     too_late_count: _builtins.int
