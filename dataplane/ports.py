@@ -34,6 +34,10 @@ class SpoolFullError(SpoolError):
     """No room: disk or WAL above its cap. The submitter is answered 452 4.3.1."""
 
 
+class SpoolUnansweredError(SpoolError):
+    """Nobody knows whether it was stored: who stores does not answer. The submitter is answered 451."""
+
+
 class SpoolFailedError(SpoolError):
     """A commit or checkpoint failed: the spool refuses everything from now on, the process must end; never retried."""
 
@@ -319,7 +323,8 @@ class ReplicatedQueue(Protocol):
     def accept(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
         """Store a message; done means that PostgreSQL has it and, for rows that are `sending`, the spool too.
 
-        SpoolError when that cannot be had; then it is not delivered from here, though PostgreSQL may have it.
+        SpoolError when that cannot be had; then it is not delivered from here. SpoolUnansweredError where PostgreSQL
+        may have it all the same.
         """
         ...
 

@@ -45,6 +45,7 @@ from dataplane.ports import (
     Spool,
     SpoolError,
     SpoolFailedError,
+    SpoolUnansweredError,
 )
 from dataplane.telemetry import SampleRow
 from postroad.node.v1 import queue_service_pb2 as pb
@@ -325,8 +326,9 @@ class LinkedQueue:
                 and any(store.message.sending for store in good)
             ):
                 self._abandon("a store was not answered")
+            refusal = error if error.status in _DECIDED else SpoolUnansweredError(str(error))
             for store in good:
-                self._refuse(store, error)
+                self._refuse(store, refusal)
             return
         self.counters.stored += len(good)
         for store in good:
@@ -344,6 +346,8 @@ class LinkedQueue:
         error = SpoolError("the commit was cancelled") if local.cancelled() else local.exception()
         if error is not None:
             self._abandon("the spool did not take what it holds")
+            if not isinstance(error, SpoolFailedError):
+                error = SpoolUnansweredError(str(error))
         _resolve(store.future, error)
 
     def _refuse(self, store: _Store, error: SpoolError) -> None:
@@ -386,7 +390,8 @@ class LinkedQueue:
         message_id = MessageId(message.message_id)
         try:
             envelope, addresses = decode_envelope(message_id, message.envelope)
-            envelope = replace(envelope, epoch=epoch)
+            # A spool that stored the message before has its key still.
+            envelope = replace(envelope, epoch=epoch, submission_key=None)
             rows = [
                 RecipientRow(
                     *(one.index, addresses[one.index], State.SENDING, one.attempt, one.due_ms, 0),

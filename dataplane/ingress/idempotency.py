@@ -13,8 +13,8 @@ error that kept it from being stored or None. Between `known` and `claim` nothin
     is new to all                    Claims, YES                    goes on, checked
     nobody could be asked            Claims, UNKNOWN, or no Claims  goes on, unchecked
 
-A message that is not stored gives its key free. Where nobody can know whether it was (the spool failed), the fleet's
-mark stays until it ends by itself: the next start of this spool knows.
+A message that is not stored gives its key free. Where nobody can know whether it was (the spool failed, PostgreSQL did
+not answer), the fleet's mark stays until it ends by itself: the next start of this spool knows, or the ledger does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dataplane.core.idempotency import SubmissionKey
 from dataplane.core.ids import format_message_id
 from dataplane.core.replies import Reply
 from dataplane.ingress.counters import IngressCounters
-from dataplane.ports import Claim, Claimed, Claims, EventLog, Spool, SpoolFailedError
+from dataplane.ports import Claim, Claimed, Claims, EventLog, Spool, SpoolFailedError, SpoolUnansweredError
 
 GoOn = Callable[[Envelope | Reply], None]
 """Is told the envelope to store, or why nothing is stored."""
@@ -80,7 +80,7 @@ class Submissions:
             return
         if error is None:
             self.claims.stored(key.key_hash, key.content_hash, envelope.message_id)
-        elif not isinstance(error, SpoolFailedError):
+        elif not isinstance(error, SpoolFailedError | SpoolUnansweredError):
             self.claims.withdraw(key.key_hash, envelope.message_id)
 
     def _claimed(self, envelope: Envelope, key: SubmissionKey, go_on: GoOn, answer: asyncio.Future[Claim]) -> None:

@@ -279,3 +279,4 @@ def test_a_node_that_is_lost_leaves_its_mail_to_the_other(stage: Stage) -> None:
     stage.wait_delivered(subjects, ADOPTED_S + begun_s - time.monotonic() + 15)
     assert set(stage.hop.copies(subjects)) == {1}
     stage.node.start()
+    wait_until(lambda: stage.takes_mail(stage.node.port), "the node is back")

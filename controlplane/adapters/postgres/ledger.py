@@ -200,7 +200,7 @@ class PostgresLedger:
         report_duplicate: Callable[[Duplicate], None] = lambda _duplicate: None,
     ) -> None:
         self._database = database
-        self._report_duplicate = report_duplicate
+        self.report_duplicate = report_duplicate
         self._kept_ms = int(retention.total_seconds() * 1000) + WAITING_DAYS * DAY_MS
         self._report = report
         self._days_ready: set[int] = set()
@@ -272,7 +272,7 @@ class PostgresLedger:
         for reject in writer.rejects:
             self._report(batch.spool, reject.reason, f"record {reject.number}: {reject.text}")
         for duplicate in writer.duplicates:
-            self._report_duplicate(duplicate)
+            self.report_duplicate(duplicate)
         cursor = Cursor(batch.spool, records[-1][0])
         return Stored(cursor, len(records) - len(writer.rejects), len(writer.rejects))
 
@@ -298,11 +298,33 @@ class PostgresLedger:
         self._days_ready = {day for day in self._days_ready if day >= bounds.first_ms // DAY_MS}
 
 
-async def insert_replicated(connection: Connection, rows: RecordRows, node_id: str, spool: UUID) -> None:
-    """Record messages that are accepted into the queue in this transaction."""
+async def insert_replicated(connection: Connection, rows: RecordRows, node_id: str, spool: UUID) -> list[Duplicate]:
+    """Record messages that are accepted into the queue in this transaction; those whose key is another's."""
     await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 14), node_id, spool, True)
     await connection.execute(_INSERT_RECIPIENTS, *columns(rows.accepted.values(), 12))
     await connection.execute("SELECT pg_notify('postroad_ledger', '')")
+    return await _note_keys(connection, rows.keys)
+
+
+async def _note_keys(connection: Connection, rows: Sequence[KeyRow]) -> list[Duplicate]:
+    """Note whose keys these are, and mark messages whose key is another's."""
+    found: list[asyncpg.Record] = []
+    while rows:
+        # A statement cannot change a row twice: a key that comes again has a statement of its own.
+        first = {(row.account, row.key_hash): row for row in reversed(rows)}
+        rows = [row for row in rows if first[row.account, row.key_hash] is not row]
+        found += await connection.fetch(_NOTE_KEYS, *columns(first.values(), 5))
+    if not found:
+        return []
+    ids = [one["message_id"] for one in found]
+    firsts, accounts = [one["first_id"] for one in found], [one["account"] for one in found]
+    marked = await connection.fetch(_MARK_DUPLICATES, ids, firsts, accounts, min(ids), max(ids))
+    new = {one["message_id"] for one in marked}
+    return [
+        Duplicate(str(one["message_id"]), str(one["first_id"]), one["account"], one["checked"])
+        for one in found
+        if one["message_id"] in new
+    ]
 
 
 class _Reject(NamedTuple):
@@ -423,28 +445,8 @@ class _Writer:
             await connection.execute(_UPDATE_COMMANDS, *progress, self._spool, self._now)
         if rows.keys:
             # Last: what is found must not be undone with what follows.
-            await self._note_keys(rows.keys)
+            self.duplicates += await _note_keys(connection, rows.keys)
         return entered
-
-    async def _note_keys(self, rows: Sequence[KeyRow]) -> None:
-        """Note whose keys these are, and mark messages whose key is another's."""
-        found: list[asyncpg.Record] = []
-        while rows:
-            # A statement cannot change a row twice: a key that comes again has a statement of its own.
-            first = {(row.account, row.key_hash): row for row in reversed(rows)}
-            rows = [row for row in rows if first[row.account, row.key_hash] is not row]
-            found += await self._connection.fetch(_NOTE_KEYS, *columns(first.values(), 5))
-        if not found:
-            return
-        ids = [one["message_id"] for one in found]
-        firsts, accounts = [one["first_id"] for one in found], [one["account"] for one in found]
-        marked = await self._connection.fetch(_MARK_DUPLICATES, ids, firsts, accounts, min(ids), max(ids))
-        new = {one["message_id"] for one in marked}
-        self.duplicates += [
-            Duplicate(str(one["message_id"]), str(one["first_id"]), one["account"], one["checked"])
-            for one in found
-            if one["message_id"] in new
-        ]
 
     async def _check_own(self, rows: RecordRows, new: set[tuple[Any, ...]]) -> None:
         """Refuse what is said of messages that this spool did not accept; `new` are those that it accepted just now."""

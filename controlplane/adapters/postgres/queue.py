@@ -174,11 +174,13 @@ class PostgresQueue:
             if await connection.fetchval(_OF_POOL, accounts, pool) < len(accounts):
                 raise LeaseLostError("an account is not of the node's pool")
             try:
-                await insert_replicated(connection, rows, node_id, UUID(spool))
+                duplicates = await insert_replicated(connection, rows, node_id, UUID(spool))
                 await _insert(connection, rows, messages, epoch, now)
             except _BAD_CONTENT as error:
                 raise BadQueueRequestError(type(error).__name__) from error
         self._observe("stored", len(messages))
+        for duplicate in duplicates:
+            self._ledger.report_duplicate(duplicate)
 
     async def claim(
         self, node_id: str, pool: str, wish: ClaimWish, now: datetime | None, *, adopt: bool
