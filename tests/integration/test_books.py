@@ -215,7 +215,7 @@ async def test_replicated_mail_is_in_no_book_wherever_it_is(plane: Plane) -> Non
     async def is_right() -> None:
         comparison = await plane.compare()
         (book,) = comparison.books
-        assert comparison.findings == comparison.unjudged == ()
+        assert (comparison.findings, comparison.unjudged) == ((), ())
         assert (book.agrees, book.ledger.balances) == (True, True)
         assert (book.ledger.entries.accepted, book.ledger.waiting.count, book.spool_waiting.count) == (2, 2, 2)
 

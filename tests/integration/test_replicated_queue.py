@@ -15,12 +15,13 @@ from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.queue import CLAIMED_OF_ACCOUNT, PostgresQueue
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
-from controlplane.ports_fleet import BadQueueRequestError, LeaseLostError, SpoolOwnershipError
+from controlplane.ports_fleet import BadQueueRequestError, Duplicate, LeaseLostError, SpoolOwnershipError
 from postroad.node.v1.ledger_pb2 import EventType, RecipientState
 from support.databases import Database
 from support.fleet import (
     NOW,
     NOW_MS,
+    accepted,
     add_node,
     changed,
     event,
@@ -302,6 +303,19 @@ async def test_what_waits_or_is_held_is_cancelled_and_what_is_sent_is_too_late(
     assert await queue_row(migrated_database, waiting) is None
     assert await ledger_states(migrated_database, waiting) == [CANCELLED, CANCELLED]
     assert await event_types(migrated_database, waiting) == [EventType.EVENT_TYPE_CANCELLED] * 2
+
+
+async def test_two_messages_with_one_key_are_told_apart_when_they_are_stored(
+    database: FleetDatabase, migrated_database: Database
+) -> None:
+    duplicates: list[Duplicate] = []
+    ledger = PostgresLedger(database, retention=timedelta(days=30), report_duplicate=duplicates.append)
+    holder = await Holder(PostgresQueue(database, ledger), ledger).begin()
+    first, second = message_id(), message_id()
+    for raw_id in (first, second):
+        record = accepted(raw_id, submission_key_hash=b"k" * 32).SerializeToString()
+        await holder.store_all([queued(raw_id, sending=False)._replace(record=record)])
+    assert duplicates == [Duplicate(str(text_id(second)), str(text_id(first)), "demo", False)]
 
 
 async def test_late_contents_and_mail_of_deleted_accounts_are_swept(

@@ -430,12 +430,8 @@ class _Writer:
             if entered.accepted(written) != len(rows.accepted):
                 # A disk that was restored tells known mail anew.
                 events = events + await self._update(list(rows.accepted.values()), entered)
-        own = [row for key, row in rows.changed.items() if key not in rows.reports]
-        moving = [row for key, row in rows.changed.items() if key in rows.reports]
-        if own:
-            events = events + await self._update(own, entered)
-        if moving:
-            events = events + await self._update(moving, Entered())
+        for changed, into in self._by_book(rows, entered):
+            events = events + await self._update(changed, into)
         if events:
             await connection.execute(_INSERT_EVENTS, *columns(events, 18), self._node_id, self._spool)
         if rows.reports:
@@ -447,6 +443,13 @@ class _Writer:
             # Last: what is found must not be undone with what follows.
             self.duplicates += await _note_keys(connection, rows.keys)
         return entered
+
+    @staticmethod
+    def _by_book(rows: RecordRows, entered: Entered) -> list[tuple[list[list[Any]], Entered]]:
+        """What changed, and where it is entered: what is held under a lease nowhere."""
+        local = [row for key, row in rows.changed.items() if key not in rows.reports]
+        moving = [row for key, row in rows.changed.items() if key in rows.reports]
+        return [(changed, into) for changed, into in ((local, entered), (moving, Entered())) if changed]
 
     async def _check_own(self, rows: RecordRows, new: set[tuple[Any, ...]]) -> None:
         """Refuse what is said of messages that this spool did not accept; `new` are those that it accepted just now."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from dataplane.adapters.ledger_codec import encode_record
-from dataplane.adapters.replicated_queue import LinkedQueue, QueueError
+from dataplane.adapters.replicated_queue import LinkedQueue
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.adapters.spool_sqlite.codec import encode_envelope
 from dataplane.core.config import Account
 from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.idempotency import SubmissionKey
 from dataplane.core.ids import MessageId, new_message_id
 from dataplane.core.queue import State
 from dataplane.link import Message, QueueAnswer, QueueCall, QueueMethod
-from dataplane.ports import SpoolError
+from dataplane.ports import RecipientChange, Settlement, SpoolError, SpoolUnansweredError
 from postroad.node.v1 import queue_service_pb2 as pb
 from support.ingress import Clock, Config, Log
 
@@ -154,7 +156,8 @@ async def test_many_messages_share_a_store(bench: Bench) -> None:
     await settled()
     assert [len(request.messages) for request in bench.peer.asked(QueueMethod.STORE_MESSAGES)] == [50]
     bench.queue.agent_lost()
-    assert all(isinstance(error, QueueError) for error in await asyncio.gather(*futures, return_exceptions=True))
+    errors = await asyncio.gather(*futures, return_exceptions=True)
+    assert all(isinstance(error, SpoolUnansweredError) for error in errors)
 
 
 @pytest.mark.parametrize(("status", "given_up"), [(UNAVAILABLE, 1), (ABORTED, 0), (INVALID_ARGUMENT, 0)])
@@ -164,8 +167,9 @@ async def test_a_store_that_failed_is_an_error_and_one_without_answer_ends_the_l
     envelope = bench.envelope()
     bench.peer.answers[QueueMethod.STORE_MESSAGES] = lambda _: status
     bench.peer.answers[QueueMethod.RENEW_LEASE] = lambda request: lease(request.epoch or 8)
-    with pytest.raises(SpoolError):
+    with pytest.raises(SpoolError) as refused:
         await bench.queue.accept(envelope, b"hello\r\n", [row()])
+    assert isinstance(refused.value, SpoolUnansweredError) is bool(given_up)
     assert await bench.spool.load(envelope.message_id) is None
     assert bench.queue.holds(7) is not bool(given_up)
     assert bench.engine.ended == given_up
@@ -238,6 +242,28 @@ async def test_what_is_claimed_is_in_the_spool_and_confirmed_before_it_is_sent(b
     # Mail of an account that is unknown here is left alone.
     assert [asked[0] for asked in held] == [[message.message_id]] * 2
     assert all(message.message_id in asked[1] and asked[2] == 0 for asked in held)
+
+
+async def test_a_message_with_a_key_comes_back_to_the_spool_that_has_the_key(bench: Bench) -> None:
+    """It was sent at once from here, put off, and is claimed: that is no repetition of its submission."""
+    first = replace(bench.envelope(), submission_key=SubmissionKey(b"k" * 32, b"c" * 32))
+    await bench.queue.accept(first, b"hello\r\n", [row()])
+    change = RecipientChange(0, 1, State.CANCELLED, 1, 0, row().queue_key)
+    assert await bench.spool.settle(Settlement(first.message_id, [change], None, reported=False)) == 1
+    recipient = pb.ClaimedRecipient(index=0, attempt=2, due_ms=5)
+    message = pb.ClaimedMessage(
+        message_id=first.message_id,
+        envelope=encode_envelope(first, [row()]),
+        recipients=[recipient],
+        has_content=True,
+        content=b"hello\r\n",
+    )
+    answers = iter([pb.ClaimMessagesResponse(messages=[message])])
+    bench.peer.answers[QueueMethod.CLAIM_MESSAGES] = lambda _: next(answers, pb.ClaimMessagesResponse())
+    bench.tasks.append(asyncio.create_task(bench.queue.claim_mail()))
+    async with asyncio.timeout(20):
+        envelope, _, _ = await bench.engine.delivered.get()
+    assert envelope.message_id == first.message_id
 
 
 async def test_what_is_not_confirmed_is_forgotten_and_not_sent(bench: Bench) -> None:
