@@ -503,6 +503,10 @@ class BookStore(Protocol):
 # --- replicated queue ----------------------------------------------------------------------------------------------
 
 
+class SpoolOwnershipError(Exception):
+    """The spool is another node's."""
+
+
 class LeaseLostError(Exception):
     """The lease has ended, or what was asked for is not under it; nothing was changed."""
 
