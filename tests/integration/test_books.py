@@ -205,12 +205,14 @@ async def test_replicated_mail_is_in_no_book_wherever_it_is(plane: Plane) -> Non
     await add_account(plane.database)
     queue = PostgresQueue(plane.fleet, plane.ledger)
     epoch = (await queue.renew(NODE, plane.name, 0)).epoch
-    sent, deferred, sending, waiting = (message_id() for _ in range(4))
+    sent, deferred, sending, waiting, half = (message_id() for _ in range(5))
     for one in (sent, deferred, sending):
         await queue.store(NODE, "default", plane.name, epoch, [queued(one, "a@example.net")], NOW)
     await queue.store(NODE, "default", plane.name, epoch, [queued(waiting, "a@example.net", sending=False)], NOW)
+    await queue.store(NODE, "default", plane.name, epoch, [queued(half, "a@example.net", "b@example.net")], NOW)
     for one in (sent, deferred, sending):
         await plane.mail.hold(MessageId(one), epoch)
+    await plane.mail.hold(MessageId(half), epoch, 2)
 
     async def is_right() -> None:
         comparison = await plane.compare()
@@ -222,6 +224,7 @@ async def test_replicated_mail_is_in_no_book_wherever_it_is(plane: Plane) -> Non
     await is_right()
     await plane.mail.give_back(MessageId(sent), epoch, State.SENT)
     await plane.mail.give_back(MessageId(deferred), epoch, State.DEFERRED)
+    await plane.mail.give_back(MessageId(half), epoch, State.SENT)
     await is_right()  # the ledger does not know yet
     await plane.report()
     assert await ledger_states(plane.database, sent) == [int(State.SENT)]

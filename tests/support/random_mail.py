@@ -29,14 +29,14 @@ class Mail:
         self.sizes: dict[MessageId, int] = {}
         self.told: set[MessageId] = set()
 
-    async def hold(self, message_id: MessageId, epoch: int) -> None:
-        """Take a REPLICATED message of one recipient under a lease, as a claim does."""
+    async def hold(self, message_id: MessageId, epoch: int, count: int = 1) -> None:
+        """Take a REPLICATED message under a lease, as a claim does."""
         envelope = replace(make_envelope(message_id, accepted_ms=self.now_ms), epoch=epoch)
-        row = make_row(0, due_ms=self.now_ms)._replace(state=State.SENDING, attempt=1)
-        await self.spool.accept(envelope, b"content", [row])
+        rows = [make_row(index, due_ms=self.now_ms)._replace(state=State.SENDING, attempt=1) for index in range(count)]
+        await self.spool.accept(envelope, b"content", rows)
 
     async def give_back(self, message_id: MessageId, epoch: int, state: State) -> None:
-        """Tell how its attempt ended; the spool forgets it."""
+        """Tell how the attempt of its first recipient ended; the spool forgets that one."""
         kept = state if state in TERMINAL else State.CANCELLED
         record = LedgerRecord(message_id, ACCOUNT, updates=(RecipientUpdate(0, state, 1, 0, self.now_ms),), epoch=epoch)
         change = RecipientChange(0, 1, kept, 1, 0, KEY)
