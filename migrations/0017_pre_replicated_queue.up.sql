@@ -3,7 +3,7 @@
 -- whatever was done under another one changes nothing. All times here are the database's.
 --
 --     epoch     claim_id   meaning
---     NULL      NULL       waits; any node of the account's pool may claim it at due_time
+--     NULL      NULL       waits; any node of the account's pool may claim it at due_time, of an account a higher priority first
 --     a lease   set        claimed and not confirmed: nothing is sent; returns after 60 s
 --     a lease   NULL       its recipients in state `sending` (3) are being sent
 --
@@ -25,6 +25,7 @@ CREATE TABLE postroad.node_leases (
 CREATE TABLE postroad.replicated_queue (
     message_id uuid NOT NULL,
     account text NOT NULL,
+    priority smallint NOT NULL DEFAULT 0,
     size_bytes bigint NOT NULL,
     envelope bytea NOT NULL,
     due_time timestamptz NOT NULL,
@@ -35,7 +36,7 @@ CREATE TABLE postroad.replicated_queue (
     CONSTRAINT ck_replicated_queue_claim CHECK ((claim_id IS NULL) = (claim_time IS NULL)),
     CONSTRAINT ck_replicated_queue_epoch CHECK (claim_id IS NULL OR epoch IS NOT NULL)
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02);
-CREATE INDEX ix_replicated_queue_waiting ON postroad.replicated_queue (account, due_time) WHERE epoch IS NULL;
+CREATE INDEX ix_replicated_queue_waiting ON postroad.replicated_queue (account, priority, due_time) WHERE epoch IS NULL;
 CREATE INDEX ix_replicated_queue_epoch ON postroad.replicated_queue (epoch) WHERE epoch IS NOT NULL;
 CREATE INDEX ix_replicated_queue_claim_time ON postroad.replicated_queue (claim_time) WHERE claim_id IS NOT NULL;
 COMMENT ON COLUMN postroad.replicated_queue.envelope IS 'As the spool writes it, opaque here';

@@ -6,6 +6,7 @@ by `send` and come back by `answered`; while nobody answers there is no lease, o
 
     accept, sending     PostgreSQL, then the spool; both within STORE_TIMEOUT_S, else SpoolError
     accept, queued      PostgreSQL alone; claimed later, from here or elsewhere
+    accept, scheduled   the same, at its time
     claim               PostgreSQL gives, the spool commits, PostgreSQL hears of it, then delivery begins
     nobody knows        a store whose answer is lost: the lease is given up, so that what PostgreSQL may think that it
                         holds returns at the end of it, and another one is begun
@@ -336,7 +337,8 @@ class LinkedQueue:
 
     def _stored(self, store: _Store) -> None:
         if not store.message.sending:
-            self._claim_now.set()
+            if not store.envelope.send_time_ms:
+                self._claim_now.set()
             _resolve(store.future, None)
             return
         local = self._spool.accept(store.envelope, store.content, store.rows)
@@ -392,10 +394,11 @@ class LinkedQueue:
             envelope, addresses = decode_envelope(message_id, message.envelope)
             # A spool that stored the message before has its key still.
             envelope = replace(envelope, epoch=epoch, submission_key=None)
+            queue_key = make_queue_key(envelope.account, "", envelope.priority)
             rows = [
                 RecipientRow(
-                    *(one.index, addresses[one.index], State.SENDING, one.attempt, one.due_ms, 0),
-                    make_queue_key(envelope.account, ""),
+                    *(one.index, addresses[one.index], State.SENDING, one.attempt, one.due_ms, envelope.priority),
+                    queue_key,
                 )
                 for one in message.recipients
             ]

@@ -374,7 +374,7 @@ class Dispatcher:
     def outlived(self, envelope: Envelope) -> bool:
         """Whether the message's lifetime is over."""
         moment = self._moment()
-        return is_expired(self.retry_policy(envelope), envelope.accepted_ms, moment.wall_ms, moment.steady_ms)
+        return is_expired(self.retry_policy(envelope), envelope.released_ms, moment.wall_ms, moment.steady_ms)
 
     def retry_policy(self, envelope: Envelope) -> RetryPolicy:
         """The account's retry policy of this moment."""

@@ -10,7 +10,7 @@ import smtplib
 import ssl
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -36,6 +36,7 @@ ACCOUNT = "accounts/safe"
 WAITING = 200
 # Long enough for a lease to end and for another node to ask: what is promised.
 ADOPTED_S = 30.0
+HELD_S = 8
 _LOCAL = b"From: app@example.com\r\nSubject: local %d\r\n\r\nhi\r\n"
 _LIMIT = 16 * 1024 * 1024
 
@@ -52,6 +53,7 @@ class Hop:
         self.cut = 0
         self.subjects: Counter[str] = Counter()
         self.size_bytes: dict[str, int] = {}
+        self.arrived_s: dict[str, float] = {}
         thread.run(self._start())
 
     def hold(self) -> None:
@@ -102,6 +104,7 @@ class Hop:
         (subject,) = [line[9:].decode() for line in content.split(b"\r\n") if line.startswith(b"Subject: ")]
         self.subjects[subject] += 1
         self.size_bytes[subject] = len(content)
+        self.arrived_s[subject] = time.time()
         writer.write(b"250 ok\r\n")
 
 
@@ -143,22 +146,22 @@ class Stage:
             return session.mail("a@safe.example")[0] == 250
         return False
 
-    def submit(self, count: int, port: int) -> list[str]:
-        """Submit so many messages in one session; their subjects."""
+    def submit(self, count: int, port: int, *options: str) -> list[str]:
+        """Submit so many messages in one session; their subjects. `options` are parameters of MAIL."""
         subjects = [f"mail {number} of {time.monotonic_ns()}" for number in range(count)]
         with self._session(port) as session:
             for subject in subjects:
                 text = f"From: a@safe.example\r\nTo: b@example.net\r\nSubject: {subject}\r\n\r\nHello.\r\n"
-                self.send(session, text)
+                self.send(session, text, *options)
         return subjects
 
-    def send(self, session: smtplib.SMTP, text: str) -> None:
+    def send(self, session: smtplib.SMTP, text: str, *options: str) -> None:
         """Submit a message; again, as submitters do, while the worker that took the session has no lease."""
-        wait_until(lambda: self._is_taken(session, text), "the worker has a lease")
+        wait_until(lambda: self._is_taken(session, text, options), "the worker has a lease")
 
-    def _is_taken(self, session: smtplib.SMTP, text: str) -> bool:
+    def _is_taken(self, session: smtplib.SMTP, text: str, options: Sequence[str]) -> bool:
         try:
-            session.sendmail("a@safe.example", ["b@example.net"], text)
+            session.sendmail("a@safe.example", ["b@example.net"], text, options)
         except smtplib.SMTPSenderRefused:
             return False
         return True
@@ -236,6 +239,18 @@ def test_a_large_message_goes_through_postgresql_and_arrives_whole(stage: Stage)
         stage.send(session, text)
     stage.wait_delivered([subject])
     assert stage.hop.size_bytes[subject] > len(text)
+
+
+def test_mail_that_is_held_until_its_time_goes_then_with_either_node_lost(stage: Stage) -> None:
+    """The node that took it is gone when its time comes: it waited in PostgreSQL."""
+    submitted_s = time.time()
+    held = stage.submit(20, stage.node.port, f"HOLDFOR={HELD_S}", "MT-PRIORITY=3")
+    stage.node.signal_all(signal.SIGKILL)
+    stage.wait_delivered(held)
+    assert set(stage.hop.copies(held)) == {1}
+    assert min(stage.hop.arrived_s[subject] for subject in held) >= submitted_s + HELD_S
+    stage.node.start()
+    wait_until(lambda: stage.takes_mail(stage.node.port), "the node is back")
 
 
 def test_a_node_that_sleeps_past_its_lease_sends_no_dot(stage: Stage) -> None:

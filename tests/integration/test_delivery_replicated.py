@@ -67,6 +67,18 @@ async def test_what_was_deferred_waits_in_postgresql_and_not_here() -> None:
         assert await bench.spool.keys() == []
 
 
+async def test_its_lifetime_begins_when_it_is_released() -> None:
+    """As that of LOCAL mail: held for longer than its lifetime, it is tried again all the same."""
+    behaviour = Behaviour(mail=lambda _: b"451 later\r\n")
+    async with next_hop(behaviour) as hop, delivery_bench(config=routed(hop.port), holds=Lease()) as bench:
+        now_ms = bench.clock.wall_ms()
+        accepted_ms = now_ms - 10 * 86_400_000
+        await bench.submit(envelope=replace(bench.envelope(epoch=7), accepted_ms=accepted_ms, send_time_ms=now_ms))
+        await bench.submit(envelope=replace(bench.envelope(epoch=7), accepted_ms=accepted_ms))
+        await bench.events_come(2)
+        assert [update.state for update in bench.updates] == [State.DEFERRED, State.EXPIRED]
+
+
 async def test_without_a_lease_nothing_is_begun_and_it_was_no_attempt() -> None:
     async with next_hop() as hop, delivery_bench(config=routed(hop.port), holds=Lease(0)) as bench:
         envelope = await bench.submit(envelope=bench.envelope(epoch=7))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -43,7 +45,8 @@ from support.queue import (
     queued,
 )
 
-QUEUED, SENDING, DEFERRED, HELD, SENT, CANCELLED = (
+SCHEDULED, QUEUED, SENDING, DEFERRED, HELD, SENT, CANCELLED = (
+    RecipientState.RECIPIENT_STATE_SCHEDULED,
     RecipientState.RECIPIENT_STATE_QUEUED,
     RecipientState.RECIPIENT_STATE_SENDING,
     RecipientState.RECIPIENT_STATE_DEFERRED,
@@ -285,10 +288,60 @@ async def test_a_flood_leaves_room_for_others_in_a_claim(holder: Holder, migrate
     assert small in {one.message_id for one in claimed}
 
 
+async def test_of_an_account_the_highest_priority_is_claimed_first_and_of_that_the_oldest(holder: Holder) -> None:
+    stored = {}
+    for priority in (0, 9, -9, 9, 1, 0):
+        stored[await holder.store(sending=False, priority=priority)] = priority
+    _, claimed = await holder.claim()
+    priorities = [stored[one.message_id] for one in claimed]
+    assert priorities == [9, 9, 1, 0, 0, -9]
+    of_nine = [one.message_id for one in claimed[:2]]
+    assert of_nine == [raw_id for raw_id, priority in stored.items() if priority == 9]
+
+
+async def test_a_priority_does_not_give_an_account_more_of_a_claim(holder: Holder, migrated_database: Database) -> None:
+    await add_account(migrated_database, "small")
+    floods = [queued(message_id(), sending=False, priority=9 - number % 3) for number in range(100)]
+    await holder.store_all(floods)
+    small = await holder.store(account="small", sending=False, priority=-9)
+    _, claimed = await holder.claim(CLAIMED_OF_ACCOUNT + 1)
+    assert len(claimed) == CLAIMED_OF_ACCOUNT + 1
+    assert small in {one.message_id for one in claimed}
+
+
+async def test_no_account_waits_for_the_older_backlogs_of_others(holder: Holder, migrated_database: Database) -> None:
+    """A claim has room for one account: who comes first is drawn anew each time."""
+    for account in ("old-1", "old-2", "old-3"):
+        await add_account(migrated_database, account)
+        await holder.store_all([queued(message_id(), account=account, sending=False) for _ in range(100)])
+    late = await holder.store(sending=False)
+    first = {claimed.message_id for lot in range(40) for claimed in await holder.take(lot, 1)}
+    assert late in first
+
+
+async def test_what_is_held_until_a_time_waits_in_the_queue_and_is_claimed_then(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    raw_id = await holder.store(sending=False, hold_s=3_600, priority=9)
+    due = await holder.store(sending=False, priority=-9)
+    assert await queue_states(migrated_database, raw_id) == [(SCHEDULED, 0)]
+    assert await ledger_states(migrated_database, raw_id) == [SCHEDULED]
+    _, claimed = await other.claim(after_s=3_590)
+    assert [one.message_id for one in claimed] == [due]
+    claim_id, claimed = await holder.claim(after_s=3_601, adopt=False)
+    assert raw_id in [one.message_id for one in claimed]
+    (held,) = [one for one in claimed if one.message_id == raw_id]
+    assert [(one.attempt, one.due_ms) for one in held.recipients] == [(1, NOW_MS + 3_600_000)]
+    assert raw_id in await holder.confirm(claim_id, claimed)
+    await holder.report(changed(raw_id, update(0, SENT)))
+    assert await ledger_states(migrated_database, raw_id) == [SENT]
+
+
 async def test_what_waits_or_is_held_is_cancelled_and_what_is_sent_is_too_late(
     holder: Holder, migrated_database: Database
 ) -> None:
-    waiting, sending = await holder.store("a@example.net", "b@example.net", sending=False), await holder.store()
+    waiting = await holder.store("a@example.net", "b@example.net", sending=False, hold_s=3_600)
+    sending = await holder.store()
     for raw_id in (waiting, sending, message_id()):
         await execute(
             migrated_database,
@@ -335,31 +388,42 @@ async def test_late_contents_and_mail_of_deleted_accounts_are_swept(
     assert await queue_states(migrated_database, kept) == [(QUEUED, 0)]
 
 
+# Of fifty accounts, each with three priorities; what each has waits for its time but for a tenth.
 _SEED = """
 WITH made AS (
     SELECT ('01900000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid AS id, n FROM generate_series(1, 50000) AS n
+), accounts AS (
+    INSERT INTO postroad.accounts (account, node_pool, durability) SELECT 'account-' || n, 'default', 2
+    FROM generate_series(0, 49) AS n
 ), queue AS (
     INSERT INTO postroad.replicated_queue (
-        message_id, account, size_bytes, envelope, due_time, epoch, claim_id, claim_time
+        message_id, account, priority, size_bytes, envelope, due_time, epoch, claim_id, claim_time
     )
-    SELECT id, 'account-' || n % 50, 100, '\\x00', now() + n * interval '1 s',
-        CASE WHEN n % 10 = 0 THEN $1::bigint END, CASE WHEN n % 1000 = 0 THEN id END,
-        CASE WHEN n % 1000 = 0 THEN now() END
+    SELECT id, 'account-' || n % 50, n / 50 % 3, 100, '\\x00',
+        CASE WHEN n > 45000 THEN now() - interval '1 s' ELSE now() + n * interval '1 s' END,
+        CASE WHEN n / 50 % 7 = 0 THEN $1::bigint END, CASE WHEN n / 50 % 700 = 0 THEN id END,
+        CASE WHEN n / 50 % 700 = 0 THEN now() END
     FROM made
 )
 INSERT INTO postroad.queue_recipients (message_id, recipient_index, state, attempt, due_time)
 SELECT id, 0, 2, 0, now() FROM made
 """
+# What a claim of 100 messages may touch: they, a head of each account and priority, and the levels of the index.
+_TOUCHED_ROWS, _TOUCHED_BLOCKS = 500, 2_000
+
+
+async def seed_fifty_thousand(holder: Holder, database: Database) -> None:
+    await execute(database, _SEED, holder.epoch)
+    for table in ("accounts", "replicated_queue", "queue_recipients", "queue_contents", "node_leases"):
+        await execute(database, f"ANALYZE postroad.{table}")
 
 
 async def test_fifty_thousand_rows_are_never_walked(holder: Holder, migrated_database: Database) -> None:
-    await execute(migrated_database, _SEED, holder.epoch)
-    for table in ("replicated_queue", "queue_recipients", "queue_contents", "node_leases"):
-        await execute(migrated_database, f"ANALYZE postroad.{table}")
+    await seed_fifty_thousand(holder, migrated_database)
     some = [text_id(message_id()) for _ in range(100)]
     now = (await fetch(migrated_database, "SELECT now()"))[0][0]
     looked = {
-        "ix_replicated_queue_waiting": (queue.CLAIM, ("default", now, 100)),
+        "ix_replicated_queue_waiting": (queue.CLAIM, ("default", now, 100, 1)),
         "ix_replicated_queue_epoch": (queue_reports.LOCK_ENDED, ([holder.epoch + 1, holder.epoch + 2],)),
         "ix_replicated_queue_claim_time": (queue_reports.LOCK_UNCONFIRMED, (now,)),
         "pk_queue_recipients": (queue.MARK_RECIPIENTS, (some, now)),
@@ -371,6 +435,28 @@ async def test_fifty_thousand_rows_are_never_walked(holder: Holder, migrated_dat
         assert index in plan, plan
         assert "Seq Scan on replicated_queue" not in plan, plan
         assert "Seq Scan on queue_recipients" not in plan, plan
+
+
+async def test_a_claim_reads_what_it_gives_and_not_what_waits_for_its_time(
+    holder: Holder, migrated_database: Database
+) -> None:
+    await seed_fifty_thousand(holder, migrated_database)
+    now = (await fetch(migrated_database, "SELECT now()"))[0][0]
+    explain = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + queue.CLAIM
+    rows = await fetch(migrated_database, explain, "default", now, 100, 1)
+    plan = json.loads(rows[0][0])[0]["Plan"]
+    scans = [node for node in nodes_below(plan) if node.get("Relation Name") == "replicated_queue"]
+    touched = sum((one["Actual Rows"] + one.get("Rows Removed by Filter", 0)) * one["Actual Loops"] for one in scans)
+    assert (plan["Actual Rows"], len(scans)) == (100, 3)
+    assert touched <= _TOUCHED_ROWS, plan
+    assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] <= _TOUCHED_BLOCKS, plan
+
+
+def nodes_below(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The nodes of a plan."""
+    yield plan
+    for child in plan.get("Plans", ()):
+        yield from nodes_below(child)
 
 
 async def test_a_look_at_nothing_costs_no_rows(holder: Holder) -> None:

@@ -13,7 +13,7 @@ from controlplane.adapters.postgres.queue import PostgresQueue
 from controlplane.ports_fleet import Claimed, ClaimWish, QueuedMessage, RawBatch, SpoolOpening
 from postroad.node.v1.ledger_pb2 import LedgerRecord
 from support.databases import Database
-from support.fleet import NOW, accepted, execute, fetch, message_id, text_id
+from support.fleet import NOW, NOW_MS, accepted, execute, fetch, message_id, text_id
 
 
 @dataclass
@@ -36,11 +36,18 @@ class Holder:
         return self
 
     async def store(
-        self, *recipients: str, account: str = "demo", sending: bool = True, content: bytes = b"hello\r\n"
+        self,
+        *recipients: str,
+        account: str = "demo",
+        sending: bool = True,
+        content: bytes = b"hello\r\n",
+        priority: int = 0,
+        hold_s: float = 0,
     ) -> bytes:
-        """Store a message; its id."""
+        """Store a message; its id. `hold_s` seconds from NOW is its time."""
         raw_id = message_id()
-        await self.store_all([queued(raw_id, *recipients, account=account, sending=sending, content=content)])
+        wished = {"priority": priority, "send_time_ms": NOW_MS + int(hold_s * 1000) if hold_s else 0}
+        await self.store_all([queued(raw_id, *recipients, account=account, sending=sending, content=content, **wished)])
         return raw_id
 
     async def store_all(self, messages: Sequence[QueuedMessage]) -> None:
@@ -54,6 +61,11 @@ class Holder:
         moment = now or (NOW + timedelta(seconds=after_s) if after_s else None)
         wish = ClaimWish(self.spool, self.epoch, claim_id, count, 1_000_000)
         return claim_id, await self.queue.claim(self.node, self.pool, wish, moment, adopt=adopt)
+
+    async def take(self, lot: int, count: int) -> list[Claimed]:
+        """Claim so many with a claim's id of one's own choice, which decides what account comes first."""
+        wish = ClaimWish(self.spool, self.epoch, str(uuid.UUID(int=lot)), count, 0)
+        return await self.queue.claim(self.node, self.pool, wish, None, adopt=False)
 
     async def confirm(self, claim_id: str, claimed: Sequence[Claimed]) -> list[bytes]:
         return await self.queue.confirm(
@@ -77,8 +89,10 @@ def queued(
     sending: bool = True,
     content: bytes | None = b"hello\r\n",
     chunks: int = 0,
+    **more: Any,
 ) -> QueuedMessage:
-    record = accepted(raw_id, *recipients, account=f"accounts/{account}").SerializeToString()
+    """A message; `more` is of its acceptance."""
+    record = accepted(raw_id, *recipients, account=f"accounts/{account}", **more).SerializeToString()
     return QueuedMessage(record, b"envelope of " + raw_id.hex().encode(), content, chunks, sending)
 
 

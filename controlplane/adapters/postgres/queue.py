@@ -2,8 +2,10 @@
 
 Contract. Implements `ports_fleet.QueueStore`; every method is one transaction on the database's clock. `LeaseLostError`
 for a lease that has ended, another spool's, and what it does not hold: nothing was changed then. Of accounts that wait
-each gives at most CLAIMED_OF_ACCOUNT messages to a claim, oldest first, so that a flood of one account leaves room for
-the others. Two claims never give the same message: rows that another transaction has locked are passed over.
+each gives at most CLAIMED_OF_ACCOUNT messages to a claim, the highest priority first and of that the oldest, so that a
+flood of one account leaves room for the others. Which accounts come first is drawn by lot for each claim, so that none
+waits for the backlogs of others. What waits for its time costs a claim nothing. Two claims never give the same message:
+rows that another transaction has locked are passed over.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ from dataplane.core.queue import State
 LEASE_S = 15
 CLAIMED_OF_ACCOUNT = 20
 _PART_BYTES = 4 * 1024 * 1024
-_QUEUED, _SENDING, _HELD = int(State.QUEUED), int(State.SENDING), int(State.HELD)
+# In a row of RecordRows.messages.
+_SEND_TIME_MS, _PRIORITY = 12, 13
+_SCHEDULED, _QUEUED, _SENDING, _HELD = int(State.SCHEDULED), int(State.QUEUED), int(State.SENDING), int(State.HELD)
+_LOTS = (1 << 63) - 1
 _BAD_CONTENT = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, OverflowError, ValueError)
 
 # Without a lock: the ledger holds the row for as long as a batch takes.
@@ -57,42 +62,58 @@ SELECT 1 FROM postroad.node_leases WHERE epoch = $1 AND spool = $2 AND node = $3
 FOR KEY SHARE
 """
 _OF_POOL = "SELECT count(*) FROM postroad.accounts WHERE account = ANY ($1) AND node_pool = $2"
-_INSERT_QUEUE = """
-INSERT INTO postroad.replicated_queue (message_id, account, size_bytes, envelope, due_time, epoch)
-SELECT m, a, s, e, $6, CASE WHEN h THEN $7::bigint END
-FROM unnest($1::uuid[], $2::text[], $3::bigint[], $4::bytea[], $5::boolean[]) AS u (m, a, s, e, h)
+_EPOCH = "timestamptz 'epoch' + interval '1 ms' *"
+_INSERT_QUEUE = f"""
+INSERT INTO postroad.replicated_queue (message_id, account, priority, size_bytes, envelope, due_time, epoch)
+SELECT m, a, p, s, e, CASE WHEN x > 0 THEN {_EPOCH} x ELSE transaction_timestamp() END, CASE WHEN h THEN $8::bigint END
+FROM unnest($1::uuid[], $2::text[], $3::smallint[], $4::bigint[], $5::bytea[], $6::bigint[], $7::boolean[])
+    AS u (m, a, p, s, e, x, h)
 """
 _INSERT_RECIPIENTS = f"""
 INSERT INTO postroad.queue_recipients (message_id, recipient_index, state, attempt, due_time)
-SELECT m, i, CASE WHEN h THEN {_SENDING} ELSE {_QUEUED} END, CASE WHEN h THEN 1 ELSE 0 END, $4
-FROM unnest($1::uuid[], $2::integer[], $3::boolean[]) AS u (m, i, h)
+SELECT m, i, CASE WHEN h THEN {_SENDING} WHEN x > 0 THEN {_SCHEDULED} ELSE {_QUEUED} END, CASE WHEN h THEN 1 ELSE 0 END,
+    CASE WHEN x > 0 THEN {_EPOCH} x ELSE transaction_timestamp() END
+FROM unnest($1::uuid[], $2::integer[], $3::bigint[], $4::boolean[]) AS u (m, i, x, h)
 """
 _INSERT_CONTENTS = """
 INSERT INTO postroad.queue_contents (message_id, chunk, data)
 SELECT m, 0, d FROM unnest($1::uuid[], $2::bytea[]) AS u (m, d)
 """
 _COUNT_CHUNKS = "SELECT count(*) FROM postroad.queue_contents WHERE message_id = $1 AND chunk < $2"
-# The accounts that wait, each found by one step down the index, then the oldest of each that is due.
+# What is first due of each account and priority, each found by one step down the index; then of each account its
+# highest priorities. Accounts come in the order of the lot, and those behind the last one that is wanted are not read.
 CLAIM = f"""
-WITH RECURSIVE waiting (account) AS (
-    (SELECT account FROM postroad.replicated_queue WHERE epoch IS NULL ORDER BY account LIMIT 1)
-    UNION ALL
-    SELECT (
-        SELECT q.account FROM postroad.replicated_queue AS q
-        WHERE q.epoch IS NULL AND q.account > w.account ORDER BY q.account LIMIT 1
+WITH RECURSIVE heads (account, priority, due_time) AS (
+    (
+        SELECT account, priority, due_time FROM postroad.replicated_queue WHERE epoch IS NULL
+        ORDER BY account, priority, due_time LIMIT 1
     )
-    FROM waiting AS w WHERE w.account IS NOT NULL
+    UNION ALL
+    SELECT next.account, next.priority, next.due_time
+    FROM heads AS h CROSS JOIN LATERAL (
+        SELECT q.account, q.priority, q.due_time FROM postroad.replicated_queue AS q
+        WHERE q.epoch IS NULL AND (q.account, q.priority) > (h.account, h.priority)
+        ORDER BY q.account, q.priority, q.due_time LIMIT 1
+    ) AS next
+), turns AS (
+    SELECT h.account, array_agg(h.priority ORDER BY h.priority DESC) AS priorities
+    FROM heads AS h JOIN postroad.accounts AS a ON a.account = h.account AND a.node_pool = $1
+    WHERE h.due_time <= $2
+    GROUP BY h.account
+    ORDER BY hashtextextended(h.account, $4)
 )
 SELECT due.message_id, due.account, due.size_bytes, due.envelope
-FROM waiting AS w
-JOIN postroad.accounts AS a ON a.account = w.account AND a.node_pool = $1
-CROSS JOIN LATERAL (
-    SELECT q.message_id, q.account, q.size_bytes, q.envelope, q.due_time
-    FROM postroad.replicated_queue AS q
-    WHERE q.epoch IS NULL AND q.account = w.account AND q.due_time <= $2
-    ORDER BY q.due_time LIMIT {CLAIMED_OF_ACCOUNT} FOR UPDATE SKIP LOCKED
+FROM turns AS t CROSS JOIN LATERAL (
+    SELECT found.message_id, found.account, found.size_bytes, found.envelope
+    FROM unnest(t.priorities) AS p (priority) CROSS JOIN LATERAL (
+        SELECT q.message_id, q.account, q.size_bytes, q.envelope
+        FROM postroad.replicated_queue AS q
+        WHERE q.epoch IS NULL AND q.account = t.account AND q.priority = p.priority AND q.due_time <= $2
+        ORDER BY q.due_time LIMIT {CLAIMED_OF_ACCOUNT} FOR UPDATE SKIP LOCKED
+    ) AS found
+    LIMIT {CLAIMED_OF_ACCOUNT}
 ) AS due
-ORDER BY due.due_time LIMIT $3
+LIMIT $3
 """
 _MARK = """
 UPDATE postroad.replicated_queue SET epoch = $2, claim_id = $3, claim_time = $4 WHERE message_id = ANY ($1)
@@ -175,7 +196,7 @@ class PostgresQueue:
                 raise LeaseLostError("an account is not of the node's pool")
             try:
                 duplicates = await insert_replicated(connection, rows, node_id, UUID(spool))
-                await _insert(connection, rows, messages, epoch, now)
+                await _insert(connection, rows, messages, epoch)
             except _BAD_CONTENT as error:
                 raise BadQueueRequestError(type(error).__name__) from error
         self._observe("stored", len(messages))
@@ -195,7 +216,8 @@ class PostgresQueue:
         async with self._database.transaction("queue_claim") as connection:
             clock = now or await connection.fetchval("SELECT transaction_timestamp()")
             await _check_lease(connection, node_id, wish.spool, wish.epoch)
-            found = await connection.fetch(CLAIM, pool, clock, wish.max_messages)
+            lot = UUID(wish.claim_id).int & _LOTS
+            found = await connection.fetch(CLAIM, pool, clock, wish.max_messages, lot)
             message_ids = [row["message_id"] for row in found]
             if not message_ids:
                 return []
@@ -248,9 +270,7 @@ async def _check_lease(connection: Connection, node_id: str, spool: str, epoch: 
         raise LeaseLostError("the lease has ended")
 
 
-async def _insert(
-    connection: Connection, rows: RecordRows, messages: Sequence[QueuedMessage], epoch: int, now: datetime
-) -> None:
+async def _insert(connection: Connection, rows: RecordRows, messages: Sequence[QueuedMessage], epoch: int) -> None:
     queue: list[tuple[Any, ...]] = []
     contents: list[tuple[Any, ...]] = []
     sending: dict[UUID, bool] = {}
@@ -258,14 +278,14 @@ async def _insert(
     for row, message in zip(rows.messages, messages, strict=True):
         key = row[0]
         sending[key] = message.sending
-        queue.append((key, row[1], row[4], message.envelope, message.sending))
+        queue.append((key, row[1], row[_PRIORITY], row[4], message.envelope, row[_SEND_TIME_MS], message.sending))
         if message.content is not None:
             contents.append((key, message.content))
         elif await connection.fetchval(_COUNT_CHUNKS, key, message.chunks) != message.chunks:
             raise BadQueueRequestError("a content is not whole")
-    recipients = [(row[0], row[1], sending[row[0]]) for row in rows.accepted.values()]
-    await connection.execute(_INSERT_QUEUE, *columns(queue, 5), now, epoch)
-    await connection.execute(_INSERT_RECIPIENTS, *columns(recipients, 3), now)
+    recipients = [(row[0], row[1], row[6], sending[row[0]]) for row in rows.accepted.values()]
+    await connection.execute(_INSERT_QUEUE, *columns(queue, 7), epoch)
+    await connection.execute(_INSERT_RECIPIENTS, *columns(recipients, 4))
     await connection.execute(_INSERT_CONTENTS, *columns(contents, 2))
 
 

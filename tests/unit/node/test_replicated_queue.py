@@ -12,15 +12,16 @@ import pytest
 from dataplane.adapters.ledger_codec import encode_record
 from dataplane.adapters.replicated_queue import LinkedQueue
 from dataplane.adapters.spool_ram import RamSpool
-from dataplane.adapters.spool_sqlite.codec import encode_envelope
+from dataplane.adapters.spool_sqlite.codec import decode_envelope, encode_envelope
 from dataplane.core.config import Account
-from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.envelope import Envelope, RecipientRow, queue_priority
 from dataplane.core.idempotency import SubmissionKey
 from dataplane.core.ids import MessageId, new_message_id
 from dataplane.core.queue import State
 from dataplane.link import Message, QueueAnswer, QueueCall, QueueMethod
 from dataplane.ports import RecipientChange, Settlement, SpoolError, SpoolUnansweredError
 from postroad.node.v1 import queue_service_pb2 as pb
+from postroad.node.v1.ledger_pb2 import LedgerRecord
 from support.ingress import Clock, Config, Log
 
 ACCOUNT, UID = "accounts/demo", "uid-1"
@@ -150,6 +151,21 @@ async def test_what_waits_is_in_postgresql_alone(bench: Bench) -> None:
     assert await bench.spool.load(envelope.message_id) is None
 
 
+async def test_what_is_held_until_its_time_waits_in_postgresql_and_is_asked_for_by_nobody_before(bench: Bench) -> None:
+    bench.tasks.append(asyncio.create_task(bench.queue.claim_mail()))
+    await settled()
+    bench.peer.calls.clear()
+    envelope = replace(bench.envelope(), send_time_ms=1_700_000_060_000, priority=-4)
+    await bench.queue.accept(envelope, b"hello\r\n", [row(State.SCHEDULED, 0)])
+    await settled()
+    (request,) = bench.peer.asked(QueueMethod.STORE_MESSAGES)
+    record = LedgerRecord.FromString(request.messages[0].record)
+    assert (record.accepted.send_time_ms, record.accepted.priority) == (1_700_000_060_000, -4)
+    assert not request.messages[0].sending
+    assert await bench.spool.load(envelope.message_id) is None
+    assert bench.peer.asked(QueueMethod.CLAIM_MESSAGES) == []
+
+
 async def test_many_messages_share_a_store(bench: Bench) -> None:
     bench.peer.answers[QueueMethod.STORE_MESSAGES] = lambda _: None
     futures = [bench.queue.accept(bench.envelope(), b"x", [row(State.QUEUED, 0)]) for _ in range(50)]
@@ -242,6 +258,18 @@ async def test_what_is_claimed_is_in_the_spool_and_confirmed_before_it_is_sent(b
     # Mail of an account that is unknown here is left alone.
     assert [asked[0] for asked in held] == [[message.message_id]] * 2
     assert all(message.message_id in asked[1] and asked[2] == 0 for asked in held)
+
+
+async def test_a_claimed_message_has_the_priority_that_was_asked_for(bench: Bench) -> None:
+    message = claimed(bench)
+    envelope, _ = decode_envelope(MessageId(message.message_id), message.envelope)
+    message.envelope = encode_envelope(replace(envelope, priority=7), [row()])
+    answers = iter([pb.ClaimMessagesResponse(messages=[message])])
+    bench.peer.answers[QueueMethod.CLAIM_MESSAGES] = lambda _: next(answers, pb.ClaimMessagesResponse())
+    bench.tasks.append(asyncio.create_task(bench.queue.claim_mail()))
+    async with asyncio.timeout(20):
+        taken, _, rows = await bench.engine.delivered.get()
+    assert (taken.priority, [(one.priority, queue_priority(one.queue_key)) for one in rows]) == (7, [(7, 7)])
 
 
 async def test_a_message_with_a_key_comes_back_to_the_spool_that_has_the_key(bench: Bench) -> None:

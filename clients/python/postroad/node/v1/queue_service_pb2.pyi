@@ -168,7 +168,9 @@ class QueuedMessage(_message.Message):
     CHUNKS_FIELD_NUMBER: _builtins.int
     SENDING_FIELD_NUMBER: _builtins.int
     record: _builtins.bytes
-    """Serialised LedgerRecord of its acceptance."""
+    """Serialised LedgerRecord of its acceptance; its `send_time_ms` and `priority`
+    say when and before what else the message is claimed.
+    """
     envelope: _builtins.bytes
     """The envelope as the spool writes it."""
     content: _builtins.bytes
@@ -262,7 +264,7 @@ class ClaimMessagesResponse(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClaimedMessage]:
-        """In order of their due times."""
+        """Of an account a higher priority first, then in order of their due times."""
 
     def __init__(
         self,
