@@ -533,13 +533,14 @@ class QueuedMessage(NamedTuple):
 
 
 class ClaimWish(NamedTuple):
-    """Who claims how much; see postroad.node.v1.ClaimMessagesRequest."""
+    """Who claims how much; see postroad.node.v1.ClaimMessagesRequest. `left_out` are ids of accounts."""
 
     spool: str
     epoch: int
     claim_id: str
     max_messages: int
     max_bytes: int
+    left_out: tuple[str, ...] = ()
 
 
 class ClaimedRecipient(NamedTuple):

@@ -12,8 +12,9 @@ by `send` and come back by `answered`; while nobody answers there is no lease, o
                         holds returns at the end of it, and another one is begun
     the lease ends      delivery cuts what has not sent its dot, and PostgreSQL hears of each end by the ledger
 
-Messages that come while two stores are under way gather for the next one. Mail of an account that this node does not
-know is left alone: its configuration may be on its way.
+Messages that come while two stores are under way gather for the next one. One claim follows the other as long as there
+is mail to be had. Accounts whose mail could not be sent are left out of claims for a while: REST_S where it was given
+back, STRANGE_S where this node does not know the account, for its configuration may be on its way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -57,6 +58,8 @@ RENEW_TIMEOUT_S = 4.0
 STORE_TIMEOUT_S = 20.0
 CLAIM_S = 3.0
 CLAIM_TIMEOUT_S = 15.0
+REST_S = 3.0
+STRANGE_S = 60.0
 CLAIMED_MESSAGES = 100
 CLAIMED_BYTES = 4 * 1024 * 1024
 CHUNK_BYTES = 256 * 1024
@@ -90,6 +93,14 @@ class Delivery(Protocol):
         """Whether more messages may be read into memory."""
         ...
 
+    def left_out(self) -> set[str]:
+        """Accounts whose mail is of no use here now: suspended, or enough of it is here."""
+        ...
+
+    def take_given_back(self) -> set[str]:
+        """Accounts whose mail was given back unsent since this was asked last."""
+        ...
+
     def lease_ended(self) -> None:
         """Cut what is held under a lease that is over."""
         ...
@@ -112,6 +123,12 @@ class _Store:
     content: bytes
     rows: Sequence[RecipientRow]
     future: asyncio.Future[None]
+
+
+class _Taken(NamedTuple):
+    envelope: Envelope
+    content: bytes
+    rows: list[RecipientRow]
 
 
 class LinkedQueue:
@@ -141,6 +158,7 @@ class LinkedQueue:
         self._waiting: list[_Store] = []
         self._storing = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._resting: dict[str, float] = {}  # accounts, and until when they are left out of claims
         self._ending: asyncio.TimerHandle | None = None
         self._stopping = False
 
@@ -222,7 +240,7 @@ class LinkedQueue:
             self._claim_now.clear()
             epoch = self.epoch
             try:
-                while epoch and self._has_room() and await self._claim(epoch) == CLAIMED_MESSAGES:
+                while epoch and self._has_room() and await self._claim(epoch):
                     epoch = self.epoch
             except SpoolFailedError:
                 raise
@@ -366,17 +384,17 @@ class LinkedQueue:
         spool = self._spool.identity.spool
         claim_id = str(uuid.uuid4())
         request = pb.ClaimMessagesRequest(
-            spool=spool, epoch=epoch, claim_id=claim_id, max_messages=CLAIMED_MESSAGES, max_bytes=CLAIMED_BYTES
+            spool=spool,
+            epoch=epoch,
+            claim_id=claim_id,
+            max_messages=CLAIMED_MESSAGES,
+            max_bytes=CLAIMED_BYTES,
+            left_out_accounts=self._left_out(),
         )
         response = await self.call(QueueMethod.CLAIM_MESSAGES, request, pb.ClaimMessagesResponse, CLAIM_TIMEOUT_S)
-        taken: dict[bytes, tuple[Envelope, bytes, list[RecipientRow]]] = {}
-        for message in response.messages:
-            with contextlib.suppress(SpoolError):
-                read = await self._take(epoch, message)
-                if read is not None:
-                    taken[message.message_id] = read
+        taken = await self._take_all(epoch, response.messages)
         if not taken:
-            return 0
+            return len(response.messages)
         confirm = pb.ConfirmClaimRequest(spool=spool, epoch=epoch, claim_id=claim_id, message_ids=list(taken))
         confirmed = await self._confirm(epoch, confirm)
         self.counters.claimed += len(confirmed)
@@ -387,8 +405,33 @@ class LinkedQueue:
                 self._forget(envelope.message_id, rows)
         return len(response.messages)
 
-    async def _take(self, epoch: int, message: pb.ClaimedMessage) -> tuple[Envelope, bytes, list[RecipientRow]] | None:
-        """Read a claimed message and commit it to the spool; None to leave it alone."""
+    def _left_out(self) -> list[str]:
+        """Accounts that nothing is wanted of now."""
+        now_s = self._boot_s()
+        self._resting.update(dict.fromkeys(self._delivery.take_given_back(), now_s + REST_S))
+        self._resting = {account: until_s for account, until_s in self._resting.items() if until_s > now_s}
+        return sorted(self._delivery.left_out() | self._resting.keys())
+
+    async def _take_all(self, epoch: int, messages: Sequence[pb.ClaimedMessage]) -> dict[bytes, _Taken]:
+        """Commit claimed messages to the spool, together; those that are in it."""
+        taken: dict[bytes, _Taken] = {}
+        commits: list[asyncio.Future[None]] = []
+        for message in messages:
+            with contextlib.suppress(QueueError):
+                read = await self._read(epoch, message)
+                if read is not None:
+                    taken[message.message_id] = read
+                    commits.append(self._spool.accept(*read))
+        errors = await asyncio.gather(*commits, return_exceptions=True)
+        for message_id, error in zip(tuple(taken), errors, strict=True):
+            if isinstance(error, SpoolError) and not isinstance(error, SpoolFailedError):
+                del taken[message_id]
+            elif error is not None:
+                raise error
+        return taken
+
+    async def _read(self, epoch: int, message: pb.ClaimedMessage) -> _Taken | None:
+        """Read a claimed message; None to leave it alone."""
         message_id = MessageId(message.message_id)
         try:
             envelope, addresses = decode_envelope(message_id, message.envelope)
@@ -406,11 +449,13 @@ class LinkedQueue:
             self._log.warning("queue.unreadable", message=format_message_id(message_id))
             return None
         account = self._config.account(envelope.account)
-        if not rows or account is None or account.account.uid != envelope.account_uid:
+        if account is None or account.account.uid != envelope.account_uid:
+            self._resting[envelope.account] = self._boot_s() + STRANGE_S
+            return None
+        if not rows:
             return None
         content = message.content if message.has_content else await self._fetch(epoch, message_id)
-        await self._spool.accept(envelope, content, rows)
-        return envelope, content, rows
+        return _Taken(envelope, content, rows)
 
     async def _fetch(self, epoch: int, message_id: MessageId) -> bytes:
         parts: list[bytes] = []

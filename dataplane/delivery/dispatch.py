@@ -109,7 +109,8 @@ class Dispatcher:
             self._transforms,
             self._holds,
         ) = tools
-        self._held_bytes: dict[str, int] = {}
+        self.held_bytes: dict[str, int] = {}  # what messages of an account take in memory
+        self.given_back: set[str] = set()  # accounts whose REPLICATED mail PostgreSQL has back unsent
         self.follower = Follower(_nothing, _nothing, _nothing, _nothing)
         self.stopping = False
 
@@ -121,12 +122,8 @@ class Dispatcher:
             account = message.envelope.account
             self._counters.window_bytes += message.held_bytes
             self._counters.window_messages += 1
-            self._held_bytes[account] = self._held_bytes.get(account, 0) + message.held_bytes
+            self.held_bytes[account] = self.held_bytes.get(account, 0) + message.held_bytes
         message.open_count += attempt_count
-
-    def held_bytes(self, account: str) -> int:
-        """What messages of an account take in memory."""
-        return self._held_bytes.get(account, 0)
 
     def begin(self, message: Message, group: Group, plan: Plan, *, read_back_for: str = "") -> None:
         """Start an attempt of a message that is held; the group's rows are `sending`."""
@@ -308,6 +305,7 @@ class Dispatcher:
         if not message.envelope.epoch:
             return put_back(message, rows, moment.steady_ms)
         # What could not be sent here is not asked for again at once; what a drain gives up is there for others.
+        self.given_back.add(message.envelope.account)
         delay_ms = 0 if self.stopping else int(GIVEN_BACK_MS * (0.5 + self._random() / 2))
         return self._concluder.give_back(message, rows, moment.wall_ms + delay_ms, moment)
 
@@ -417,11 +415,11 @@ class Dispatcher:
             account = message.envelope.account
             self._counters.window_bytes -= message.held_bytes
             self._counters.window_messages -= 1
-            left = self._held_bytes.get(account, 0) - message.held_bytes
+            left = self.held_bytes.get(account, 0) - message.held_bytes
             if left:
-                self._held_bytes[account] = left
+                self.held_bytes[account] = left
             else:
-                self._held_bytes.pop(account, None)
+                self.held_bytes.pop(account, None)
             message.content = b""
             self.follower.window_free()
 

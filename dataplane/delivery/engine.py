@@ -24,6 +24,7 @@ from dataplane.core.config import Target
 from dataplane.core.envelope import Envelope, RecipientRow, message_bytes, split_queue_key
 from dataplane.core.fair import may_hold
 from dataplane.core.ids import MessageId
+from dataplane.core.policy import is_denied
 from dataplane.core.retry import RetryClock, is_expired
 from dataplane.core.transaction import Verdict, VerdictKind
 from dataplane.delivery.attempt import Message
@@ -56,6 +57,9 @@ from dataplane.ports import (
 
 WINDOW_BYTES = 64 * 1024 * 1024
 CONNECT_TIMEOUT_S = 30.0
+# Of an account that is claimed of PostgreSQL: enough to keep connections busy, and what is claimed by a node that dies
+# counts as begun.
+AHEAD_BYTES = 1024 * 1024
 HANDED_OVER_LIMIT = 2_000  # messages just accepted that may wait for one provider; one account has its share of them
 UNROUTED_ROOM = 32  # messages under way of next hops that are unknown: they are planned anew
 AHEAD = 16  # messages under way for a next hop beside those that have a connection, so that none of these idles
@@ -254,7 +258,7 @@ class DeliveryEngine:
         if self._stopping or not (
             # Nobody asks whose it is while one could hold all of it.
             may_hold(used, held_bytes, used, capacity)
-            or may_hold(self._dispatcher.held_bytes(account), held_bytes, used, capacity)
+            or may_hold(self._dispatcher.held_bytes.get(account, 0), held_bytes, used, capacity)
         ):
             return False
         if not next_hop:
@@ -310,6 +314,22 @@ class DeliveryEngine:
         """Look at this key anew."""
         self._scheduler.wake(queue_key)
 
+    # --- what the replicated queue asks
+
+    def left_out(self) -> set[str]:
+        """Accounts of whose mail no more is to be claimed: suspended, or with enough of it in memory."""
+        now_ms = self._clock.wall_ms()
+        suspended = self._config.denials.accounts
+        held_bytes = self._dispatcher.held_bytes
+        return {account for account in suspended if is_denied(suspended, account, now_ms)} | {
+            account for account in held_bytes if held_bytes[account] >= AHEAD_BYTES or self.crowded(account)
+        }
+
+    def take_given_back(self) -> set[str]:
+        """Accounts whose mail went back unsent since this was asked last."""
+        found, self._dispatcher.given_back = self._dispatcher.given_back, set()
+        return found
+
     # --- scheduler.Work
 
     def weight(self, account: str) -> int:
@@ -338,7 +358,7 @@ class DeliveryEngine:
 
     def crowded(self, account: str) -> bool:
         """Whether this account has its share of memory."""
-        held_bytes = self._dispatcher.held_bytes(account)
+        held_bytes = self._dispatcher.held_bytes.get(account, 0)
         return not may_hold(held_bytes, 0, self.counters.window_bytes, self._window_bytes)
 
     def take(self, stored: StoredMessage, rows: Sequence[RecipientRow]) -> Taken:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dataplane.core.config import Denials
 from dataplane.core.envelope import RecipientRow
 from dataplane.core.queue import State
-from support.delivery import KEY_A, A, Config, delivery_bench
+from dataplane.delivery.engine import AHEAD_BYTES
+from support.delivery import ACCOUNT, KEY_A, A, Config, delivery_bench
 from support.next_hop import STALL, Behaviour, next_hop
 from support.spools import ManualClock, make_envelope, open_durable
 
@@ -123,6 +125,26 @@ async def test_a_lease_that_ends_within_a_large_content_lets_no_dot_leave() -> N
         await bench.until(lambda: len(bench.updates) == 1)
         assert [(update.state, update.attempt) for update in bench.updates] == [(State.QUEUED, 0)]
         assert hop.messages == []
+
+
+async def test_no_more_is_wanted_of_accounts_that_are_suspended_or_have_enough_in_memory() -> None:
+    behaviour = Behaviour(data=STALL)
+    async with next_hop(behaviour) as hop, delivery_bench(config=routed(hop.port), holds=Lease()) as bench:
+        assert bench.engine.left_out() == set()
+        now_ms = bench.clock.wall_ms()
+        bench.config.denials = Denials(accounts={"accounts/stopped": 0, "accounts/again": now_ms})
+        assert bench.engine.left_out() == {"accounts/stopped"}
+        large = b"x" * 78 + b"\r\n"
+        content = b"Subject: large\r\n\r\n" + large * (AHEAD_BYTES // len(large))
+        await bench.submit(envelope=bench.envelope(content, epoch=7), content=content)
+        assert bench.engine.left_out() == {"accounts/stopped", ACCOUNT}
+
+
+async def test_whose_mail_was_given_back_is_told_once() -> None:
+    async with next_hop() as hop, delivery_bench(config=routed(hop.port), holds=Lease(0)) as bench:
+        await bench.submit(envelope=bench.envelope(epoch=7))
+        await bench.until(lambda: len(bench.updates) == 1)
+        assert (bench.engine.take_given_back(), bench.engine.take_given_back()) == ({ACCOUNT}, set())
 
 
 async def test_the_end_of_a_lease_cuts_what_waits_for_a_reply_before_the_dot() -> None:

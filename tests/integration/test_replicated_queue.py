@@ -319,6 +319,14 @@ async def test_no_account_waits_for_the_older_backlogs_of_others(holder: Holder,
     assert late in first
 
 
+async def test_accounts_that_are_left_out_of_a_claim_wait(holder: Holder, migrated_database: Database) -> None:
+    await add_account(migrated_database, "wanted")
+    await holder.store(sending=False)
+    wanted = await holder.store(account="wanted", sending=False)
+    _, claimed = await holder.claim(left_out=("demo", "unknown"))
+    assert [one.message_id for one in claimed] == [wanted]
+
+
 async def test_what_is_held_until_a_time_waits_in_the_queue_and_is_claimed_then(
     holder: Holder, other: Holder, migrated_database: Database
 ) -> None:
@@ -423,7 +431,7 @@ async def test_fifty_thousand_rows_are_never_walked(holder: Holder, migrated_dat
     some = [text_id(message_id()) for _ in range(100)]
     now = (await fetch(migrated_database, "SELECT now()"))[0][0]
     looked = {
-        "ix_replicated_queue_waiting": (queue.CLAIM, ("default", now, 100, 1)),
+        "ix_replicated_queue_waiting": (queue.CLAIM, ("default", now, 100, 1, ())),
         "ix_replicated_queue_epoch": (queue_reports.LOCK_ENDED, ([holder.epoch + 1, holder.epoch + 2],)),
         "ix_replicated_queue_claim_time": (queue_reports.LOCK_UNCONFIRMED, (now,)),
         "pk_queue_recipients": (queue.MARK_RECIPIENTS, (some, now)),
@@ -443,7 +451,7 @@ async def test_a_claim_reads_what_it_gives_and_not_what_waits_for_its_time(
     await seed_fifty_thousand(holder, migrated_database)
     now = (await fetch(migrated_database, "SELECT now()"))[0][0]
     explain = "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + queue.CLAIM
-    rows = await fetch(migrated_database, explain, "default", now, 100, 1)
+    rows = await fetch(migrated_database, explain, "default", now, 100, 1, ())
     plan = json.loads(rows[0][0])[0]["Plan"]
     scans = [node for node in nodes_below(plan) if node.get("Relation Name") == "replicated_queue"]
     touched = sum((one["Actual Rows"] + one.get("Rows Removed by Filter", 0)) * one["Actual Loops"] for one in scans)

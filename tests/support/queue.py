@@ -54,12 +54,18 @@ class Holder:
         await self.queue.store(self.node, self.pool, self.spool, self.epoch, messages, NOW)
 
     async def claim(
-        self, count: int = 100, *, after_s: float = 0, now: datetime | None = None, adopt: bool = True
+        self,
+        count: int = 100,
+        *,
+        after_s: float = 0,
+        now: datetime | None = None,
+        adopt: bool = True,
+        left_out: tuple[str, ...] = (),
     ) -> tuple[str, list[Claimed]]:
         """Claim so many; `after_s` seconds later by the database's clock."""
         claim_id = str(uuid.uuid4())
         moment = now or (NOW + timedelta(seconds=after_s) if after_s else None)
-        wish = ClaimWish(self.spool, self.epoch, claim_id, count, 1_000_000)
+        wish = ClaimWish(self.spool, self.epoch, claim_id, count, 1_000_000, left_out)
         return claim_id, await self.queue.claim(self.node, self.pool, wish, moment, adopt=adopt)
 
     async def take(self, lot: int, count: int) -> list[Claimed]:

@@ -34,6 +34,7 @@ from postroad.node.v1 import queue_service_pb2 as pb
 from postroad.node.v1.queue_service_pb2_grpc import QueueServiceServicer
 
 _CHECK_AGAIN_S = 30.0
+_ACCOUNT_PREFIX = "accounts/"
 
 
 class NodeQueueServicer(QueueServiceServicer):
@@ -78,6 +79,7 @@ class NodeQueueServicer(QueueServiceServicer):
                 uuid_text(request.claim_id),
                 request.max_messages,
                 request.max_bytes,
+                tuple([name.removeprefix(_ACCOUNT_PREFIX) for name in request.left_out_accounts]),
             )
             claimed = await self._queue.claim(node.node_id, node.pool, wish)
         return pb.ClaimMessagesResponse(messages=[_claimed(one) for one in claimed])

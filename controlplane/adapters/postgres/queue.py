@@ -98,7 +98,7 @@ WITH RECURSIVE heads (account, priority, due_time) AS (
 ), turns AS (
     SELECT h.account, array_agg(h.priority ORDER BY h.priority DESC) AS priorities
     FROM heads AS h JOIN postroad.accounts AS a ON a.account = h.account AND a.node_pool = $1
-    WHERE h.due_time <= $2
+    WHERE h.due_time <= $2 AND h.account <> ALL ($5::text[])
     GROUP BY h.account
     ORDER BY hashtextextended(h.account, $4)
 )
@@ -217,7 +217,7 @@ class PostgresQueue:
             clock = now or await connection.fetchval("SELECT transaction_timestamp()")
             await _check_lease(connection, node_id, wish.spool, wish.epoch)
             lot = UUID(wish.claim_id).int & _LOTS
-            found = await connection.fetch(CLAIM, pool, clock, wish.max_messages, lot)
+            found = await connection.fetch(CLAIM, pool, clock, wish.max_messages, lot, wish.left_out)
             message_ids = [row["message_id"] for row in found]
             if not message_ids:
                 return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from dataplane.adapters.ledger_codec import encode_record
-from dataplane.adapters.replicated_queue import LinkedQueue
+from dataplane.adapters.replicated_queue import REST_S, STRANGE_S, LinkedQueue
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.adapters.spool_sqlite.codec import decode_envelope, encode_envelope
 from dataplane.core.config import Account
@@ -77,6 +78,15 @@ class Engine:
     def __init__(self) -> None:
         self.delivered: asyncio.Queue[tuple[Envelope, bytes, Sequence[RecipientRow]]] = asyncio.Queue()
         self.ended = 0
+        self.enough_of: set[str] = set()
+        self.given_back: set[str] = set()
+
+    def left_out(self) -> set[str]:
+        return self.enough_of
+
+    def take_given_back(self) -> set[str]:
+        given_back, self.given_back = self.given_back, set()
+        return given_back
 
     def deliver(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> None:
         self.delivered.put_nowait((envelope, content, recipients))
@@ -91,6 +101,7 @@ class Engine:
 class Bench:
     def __init__(self, spool: RamSpool) -> None:
         self.now_s = 1_000.0
+        self.numbers = itertools.count()
         self.spool = spool
         self.peer, self.engine, self.config = Peer(), Engine(), Config()
         self.config.set_account(Account(ACCOUNT, UID, revision=1))
@@ -106,7 +117,7 @@ class Bench:
         return self
 
     def envelope(self, size_bytes: int = 7) -> Envelope:
-        message_id = new_message_id(1_700_000_000_000, bytes(9) + bytes([len(self.peer.calls)]))
+        message_id = new_message_id(1_700_000_000_000, bytes(9) + bytes([next(self.numbers)]))
         return Envelope(
             *(message_id, ACCOUNT, UID, "", "a@example.com", size_bytes, 1_700_000_000_000),
             *("s", "127.0.0.1", "h", "", "<i>", "s"),
@@ -258,6 +269,37 @@ async def test_what_is_claimed_is_in_the_spool_and_confirmed_before_it_is_sent(b
     # Mail of an account that is unknown here is left alone.
     assert [asked[0] for asked in held] == [[message.message_id]] * 2
     assert all(message.message_id in asked[1] and asked[2] == 0 for asked in held)
+
+
+async def test_one_claim_follows_the_other_until_nothing_comes(bench: Bench) -> None:
+    answers = iter([pb.ClaimMessagesResponse(messages=[claimed(bench)]) for _ in range(5)])
+    bench.peer.answers[QueueMethod.CLAIM_MESSAGES] = lambda _: next(answers, pb.ClaimMessagesResponse())
+    bench.tasks.append(asyncio.create_task(bench.queue.claim_mail()))
+    for _ in range(4):
+        await settled()
+    assert bench.engine.delivered.qsize() == 5
+    assert len(bench.peer.asked(QueueMethod.CLAIM_MESSAGES)) == 6
+
+
+async def test_of_accounts_whose_mail_cannot_be_sent_none_is_claimed_for_a_while(bench: Bench) -> None:
+    strange = claimed(bench, "uid-2")
+    answers = iter([pb.ClaimMessagesResponse(messages=[strange])])
+    bench.peer.answers[QueueMethod.CLAIM_MESSAGES] = lambda _: next(answers, pb.ClaimMessagesResponse())
+    bench.engine.enough_of = {"accounts/much"}
+    bench.engine.given_back = {"accounts/dead"}
+    bench.tasks.append(asyncio.create_task(bench.queue.claim_mail()))
+    await settled()
+    bench.now_s += REST_S
+    await bench.queue.accept(bench.envelope(), b"x", [row(State.QUEUED, 0)])
+    await settled()
+    bench.now_s += STRANGE_S
+    bench.engine.enough_of = set()
+    bench.queue._renewed(7, 15.0, bench.now_s)
+    await bench.queue.accept(bench.envelope(), b"x", [row(State.QUEUED, 0)])
+    await settled()
+    asked = [list(request.left_out_accounts) for request in bench.peer.asked(QueueMethod.CLAIM_MESSAGES)]
+    first = ["accounts/dead", "accounts/much"]
+    assert asked == [first, sorted([ACCOUNT, *first]), [ACCOUNT, "accounts/much"], []]
 
 
 async def test_a_claimed_message_has_the_priority_that_was_asked_for(bench: Bench) -> None:

@@ -226,6 +226,7 @@ class ClaimMessagesRequest(_message.Message):
     CLAIM_ID_FIELD_NUMBER: _builtins.int
     MAX_MESSAGES_FIELD_NUMBER: _builtins.int
     MAX_BYTES_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_ACCOUNTS_FIELD_NUMBER: _builtins.int
     spool: _builtins.str
     """UUID of the spool."""
     epoch: _builtins.int
@@ -238,6 +239,12 @@ class ClaimMessagesRequest(_message.Message):
     """Contents come along up to so many bytes, at most 8 MiB; the others are
     fetched.
     """
+    @_builtins.property
+    def left_out_accounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Accounts whose mail the node has no use for now, `accounts/{account}`: they
+        are suspended, hold their share of its memory, or their next hops are dead.
+        """
+
     def __init__(
         self,
         *,
@@ -246,10 +253,11 @@ class ClaimMessagesRequest(_message.Message):
         claim_id: _builtins.str = ...,
         max_messages: _builtins.int = ...,
         max_bytes: _builtins.int = ...,
+        left_out_accounts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim_id", b"claim_id", "epoch", b"epoch", "max_bytes", b"max_bytes", "max_messages", b"max_messages", "spool", b"spool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim_id", b"claim_id", "epoch", b"epoch", "left_out_accounts", b"left_out_accounts", "max_bytes", b"max_bytes", "max_messages", b"max_messages", "spool", b"spool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
