@@ -429,7 +429,8 @@ class Client:
             self._output.append(b".\r\n")
             return Signal.NOTHING
         self.phase = Phase.CONTENT
-        if not self.permitted:
+        permit = self._transaction.permit
+        if permit is not None and not permit():
             return self._finish(Verdict(VerdictKind.INTERRUPTED, 0, "4.3.2", NOT_PERMITTED), reusable=False)
         content = self._transaction.content
         if len(content) > PIECE_BYTES:

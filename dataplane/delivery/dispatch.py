@@ -17,7 +17,7 @@ of REPLICATED mail, which is looked at again before the dot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -109,7 +109,7 @@ class Dispatcher:
             self._transforms,
             self._holds,
         ) = tools
-        self.held_bytes: dict[str, int] = {}  # what messages of an account take in memory
+        self._held_bytes: dict[str, int] = {}
         self.given_back: set[str] = set()  # accounts whose REPLICATED mail PostgreSQL has back unsent
         self.follower = Follower(_nothing, _nothing, _nothing, _nothing)
         self.stopping = False
@@ -122,8 +122,16 @@ class Dispatcher:
             account = message.envelope.account
             self._counters.window_bytes += message.held_bytes
             self._counters.window_messages += 1
-            self.held_bytes[account] = self.held_bytes.get(account, 0) + message.held_bytes
+            self._held_bytes[account] = self._held_bytes.get(account, 0) + message.held_bytes
         message.open_count += attempt_count
+
+    def held_bytes(self, account: str) -> int:
+        """What messages of an account take in memory."""
+        return self._held_bytes.get(account, 0)
+
+    def holders(self) -> Iterable[str]:
+        """Accounts with messages in memory."""
+        return self._held_bytes
 
     def begin(self, message: Message, group: Group, plan: Plan, *, read_back_for: str = "") -> None:
         """Start an attempt of a message that is held; the group's rows are `sending`."""
@@ -415,11 +423,11 @@ class Dispatcher:
             account = message.envelope.account
             self._counters.window_bytes -= message.held_bytes
             self._counters.window_messages -= 1
-            left = self.held_bytes.get(account, 0) - message.held_bytes
+            left = self._held_bytes.get(account, 0) - message.held_bytes
             if left:
-                self.held_bytes[account] = left
+                self._held_bytes[account] = left
             else:
-                self.held_bytes.pop(account, None)
+                self._held_bytes.pop(account, None)
             message.content = b""
             self.follower.window_free()
 

@@ -258,7 +258,7 @@ class DeliveryEngine:
         if self._stopping or not (
             # Nobody asks whose it is while one could hold all of it.
             may_hold(used, held_bytes, used, capacity)
-            or may_hold(self._dispatcher.held_bytes.get(account, 0), held_bytes, used, capacity)
+            or may_hold(self._dispatcher.held_bytes(account), held_bytes, used, capacity)
         ):
             return False
         if not next_hop:
@@ -280,11 +280,11 @@ class DeliveryEngine:
         reported = envelope.epoch > 0  # PostgreSQL recorded it when it stored it
         message = Message(envelope, content, addresses, reported, canonical=True, held_bytes=held_bytes)
         plan = make_plan(self._config, envelope, recipients, self._clock.wall_ms())
-        if plan.held is Held.MESSAGE and envelope.epoch and self._dispatcher.outlived(envelope):
-            ends = [(row, _REVOKED) for row in recipients]
-            self._dispatcher.conclude(message, ends, plan.bundle_revision, self.moment())
-            return
         if plan.held is not None or self._stopping:
+            if plan.held is Held.MESSAGE and envelope.epoch and self._dispatcher.outlived(envelope):
+                ends = [(row, _REVOKED) for row in recipients]
+                self._dispatcher.conclude(message, ends, plan.bundle_revision, self.moment())
+                return
             self._reporter.watch(message)
             self._dispatcher.put_back_rows(message, recipients)
             return
@@ -322,7 +322,9 @@ class DeliveryEngine:
         suspended = self._config.denials.accounts
         held_bytes = self._dispatcher.held_bytes
         return {account for account in suspended if is_denied(suspended, account, now_ms)} | {
-            account for account in held_bytes if held_bytes[account] >= AHEAD_BYTES or self.crowded(account)
+            account
+            for account in self._dispatcher.holders()
+            if held_bytes(account) >= AHEAD_BYTES or self.crowded(account)
         }
 
     def take_given_back(self) -> set[str]:
@@ -358,7 +360,7 @@ class DeliveryEngine:
 
     def crowded(self, account: str) -> bool:
         """Whether this account has its share of memory."""
-        held_bytes = self._dispatcher.held_bytes.get(account, 0)
+        held_bytes = self._dispatcher.held_bytes(account)
         return not may_hold(held_bytes, 0, self.counters.window_bytes, self._window_bytes)
 
     def take(self, stored: StoredMessage, rows: Sequence[RecipientRow]) -> Taken:

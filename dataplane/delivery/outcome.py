@@ -24,7 +24,7 @@ from typing import NamedTuple
 from dataplane.core.config import RetryPolicy
 from dataplane.core.envelope import RecipientRow
 from dataplane.core.ledger import AttemptEvent, LedgerRecord, RecipientUpdate
-from dataplane.core.queue import TERMINAL, EventType, State, check_move
+from dataplane.core.queue import EventType, State, check_move
 from dataplane.core.retry import is_expired, next_attempt_ms
 from dataplane.core.transaction import Verdict, VerdictKind
 from dataplane.delivery.attempt import Message
@@ -99,7 +99,7 @@ class Concluder:
                 else:
                     due_ms = next_attempt_ms(policy, row.attempt, moment.steady_ms, random)
             check_move(row.state, state)
-            kept = _kept(message, state)
+            kept = state if state is not State.DEFERRED else _kept(message, state)
             changes.append(RecipientChange(row.index, row.attempt, kept, row.attempt, due_ms, row.queue_key))
             shown_ms = due_ms + moment.wall_ms - moment.steady_ms if due_ms else 0
             updates.append(RecipientUpdate(row.index, state, row.attempt, shown_ms, moment.wall_ms))
@@ -168,8 +168,8 @@ class Concluder:
 
 
 def _kept(message: Message, state: State) -> State:
-    """What becomes of the row in the spool: REPLICATED mail that has to wait does so in PostgreSQL, not here."""
-    return State.CANCELLED if message.envelope.epoch and state not in TERMINAL else state
+    """What becomes of a row that has to wait: that of REPLICATED mail leaves the spool, it waits in PostgreSQL."""
+    return State.CANCELLED if message.envelope.epoch else state
 
 
 def put_back(message: Message, rows: Sequence[RecipientRow], due_ms: int) -> Settlement:

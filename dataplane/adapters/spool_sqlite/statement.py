@@ -56,6 +56,7 @@ WHERE (message_id, idx) > (:id, :idx) AND (message_id, idx) <= (:last_id, :last_
     AND EXISTS (SELECT 1 FROM message WHERE id = r.message_id)
     AND NOT EXISTS (SELECT 1 FROM unreported AS u WHERE u.message_id = r.message_id)
     AND NOT (state = 3 AND EXISTS (SELECT 1 FROM message WHERE id = r.message_id AND CASE
+        WHEN instr(envelope, CAST('"epoch":' AS BLOB)) = 0 THEN 0
         WHEN json_valid(CAST(envelope AS TEXT)) THEN json_extract(CAST(envelope AS TEXT), '$.epoch') END > 0))
 """
 _ACCOUNT = "substr(queue_key, 1, instr(queue_key, char(9)) - 1)"
