@@ -532,6 +532,14 @@ class QueuedMessage(NamedTuple):
     sending: bool
 
 
+class Repeated(NamedTuple):
+    """A message that was not stored: `first_id` has its key, and is the same submission or not."""
+
+    message_id: bytes
+    first_id: bytes
+    is_same: bool
+
+
 class ClaimWish(NamedTuple):
     """Who claims how much; see postroad.node.v1.ClaimMessagesRequest. `left_out` are ids of accounts."""
 
@@ -580,8 +588,11 @@ class QueueStore(Protocol):
 
     async def store(
         self, node_id: str, pool: str, spool: str, epoch: int, messages: Sequence[QueuedMessage], now: datetime
-    ) -> None:
-        """Store messages, all or none, in queue and ledger; BadQueueRequestError for what can never be stored."""
+    ) -> list[Repeated]:
+        """Store messages, all or none, in queue and ledger; BadQueueRequestError for what can never be stored.
+
+        Returned and not stored are those whose Idempotency-Key another message has.
+        """
         ...
 
     async def claim(

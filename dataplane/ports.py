@@ -34,8 +34,13 @@ class SpoolFullError(SpoolError):
     """No room: disk or WAL above its cap. The submitter is answered 452 4.3.1."""
 
 
-class SpoolUnansweredError(SpoolError):
-    """Nobody knows whether it was stored: who stores does not answer. The submitter is answered 451."""
+class RepeatedSubmissionError(SpoolError):
+    """It was not stored: `message_id` has its Idempotency-Key, and is the same submission or not."""
+
+    def __init__(self, message_id: bytes, *, is_same: bool) -> None:
+        super().__init__("another message has its key")
+        self.message_id = message_id
+        self.is_same = is_same
 
 
 class SpoolFailedError(SpoolError):
@@ -323,8 +328,8 @@ class ReplicatedQueue(Protocol):
     def accept(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
         """Store a message; done means that PostgreSQL has it and, for rows that are `sending`, the spool too.
 
-        SpoolError when that cannot be had; then it is not delivered from here. SpoolUnansweredError where PostgreSQL
-        may have it all the same.
+        SpoolError when that cannot be had; then it is not delivered from here, but PostgreSQL may have it all the
+        same. RepeatedSubmissionError where another message has its key, by whatever node it was stored.
         """
         ...
 

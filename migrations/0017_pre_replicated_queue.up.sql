@@ -8,7 +8,7 @@
 --     a lease   NULL       its recipients in state `sending` (3) are being sent
 --
 -- A message's content lies in chunks, put there before its row; chunks that no row follows are swept after a day.
--- Lock and duration: new objects, and columns without a rewrite; messages and accounts are locked for milliseconds. Older
+-- Lock and duration: new objects, and columns without a rewrite; messages, submission_keys and accounts are locked for milliseconds. Older
 -- code does not see them.
 
 CREATE SEQUENCE postroad.lease_epoch AS bigint;
@@ -65,6 +65,12 @@ ALTER TABLE postroad.queue_contents ALTER COLUMN data SET STORAGE EXTERNAL;
 
 ALTER TABLE postroad.messages ADD COLUMN replicated boolean NOT NULL DEFAULT false;
 COMMENT ON COLUMN postroad.messages.replicated IS 'Whether spools other than the accepting one may report on it';
+
+-- Whether two messages with one key are the same submission: REPLICATED mail is answered by it, before it is stored.
+ALTER TABLE postroad.submission_keys ADD COLUMN content_hash bytea;
+ALTER TABLE postroad.submission_keys
+    ADD CONSTRAINT ck_submission_keys_content_hash CHECK (length(content_hash) = 32);
+COMMENT ON COLUMN postroad.submission_keys.content_hash IS 'SHA-256 of the submission; NULL where its node did not tell';
 
 ALTER TABLE postroad.accounts ADD COLUMN uncertain_policy smallint NOT NULL DEFAULT 1;
 ALTER TABLE postroad.accounts ADD CONSTRAINT ck_accounts_uncertain_policy CHECK (uncertain_policy IN (1, 2));

@@ -47,13 +47,14 @@ class RecordError(Exception):
 
 
 class KeyRow(NamedTuple):
-    """Which message has an Idempotency-Key; the time is that of its acceptance."""
+    """Which message has an Idempotency-Key; the time is that of its acceptance. No `content_hash`: it was not told."""
 
     account: str
     key_hash: bytes
     message_id: UUID
     accept_time_ms: int
     checked: bool
+    content_hash: bytes | None
 
 
 class IdBounds(NamedTuple):
@@ -185,7 +186,7 @@ class RecordRows:
         state = _SCHEDULED if send_ms else _QUEUED
         if accepted.submission_key_hash:
             key = (account, accepted.submission_key_hash, message_id, time_ms, accepted.submission_key_checked)
-            self.keys.append(KeyRow(*key))
+            self.keys.append(KeyRow(*key, accepted.submission_content_hash or None))
         for index, address in enumerate(accepted.recipients):
             row = [message_id, index, account, self._text(address), state, 0, send_ms, time_ms, 0, "", "", ""]
             self.accepted[(raw_id, index)] = row
@@ -275,7 +276,7 @@ def _check_accepted(accepted: AcceptedMessage, made_ms: int) -> int:
         raise RecordError("MESSAGE_ID_OUT_OF_RANGE", "message id and time of acceptance are a day apart")
     if accepted.priority not in _PRIORITIES or accepted.send_time_ms < 0:
         raise RecordError("BAD_ACCEPTANCE", f"priority {accepted.priority}, held until {accepted.send_time_ms} ms")
-    if len(accepted.submission_key_hash) not in {0, _HASH_BYTES}:
+    if not {len(accepted.submission_key_hash), len(accepted.submission_content_hash)} <= {0, _HASH_BYTES}:
         raise RecordError("BAD_SUBMISSION_KEY", "the hash of a submission key is none")
     return len(accepted.recipients)
 

@@ -21,6 +21,7 @@ from controlplane.ports_fleet import (
     Lease,
     QueuedMessage,
     QueueStore,
+    Repeated,
 )
 
 ADOPT_AFTER_S = 8.0
@@ -50,12 +51,14 @@ class QueueService:
         with self._watched():
             await self._store.store_content(message_id, chunk, data)
 
-    async def store(self, node_id: str, pool: str, spool: str, epoch: int, messages: Sequence[QueuedMessage]) -> None:
-        """Store messages, all or none."""
+    async def store(
+        self, node_id: str, pool: str, spool: str, epoch: int, messages: Sequence[QueuedMessage]
+    ) -> list[Repeated]:
+        """Store messages, all or none but those whose key another message has: they are returned."""
         if not 0 < len(messages) <= MAX_MESSAGES:
             raise BadQueueRequestError(f"1 to {MAX_MESSAGES} messages")
         with self._watched():
-            await self._store.store(node_id, pool, spool, epoch, messages, self._clock())
+            return await self._store.store(node_id, pool, spool, epoch, messages, self._clock())
 
     async def claim(self, node_id: str, pool: str, wish: ClaimWish) -> list[Claimed]:
         """Claim what is due."""

@@ -93,6 +93,7 @@ def _accepted(envelope: Envelope, recipients: tuple[str, ...]) -> pb.AcceptedMes
     key = envelope.submission_key
     if key is not None:
         accepted.submission_key_hash, accepted.submission_key_checked = key.key_hash, key.checked
+        accepted.submission_content_hash = key.content_hash
     return accepted
 
 

@@ -43,11 +43,11 @@ from dataplane.ports import (
     EventLog,
     RecipientChange,
     RecordEncoder,
+    RepeatedSubmissionError,
     Settlement,
     Spool,
     SpoolError,
     SpoolFailedError,
-    SpoolUnansweredError,
 )
 from dataplane.telemetry import SampleRow
 from postroad.node.v1 import queue_service_pb2 as pb
@@ -333,25 +333,29 @@ class LinkedQueue:
             spool=self._spool.identity.spool, epoch=epoch, messages=[store.message for store in good]
         )
         try:
-            await self.call(QueueMethod.STORE_MESSAGES, request, pb.StoreMessagesResponse, STORE_TIMEOUT_S)
+            response = await self.call(QueueMethod.STORE_MESSAGES, request, pb.StoreMessagesResponse, STORE_TIMEOUT_S)
         except QueueError as error:
             if error.status == _INVALID_ARGUMENT and len(good) > 1:
                 for store in good:
                     await self._store_batch([store])
                 return
-            if (
-                error.status not in _DECIDED
-                and epoch == self._lease.epoch
-                and any(store.message.sending for store in good)
-            ):
+            decided = error.status in _DECIDED or epoch != self._lease.epoch
+            if not decided and any(store.message.sending for store in good):
                 self._abandon("a store was not answered")
-            refusal = error if error.status in _DECIDED else SpoolUnansweredError(str(error))
             for store in good:
-                self._refuse(store, refusal)
+                self._refuse(store, error)
             return
-        self.counters.stored += len(good)
-        for store in good:
-            self._stored(store)
+        self._answer(good, response)
+
+    def _answer(self, stores: Sequence[_Store], response: pb.StoreMessagesResponse) -> None:
+        repeated = {one.message_id: one for one in response.repeated_messages}
+        self.counters.stored += len(stores) - len(repeated)
+        for store in stores:
+            first = repeated.get(store.envelope.message_id)
+            if first is None:
+                self._stored(store)
+            else:
+                _resolve(store.future, RepeatedSubmissionError(first.first_message_id, is_same=first.same_content))
 
     def _stored(self, store: _Store) -> None:
         if not store.message.sending:
@@ -366,8 +370,6 @@ class LinkedQueue:
         error = SpoolError("the commit was cancelled") if local.cancelled() else local.exception()
         if error is not None:
             self._abandon("the spool did not take what it holds")
-            if not isinstance(error, SpoolFailedError):
-                error = SpoolUnansweredError(str(error))
         _resolve(store.future, error)
 
     def _refuse(self, store: _Store, error: SpoolError) -> None:

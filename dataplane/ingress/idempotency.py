@@ -2,7 +2,8 @@
 
 Contract. `known` answers from this worker's memory and spool, without waiting; `claim` then takes the key for a
 message, here and in the fleet, and goes on to store it or refuses; `ended` follows each message that went on, with the
-error that kept it from being stored or None. Between `known` and `claim` nothing may wait.
+error that kept it from being stored or None, and answers where that was its key. Between `known` and `claim` nothing
+may wait.
 
     the key                          found by                       answer
     is being stored by this worker   memory                         451 4.7.1, 550 5.7.0 for another content
@@ -11,10 +12,12 @@ error that kept it from being stored or None. Between `known` and `claim` nothin
     was stored elsewhere             Claims, STORED                 250 with the id of then
     has another content elsewhere    Claims, OTHER                  550 5.7.0
     is new to all                    Claims, YES                    goes on, checked
-    nobody could be asked            Claims, UNKNOWN, or no Claims  goes on, unchecked
+    nobody could be asked            Claims, UNKNOWN, or no Claims  goes on, unchecked; REPLICATED mail checked
+    is another's in PostgreSQL       RepeatedSubmissionError        250 with the id of then, 550 for another content
 
-A message that is not stored gives its key free. Where nobody can know whether it was (the spool failed, PostgreSQL did
-not answer), the fleet's mark stays until it ends by itself: the next start of this spool knows, or the ledger does.
+A message that is not stored gives its key free. Where nobody can know whether it was (the spool failed), the fleet's
+mark stays until it ends by itself: the next start of this spool knows. REPLICATED mail is stored once whatever anybody
+else knows, for PostgreSQL has the keys of all of it.
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ from functools import partial
 from dataplane.core import replies
 from dataplane.core.envelope import Envelope
 from dataplane.core.idempotency import SubmissionKey
-from dataplane.core.ids import format_message_id
+from dataplane.core.ids import MessageId, format_message_id
 from dataplane.core.replies import Reply
 from dataplane.ingress.counters import IngressCounters
-from dataplane.ports import Claim, Claimed, Claims, EventLog, Spool, SpoolFailedError, SpoolUnansweredError
+from dataplane.ports import Claim, Claimed, Claims, EventLog, RepeatedSubmissionError, Spool, SpoolFailedError
 
 GoOn = Callable[[Envelope | Reply], None]
 """Is told the envelope to store, or why nothing is stored."""
@@ -70,24 +73,34 @@ class Submissions:
         answer = self.claims.claim(key.key_hash, key.content_hash, envelope.message_id)
         answer.add_done_callback(partial(self._claimed, envelope, key, go_on))
 
-    def ended(self, envelope: Envelope, key: SubmissionKey, error: BaseException | None) -> None:
-        """The message is durable, or was not stored for `error`."""
+    def ended(self, envelope: Envelope, key: SubmissionKey, error: BaseException | None) -> Reply | None:
+        """The message is durable, or was not stored for `error`; the reply where another message has the key."""
         del self._under_way[key.key_hash]
+        stored_id: bytes | None = None
+        reply = None
         if error is None:
+            stored_id = envelope.message_id
             self.counters.submissions_stored += key.checked
             self.counters.submissions_unchecked += not key.checked
-        if self.claims is None:
-            return
-        if error is None:
-            self.claims.stored(key.key_hash, key.content_hash, envelope.message_id)
-        elif not isinstance(error, SpoolFailedError | SpoolUnansweredError):
-            self.claims.withdraw(key.key_hash, envelope.message_id)
+        elif isinstance(error, RepeatedSubmissionError):
+            if error.is_same:
+                stored_id = error.message_id
+                reply = self._repeated(stored_id, envelope.account, envelope.session)
+            else:
+                reply = self._conflict()
+        if self.claims is not None:
+            if stored_id is not None:
+                self.claims.stored(key.key_hash, key.content_hash, MessageId(stored_id))
+            elif not isinstance(error, SpoolFailedError):
+                self.claims.withdraw(key.key_hash, envelope.message_id)
+        return reply
 
     def _claimed(self, envelope: Envelope, key: SubmissionKey, go_on: GoOn, answer: asyncio.Future[Claim]) -> None:
         self._go_on(envelope, key, go_on, answer.result())
 
     def _go_on(self, envelope: Envelope, key: SubmissionKey, go_on: GoOn, claim: Claim) -> None:
-        if claim.state is Claimed.YES:
+        # The keys of REPLICATED mail are PostgreSQL's to give, when it is stored.
+        if claim.state is Claimed.YES or (claim.state is Claimed.UNKNOWN and envelope.epoch):
             go_on(replace(envelope, submission_key=key._replace(checked=True)))
         elif claim.state is Claimed.UNKNOWN:
             go_on(envelope)

@@ -163,6 +163,7 @@ class Submitter:
         "_pinned",
         "_recipient_bytes",
         "_recipients",
+        "_replicated",
         "_sender",
         "_shared",
         "address",
@@ -177,6 +178,7 @@ class Submitter:
         self._account_name = self._network_account
         self._credential_name = ""
         self._pinned: CompiledAccount | None = None
+        self._replicated = False  # whether the transaction's mail is PostgreSQL's
         self._sender = ""
         self._parameters = MailParameters()
         self._recipients: list[str] = []
@@ -235,6 +237,7 @@ class Submitter:
         if sender is not None and not compiled.owns_sender_domain(sender.domain):
             return replies.SENDER_NOT_OWNED
         self._pinned = compiled
+        self._replicated = compiled.account.replicated
         self._sender = "" if sender is None else sender.text
         self._parameters = parameters
         return None
@@ -354,7 +357,8 @@ class Submitter:
         message_id = new_message_id(now_ms, self._shared.random(_RANDOM_OCTETS))
         added, header_message_id = self._complete(b"", scanned, hello, now_ms, format_message_id(message_id))
         hashed = SubmissionHash(self._sender, self._recipients) if scanned.idempotency_key else None
-        owner = self._queue() or self._shared.spool
+        shared = self._shared
+        owner = shared.replicated if self._replicated and shared.replicated is not None else shared.spool
         incoming = owner.receive(message_id)
         large = self._large = _Large(incoming, message_id, scanned, header_message_id, hashed)
         if hashed is not None:
@@ -450,12 +454,14 @@ class Submitter:
             shared.counters.messages_refused += 1
             answer(replies.NO_ROUTE)
             return
-        if self._lease_is_missing(envelope):
-            answer(replies.REPLICATION_UNAVAILABLE)
-            return
+        owner: Spool | ReplicatedQueue = shared.spool
+        if self._replicated:
+            if not envelope.epoch or shared.replicated is None:
+                answer(replies.REPLICATION_UNAVAILABLE)
+                return
+            owner = shared.replicated
         rows, handed_over = self._rows(keys, envelope)
         handed_content = stored if handed_over else b""
-        owner = shared.spool if not envelope.epoch else self._queue() or shared.spool
         if key is not None:
             write = partial(owner.accept, content=stored, recipients=rows)
             self._store_once(envelope, key, write, handed_content, rows, answer)
@@ -492,7 +498,7 @@ class Submitter:
             shared.counters.messages_refused += 1
             answer(replies.NO_ROUTE)
             return
-        if self._lease_is_missing(envelope):
+        if self._replicated and not envelope.epoch:
             answer(replies.REPLICATION_UNAVAILABLE)
             return
         rows, _ = self._rows(keys, envelope, in_memory=False)
@@ -573,7 +579,7 @@ class Submitter:
             submission_key=key,
             send_time_ms=self._send_time_ms(now_ms),
             priority=self._parameters.priority,
-            epoch=self._lease() if self._account().account.replicated else 0,
+            epoch=self._lease() if self._replicated else 0,
         )
 
     def _send_time_ms(self, now_ms: int) -> int:
@@ -670,10 +676,10 @@ class Submitter:
         shared.counters.content_bytes -= counted_bytes
         error = asyncio.CancelledError() if future.cancelled() else future.exception()
         key = envelope.submission_key
-        if key is not None:
-            shared.keyed.ended(envelope, key, error)
+        reply = shared.keyed.ended(envelope, key, error) if key is not None else None
         if error is not None:
-            answer(self.storage_refusal(error))
+            shared.counters.messages_refused += reply is replies.KEY_TAKEN
+            answer(reply or self.storage_refusal(error))
             return
         failpoint("accept.stored")
         shared.counters.messages_enqueued += 1
@@ -716,17 +722,10 @@ class Submitter:
             raise RuntimeError("no transaction")
         return self._pinned
 
-    def _queue(self) -> ReplicatedQueue | None:
-        """Who owns the account's mail, None for the spool."""
-        return self._shared.replicated if self._account().account.replicated else None
-
     def _lease(self) -> int:
         """The lease under which REPLICATED mail may be taken now, 0 for none."""
         queue = self._shared.replicated
         return queue.epoch if queue is not None else 0
-
-    def _lease_is_missing(self, envelope: Envelope) -> bool:
-        return not envelope.epoch and self._account().account.replicated
 
     def _account_now(self) -> CompiledAccount | None:
         """Return the account if it, and what the client showed, still may send."""

@@ -17,7 +17,13 @@ from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.queue import CLAIMED_OF_ACCOUNT, PostgresQueue
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
-from controlplane.ports_fleet import BadQueueRequestError, Duplicate, LeaseLostError, SpoolOwnershipError
+from controlplane.ports_fleet import (
+    BadQueueRequestError,
+    LeaseLostError,
+    QueuedMessage,
+    Repeated,
+    SpoolOwnershipError,
+)
 from postroad.node.v1.ledger_pb2 import EventType, RecipientState
 from support.databases import Database
 from support.fleet import (
@@ -366,17 +372,60 @@ async def test_what_waits_or_is_held_is_cancelled_and_what_is_sent_is_too_late(
     assert await event_types(migrated_database, waiting) == [EventType.EVENT_TYPE_CANCELLED] * 2
 
 
-async def test_two_messages_with_one_key_are_told_apart_when_they_are_stored(
-    database: FleetDatabase, migrated_database: Database
+def keyed(raw_id: bytes, content_hash: bytes = b"c" * 32, key_hash: bytes = b"k" * 32) -> QueuedMessage:
+    return queued(raw_id, sending=False, submission_key_hash=key_hash, submission_content_hash=content_hash)
+
+
+async def test_of_messages_with_one_key_one_is_stored_whoever_stores_it(
+    holder: Holder, other: Holder, migrated_database: Database
 ) -> None:
-    duplicates: list[Duplicate] = []
-    ledger = PostgresLedger(database, retention=timedelta(days=30), report_duplicate=duplicates.append)
-    holder = await Holder(PostgresQueue(database, ledger), ledger).begin()
-    first, second = message_id(), message_id()
-    for raw_id in (first, second):
-        record = accepted(raw_id, submission_key_hash=b"k" * 32).SerializeToString()
-        await holder.store_all([queued(raw_id, sending=False)._replace(record=record)])
-    assert duplicates == [Duplicate(str(text_id(second)), str(text_id(first)), "demo", False)]
+    await holder.store()
+    ids = [message_id() for _ in range(8)]
+    pairs = zip(ids, (holder, other) * 4, strict=True)
+    stores = [one.store_all([keyed(raw_id), queued(message_id())]) for raw_id, one in pairs]
+    answers = await asyncio.gather(*stores)
+    (row,) = await fetch(migrated_database, "SELECT * FROM postroad.submission_keys")
+    first = row["message_id"].bytes
+    assert {one for found in answers for one in found} == {
+        Repeated(raw_id, first, is_same=True) for raw_id in ids if raw_id != first
+    }
+    known = await fetch(migrated_database, "SELECT message_id FROM postroad.replicated_queue")
+    assert {row["message_id"].bytes for row in known} & set(ids) == {first}
+    # What came with them is stored all the same.
+    assert len(known) == len(await fetch(migrated_database, "SELECT 1 FROM postroad.messages")) == 1 + 8 + 1
+
+
+async def test_two_messages_with_one_key_in_one_store_are_told_apart(
+    holder: Holder, migrated_database: Database
+) -> None:
+    first, same, another = message_id(), message_id(), message_id()
+    found = await holder.store_all([keyed(first), keyed(same), keyed(another, b"d" * 32)])
+    assert found == [Repeated(same, first, is_same=True), Repeated(another, first, is_same=False)]
+    assert await queue_row(migrated_database, first) is not None
+    late = message_id()
+    assert await holder.store_all([keyed(late, b"d" * 32)]) == [Repeated(late, first, is_same=False)]
+
+
+async def test_a_key_is_taken_for_a_day_also_by_local_mail(
+    holder: Holder, database: FleetDatabase, migrated_database: Database
+) -> None:
+    hour_ms, local = 3_600_000, message_id(NOW_MS - 3_600_000)
+    record = accepted(local, submission_key_hash=b"k" * 32, submission_content_hash=b"c" * 32)
+    await holder.report(record, epoch=0)
+    late = message_id()
+    assert await holder.store_all([keyed(late)]) == [Repeated(late, local, is_same=True)]
+    await execute(
+        migrated_database, "UPDATE postroad.submission_keys SET accept_time = accept_time - interval '23 hours'"
+    )
+    assert await holder.store_all([keyed(late)]) == []
+    assert await holder.store_all([keyed(message_id(NOW_MS - 23 * hour_ms), b"d" * 32)]) != []
+
+
+async def test_a_store_that_fails_takes_no_key(holder: Holder, migrated_database: Database) -> None:
+    twice = message_id()
+    with pytest.raises(BadQueueRequestError):
+        await holder.store_all([keyed(message_id()), queued(twice), queued(twice)])
+    assert await fetch(migrated_database, "SELECT 1 FROM postroad.submission_keys") == []
 
 
 async def test_late_contents_and_mail_of_deleted_accounts_are_swept(

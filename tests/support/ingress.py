@@ -24,7 +24,7 @@ from dataplane.ingress.protocol import Timeouts
 from dataplane.ingress.submission import DELAY_BYTES, SPILL_BYTES, Submission
 from dataplane.ingress.tls import TlsHolder
 from dataplane.ingress.turnstile import Turnstile
-from dataplane.ports import Claims, Grant, Slot, Spool, Take
+from dataplane.ports import Claims, Grant, ReplicatedQueue, Slot, Spool, Take
 
 HOSTNAME = "relay.example"
 SECRET = "prs_a-secret-that-is-in-no-log"
@@ -272,9 +272,11 @@ def make_node(
     timeouts: Timeouts | None = None,
     turnstile: Turnstile | None = None,
     claims: Claims | None = None,
+    config: Config | None = None,
+    replicated: ReplicatedQueue | None = None,
 ) -> Node:
     """Everything but sockets; clients of `networks` may send for the account without AUTH."""
-    clock, config, counters = Clock(), Config(), IngressCounters()
+    clock, config, counters = Clock(), config or Config(), IngressCounters()
     config.set_account(ACCOUNT)
     config.networks = compile_networks([(network, ACCOUNT.name) for network in networks])
     limiter, delivery, log = Limits(), Delivery(), Log()
@@ -296,6 +298,7 @@ def make_node(
         keyed=Submissions(spool, claims, counters, log),
         turnstile=turnstile,
         delay_bytes=delay_bytes,
+        replicated=replicated,
     )
     ingress = Ingress(submission, tls, timeouts or Timeouts())
     return Node(ingress, config, spool, limiter, delivery, clock, log, admission, counters)

@@ -10,7 +10,7 @@ from typing import Any
 
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.queue import PostgresQueue
-from controlplane.ports_fleet import Claimed, ClaimWish, QueuedMessage, RawBatch, SpoolOpening
+from controlplane.ports_fleet import Claimed, ClaimWish, QueuedMessage, RawBatch, Repeated, SpoolOpening
 from postroad.node.v1.ledger_pb2 import LedgerRecord
 from support.databases import Database
 from support.fleet import NOW, NOW_MS, accepted, execute, fetch, message_id, text_id
@@ -50,8 +50,8 @@ class Holder:
         await self.store_all([queued(raw_id, *recipients, account=account, sending=sending, content=content, **wished)])
         return raw_id
 
-    async def store_all(self, messages: Sequence[QueuedMessage]) -> None:
-        await self.queue.store(self.node, self.pool, self.spool, self.epoch, messages, NOW)
+    async def store_all(self, messages: Sequence[QueuedMessage]) -> list[Repeated]:
+        return await self.queue.store(self.node, self.pool, self.spool, self.epoch, messages, NOW)
 
     async def claim(
         self,

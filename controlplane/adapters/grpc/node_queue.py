@@ -26,6 +26,7 @@ from controlplane.ports_fleet import (
     LeaseLostError,
     NodeRecord,
     QueuedMessage,
+    Repeated,
     SpoolOwnershipError,
 )
 from controlplane.services.queue import QueueService
@@ -67,8 +68,8 @@ class NodeQueueServicer(QueueServiceServicer):
             for one in request.messages
         ]
         async with self._node(context) as node:
-            await self._queue.store(node.node_id, node.pool, uuid_text(request.spool), request.epoch, messages)
-        return pb.StoreMessagesResponse()
+            found = await self._queue.store(node.node_id, node.pool, uuid_text(request.spool), request.epoch, messages)
+        return pb.StoreMessagesResponse(repeated_messages=[_repeated(one) for one in found])
 
     async def ClaimMessages(self, request: pb.ClaimMessagesRequest, context: Any) -> pb.ClaimMessagesResponse:
         """As the proto says."""
@@ -130,6 +131,10 @@ class NodeQueueServicer(QueueServiceServicer):
         node = await self._fleet.check(*key)
         self._known[key] = (now_s, node)
         return node
+
+
+def _repeated(one: Repeated) -> pb.RepeatedMessage:
+    return pb.RepeatedMessage(message_id=one.message_id, first_message_id=one.first_id, same_content=one.is_same)
 
 
 def _claimed(one: Claimed) -> pb.ClaimedMessage:

@@ -84,6 +84,7 @@ UNREACHABLE = frozenset(
         "ck_replicated_queue_epoch",
         "ck_schema_compat_singleton",
         "ck_spools_cursor",
+        "ck_submission_keys_content_hash",
         "ck_submission_keys_key_hash",
         "fk_node_status_node",
         "fk_spools_node",

@@ -159,20 +159,23 @@ WHERE c.command = u.m AND c.spool = $7 AND c.done_time IS NULL
 # is another message's, this one's from before, or too old to count: then it goes to who was accepted later.
 _NOTE_KEYS = f"""
 WITH u AS (
-    SELECT a, h, m, {_EPOCH} t AS t, c
-    FROM unnest($1::text[], $2::bytea[], $3::uuid[], $4::bigint[], $5::boolean[]) AS u (a, h, m, t, c)
+    SELECT a, h, m, {_EPOCH} t AS t, c, x
+    FROM unnest($1::text[], $2::bytea[], $3::uuid[], $4::bigint[], $5::boolean[], $6::bytea[]) AS u (a, h, m, t, c, x)
 ), noted AS (
-    INSERT INTO postroad.submission_keys AS k (account, key_hash, message_id, accept_time, checked)
-    SELECT a, h, m, t, c FROM u ORDER BY a, h
+    INSERT INTO postroad.submission_keys AS k (account, key_hash, message_id, accept_time, checked, content_hash)
+    SELECT a, h, m, t, c, x FROM u ORDER BY a, h
     ON CONFLICT (account, key_hash) DO UPDATE SET
         message_id = CASE WHEN excluded.accept_time >= k.accept_time + {_WINDOW} THEN excluded.message_id
             ELSE k.message_id END,
         checked = CASE WHEN excluded.accept_time >= k.accept_time + {_WINDOW} THEN excluded.checked ELSE k.checked END,
+        content_hash = CASE WHEN excluded.accept_time >= k.accept_time + {_WINDOW} THEN excluded.content_hash
+            ELSE k.content_hash END,
         accept_time = CASE WHEN excluded.accept_time >= k.accept_time + {_WINDOW} THEN excluded.accept_time
             ELSE k.accept_time END
-    RETURNING account, key_hash, message_id, accept_time
+    RETURNING account, key_hash, message_id, accept_time, content_hash
 )
-SELECT u.m AS message_id, noted.message_id AS first_id, u.a AS account, u.c AS checked
+SELECT u.m AS message_id, noted.message_id AS first_id, u.a AS account, u.c AS checked,
+    coalesce(u.x = noted.content_hash, true) AS is_same
 FROM u JOIN noted ON noted.account = u.a AND noted.key_hash = u.h
 WHERE noted.message_id <> u.m AND u.t < noted.accept_time + {_WINDOW} AND u.t > noted.accept_time - {_WINDOW}
 """
@@ -298,22 +301,30 @@ class PostgresLedger:
         self._days_ready = {day for day in self._days_ready if day >= bounds.first_ms // DAY_MS}
 
 
-async def insert_replicated(connection: Connection, rows: RecordRows, node_id: str, spool: UUID) -> list[Duplicate]:
-    """Record messages that are accepted into the queue in this transaction; those whose key is another's."""
+async def insert_replicated(connection: Connection, rows: RecordRows, node_id: str, spool: UUID) -> None:
+    """Record messages that are accepted into the queue in this transaction."""
     await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 14), node_id, spool, True)
     await connection.execute(_INSERT_RECIPIENTS, *columns(rows.accepted.values(), 12))
     await connection.execute("SELECT pg_notify('postroad_ledger', '')")
-    return await _note_keys(connection, rows.keys)
 
 
-async def _note_keys(connection: Connection, rows: Sequence[KeyRow]) -> list[Duplicate]:
-    """Note whose keys these are, and mark messages whose key is another's."""
+async def note_keys(connection: Connection, rows: Sequence[KeyRow]) -> list[asyncpg.Record]:
+    """Note whose keys these are; what is known of messages whose key is another's, as _NOTE_KEYS says.
+
+    Who comes second waits here until the first one's transaction has ended.
+    """
     found: list[asyncpg.Record] = []
     while rows:
         # A statement cannot change a row twice: a key that comes again has a statement of its own.
         first = {(row.account, row.key_hash): row for row in reversed(rows)}
         rows = [row for row in rows if first[row.account, row.key_hash] is not row]
-        found += await connection.fetch(_NOTE_KEYS, *columns(first.values(), 5))
+        found += await connection.fetch(_NOTE_KEYS, *columns(first.values(), 6))
+    return found
+
+
+async def _find_duplicates(connection: Connection, rows: Sequence[KeyRow]) -> list[Duplicate]:
+    """Note whose keys these are, and mark messages whose key is another's."""
+    found = await note_keys(connection, rows)
     if not found:
         return []
     ids = [one["message_id"] for one in found]
@@ -441,7 +452,7 @@ class _Writer:
             await connection.execute(_UPDATE_COMMANDS, *progress, self._spool, self._now)
         if rows.keys:
             # Last: what is found must not be undone with what follows.
-            self.duplicates += await _note_keys(connection, rows.keys)
+            self.duplicates += await _find_duplicates(connection, rows.keys)
         return entered
 
     @staticmethod

@@ -6,6 +6,9 @@ each gives at most CLAIMED_OF_ACCOUNT messages to a claim, the highest priority 
 flood of one account leaves room for the others. Which accounts come first is drawn by lot for each claim, so that none
 waits for the backlogs of others. What waits for its time costs a claim nothing. Two claims never give the same message:
 rows that another transaction has locked are passed over.
+
+A message with an Idempotency-Key takes the key in the transaction that stores it; one whose key another message took in
+the last 24 hours, REPLICATED or as far as the ledger was told LOCAL, is not stored.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from uuid import UUID
 
 import asyncpg
 
-from controlplane.adapters.ledger_records import RecordError, RecordRows, columns
+from controlplane.adapters.ledger_records import IdBounds, RecordError, RecordRows, columns
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
-from controlplane.adapters.postgres.ledger import PostgresLedger, insert_replicated
+from controlplane.adapters.postgres.ledger import PostgresLedger, insert_replicated, note_keys
 from controlplane.adapters.postgres.queue_commands import run_commands
 from controlplane.adapters.postgres.queue_reports import return_ended
 from controlplane.adapters.postgres.session import Connection
@@ -32,6 +35,7 @@ from controlplane.ports_fleet import (
     Lease,
     LeaseLostError,
     QueuedMessage,
+    Repeated,
     SpoolOwnershipError,
 )
 from dataplane.core.queue import State
@@ -177,17 +181,10 @@ class PostgresQueue:
 
     async def store(
         self, node_id: str, pool: str, spool: str, epoch: int, messages: Sequence[QueuedMessage], now: datetime
-    ) -> None:
+    ) -> list[Repeated]:
         """As the port says."""
         bounds = self._ledger.bounds(now)
-        rows = RecordRows(bounds, clean=True)
-        try:
-            for message in messages:
-                rows.add(message.record)
-        except RecordError as error:
-            raise BadQueueRequestError(str(error)) from error
-        if len(rows.messages) != len(messages):
-            raise BadQueueRequestError("a record that accepts nothing")
+        rows = _decode(messages, bounds)
         await self._ledger.prepare_days(rows.days(), bounds)
         async with self._database.transaction("queue_store") as connection:
             await _check_lease(connection, node_id, spool, epoch)
@@ -195,13 +192,18 @@ class PostgresQueue:
             if await connection.fetchval(_OF_POOL, accounts, pool) < len(accounts):
                 raise LeaseLostError("an account is not of the node's pool")
             try:
-                duplicates = await insert_replicated(connection, rows, node_id, UUID(spool))
-                await _insert(connection, rows, messages, epoch)
+                repeated = await _find_repeated(connection, rows)
+                if repeated:
+                    messages = _without(repeated, rows, messages)
+                    rows = _decode(messages, bounds)
+                if messages:
+                    await insert_replicated(connection, rows, node_id, UUID(spool))
+                    await _insert(connection, rows, messages, epoch)
             except _BAD_CONTENT as error:
                 raise BadQueueRequestError(type(error).__name__) from error
         self._observe("stored", len(messages))
-        for duplicate in duplicates:
-            self._ledger.report_duplicate(duplicate)
+        self._observe("repeated", len(repeated))
+        return repeated
 
     async def claim(
         self, node_id: str, pool: str, wish: ClaimWish, now: datetime | None, *, adopt: bool
@@ -263,6 +265,31 @@ class PostgresQueue:
             keys = [UUID(bytes=message_id) for message_id in message_ids]
             found = await connection.fetch(_CONFIRM, keys, epoch, UUID(claim_id))
         return [row["message_id"].bytes for row in found]
+
+
+def _decode(messages: Sequence[QueuedMessage], bounds: IdBounds) -> RecordRows:
+    rows = RecordRows(bounds, clean=True)
+    try:
+        for message in messages:
+            rows.add(message.record)
+    except RecordError as error:
+        raise BadQueueRequestError(str(error)) from error
+    if len(rows.messages) != len(messages):
+        raise BadQueueRequestError("a record that accepts nothing")
+    return rows
+
+
+async def _find_repeated(connection: Connection, rows: RecordRows) -> list[Repeated]:
+    """Take the keys of these messages; those that have come too late."""
+    if not rows.keys:
+        return []
+    found = await note_keys(connection, rows.keys)
+    return [Repeated(row["message_id"].bytes, row["first_id"].bytes, row["is_same"]) for row in found]
+
+
+def _without(repeated: list[Repeated], rows: RecordRows, messages: Sequence[QueuedMessage]) -> list[QueuedMessage]:
+    gone = {one.message_id for one in repeated}
+    return [message for row, message in zip(rows.messages, messages, strict=True) if row[0].bytes not in gone]
 
 
 async def _check_lease(connection: Connection, node_id: str, spool: str, epoch: int) -> None:

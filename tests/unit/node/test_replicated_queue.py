@@ -20,7 +20,7 @@ from dataplane.core.idempotency import SubmissionKey
 from dataplane.core.ids import MessageId, new_message_id
 from dataplane.core.queue import State
 from dataplane.link import Message, QueueAnswer, QueueCall, QueueMethod
-from dataplane.ports import RecipientChange, Settlement, SpoolError, SpoolUnansweredError
+from dataplane.ports import RecipientChange, RepeatedSubmissionError, Settlement, SpoolError
 from postroad.node.v1 import queue_service_pb2 as pb
 from postroad.node.v1.ledger_pb2 import LedgerRecord
 from support.ingress import Clock, Config, Log
@@ -184,7 +184,7 @@ async def test_many_messages_share_a_store(bench: Bench) -> None:
     assert [len(request.messages) for request in bench.peer.asked(QueueMethod.STORE_MESSAGES)] == [50]
     bench.queue.agent_lost()
     errors = await asyncio.gather(*futures, return_exceptions=True)
-    assert all(isinstance(error, SpoolUnansweredError) for error in errors)
+    assert all(isinstance(error, SpoolError) for error in errors)
 
 
 @pytest.mark.parametrize(("status", "given_up"), [(UNAVAILABLE, 1), (ABORTED, 0), (INVALID_ARGUMENT, 0)])
@@ -194,9 +194,8 @@ async def test_a_store_that_failed_is_an_error_and_one_without_answer_ends_the_l
     envelope = bench.envelope()
     bench.peer.answers[QueueMethod.STORE_MESSAGES] = lambda _: status
     bench.peer.answers[QueueMethod.RENEW_LEASE] = lambda request: lease(request.epoch or 8)
-    with pytest.raises(SpoolError) as refused:
+    with pytest.raises(SpoolError):
         await bench.queue.accept(envelope, b"hello\r\n", [row()])
-    assert isinstance(refused.value, SpoolUnansweredError) is bool(given_up)
     assert await bench.spool.load(envelope.message_id) is None
     assert bench.queue.holds(7) is not bool(given_up)
     assert bench.engine.ended == given_up
@@ -215,6 +214,23 @@ async def test_one_bad_message_keeps_no_other_from_being_stored(bench: Bench) ->
     futures = [bench.queue.accept(bench.envelope(), content, [row(State.QUEUED, 0)]) for content in contents]
     errors = await asyncio.gather(*futures, return_exceptions=True)
     assert [error is None for error in errors] == [True, False, True]
+
+
+@pytest.mark.parametrize("state", [State.SENDING, State.QUEUED])
+async def test_a_message_whose_key_another_one_has_is_not_ours(bench: Bench, state: State) -> None:
+    def answer(request: pb.StoreMessagesRequest) -> Any:
+        record = LedgerRecord.FromString(request.messages[0].record)
+        assert (record.accepted.submission_key_hash, record.accepted.submission_content_hash) == (b"k" * 32, b"c" * 32)
+        repeated = pb.RepeatedMessage(message_id=record.message_id, first_message_id=b"1" * 16, same_content=True)
+        return pb.StoreMessagesResponse(repeated_messages=[repeated])
+
+    bench.peer.answers[QueueMethod.STORE_MESSAGES] = answer
+    envelope = replace(bench.envelope(), submission_key=SubmissionKey(b"k" * 32, b"c" * 32))
+    with pytest.raises(RepeatedSubmissionError) as refused:
+        await bench.queue.accept(envelope, b"hello\r\n", [row(state)])
+    assert (refused.value.message_id, refused.value.is_same) == (b"1" * 16, True)
+    assert await bench.spool.load(envelope.message_id) is None
+    assert (bench.queue.counters.stored, bench.queue.counters.refused, bench.engine.ended) == (0, 0, 0)
 
 
 async def test_a_lease_that_is_over_accepts_nothing_and_what_it_holds_is_not_sent(bench: Bench) -> None:

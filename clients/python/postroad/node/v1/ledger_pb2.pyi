@@ -231,6 +231,7 @@ class AcceptedMessage(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     SUBMISSION_KEY_HASH_FIELD_NUMBER: _builtins.int
     SUBMISSION_KEY_CHECKED_FIELD_NUMBER: _builtins.int
+    SUBMISSION_CONTENT_HASH_FIELD_NUMBER: _builtins.int
     accept_time_ms: _builtins.int
     """When, in milliseconds since 1970."""
     sender: _builtins.str
@@ -264,6 +265,10 @@ class AcceptedMessage(_message.Message):
     """
     submission_key_checked: _builtins.bool
     """Whether Redis was asked for the key before the message was stored."""
+    submission_content_hash: _builtins.bytes
+    """SHA-256 over the submission, 32 bytes: two with the same key and another of
+    these are two messages. Empty without a key.
+    """
     @_builtins.property
     def recipients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Every recipient, in the order of RCPT; states stand in
@@ -289,10 +294,11 @@ class AcceptedMessage(_message.Message):
         priority: _builtins.int = ...,
         submission_key_hash: _builtins.bytes = ...,
         submission_key_checked: _builtins.bool = ...,
+        submission_content_hash: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time_ms", b"accept_time_ms", "client_address", b"client_address", "client_helo", b"client_helo", "client_tls", b"client_tls", "credential", b"credential", "header_message_id", b"header_message_id", "priority", b"priority", "recipients", b"recipients", "send_time_ms", b"send_time_ms", "sender", b"sender", "session", b"session", "size_bytes", b"size_bytes", "subject", b"subject", "submission_key_checked", b"submission_key_checked", "submission_key_hash", b"submission_key_hash"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time_ms", b"accept_time_ms", "client_address", b"client_address", "client_helo", b"client_helo", "client_tls", b"client_tls", "credential", b"credential", "header_message_id", b"header_message_id", "priority", b"priority", "recipients", b"recipients", "send_time_ms", b"send_time_ms", "sender", b"sender", "session", b"session", "size_bytes", b"size_bytes", "subject", b"subject", "submission_content_hash", b"submission_content_hash", "submission_key_checked", b"submission_key_checked", "submission_key_hash", b"submission_key_hash"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -200,20 +200,57 @@ Global___QueuedMessage: _TypeAlias = QueuedMessage  # noqa: Y015
 
 @_typing.final
 class StoreMessagesResponse(_message.Message):
-    """Nothing to say: all are stored."""
+    """All others are stored."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    REPEATED_MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def repeated_messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___RepeatedMessage]:
+        """Those that were not, for their keys are other messages'."""
+
     def __init__(
         self,
+        *,
+        repeated_messages: _abc.Iterable[Global___RepeatedMessage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["repeated_messages", b"repeated_messages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StoreMessagesResponse: _TypeAlias = StoreMessagesResponse  # noqa: Y015
+
+@_typing.final
+class RepeatedMessage(_message.Message):
+    """A message whose Idempotency-Key another message had in the last 24 hours."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    FIRST_MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    SAME_CONTENT_FIELD_NUMBER: _builtins.int
+    message_id: _builtins.bytes
+    """UUIDv7 of the message that was not stored, 16 bytes."""
+    first_message_id: _builtins.bytes
+    """UUIDv7 of the message that has the key, 16 bytes."""
+    same_content: _builtins.bool
+    """Whether that one is the same submission."""
+    def __init__(
+        self,
+        *,
+        message_id: _builtins.bytes = ...,
+        first_message_id: _builtins.bytes = ...,
+        same_content: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_message_id", b"first_message_id", "message_id", b"message_id", "same_content", b"same_content"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RepeatedMessage: _TypeAlias = RepeatedMessage  # noqa: Y015
 
 @_typing.final
 class ClaimMessagesRequest(_message.Message):

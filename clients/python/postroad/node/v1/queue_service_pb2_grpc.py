@@ -100,7 +100,8 @@ class QueueServiceServicer:
 
     def StoreMessages(self, request, context):
         """Stores messages, all of them or none; they are in the ledger as well after
-        it. ABORTED when the lease has ended or an account is not of the node's
+        it. One whose Idempotency-Key another message has is not stored: the answer
+        names that one. ABORTED when the lease has ended or an account is not of the node's
         pool, INVALID_ARGUMENT for what can never be stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

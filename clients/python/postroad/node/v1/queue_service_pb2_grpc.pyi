@@ -50,7 +50,8 @@ class QueueServiceStub:
     """
     StoreMessages: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.StoreMessagesRequest, _queue_service_pb2.StoreMessagesResponse]
     """Stores messages, all of them or none; they are in the ledger as well after
-    it. ABORTED when the lease has ended or an account is not of the node's
+    it. One whose Idempotency-Key another message has is not stored: the answer
+    names that one. ABORTED when the lease has ended or an account is not of the node's
     pool, INVALID_ARGUMENT for what can never be stored.
     """
     ClaimMessages: _grpc.UnaryUnaryMultiCallable[_queue_service_pb2.ClaimMessagesRequest, _queue_service_pb2.ClaimMessagesResponse]
@@ -91,7 +92,8 @@ class QueueServiceAsyncStub(QueueServiceStub):
     """
     StoreMessages: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.StoreMessagesRequest, _queue_service_pb2.StoreMessagesResponse]  # type: ignore[assignment]
     """Stores messages, all of them or none; they are in the ledger as well after
-    it. ABORTED when the lease has ended or an account is not of the node's
+    it. One whose Idempotency-Key another message has is not stored: the answer
+    names that one. ABORTED when the lease has ended or an account is not of the node's
     pool, INVALID_ARGUMENT for what can never be stored.
     """
     ClaimMessages: _aio.UnaryUnaryMultiCallable[_queue_service_pb2.ClaimMessagesRequest, _queue_service_pb2.ClaimMessagesResponse]  # type: ignore[assignment]
@@ -147,7 +149,8 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_queue_service_pb2.StoreMessagesResponse, _abc.Awaitable[_queue_service_pb2.StoreMessagesResponse]]:
         """Stores messages, all of them or none; they are in the ledger as well after
-        it. ABORTED when the lease has ended or an account is not of the node's
+        it. One whose Idempotency-Key another message has is not stored: the answer
+        names that one. ABORTED when the lease has ended or an account is not of the node's
         pool, INVALID_ARGUMENT for what can never be stored.
         """
 
