@@ -10,6 +10,7 @@ spools alone; agent, control plane, PostgreSQL and Redis may all be away. What i
     the spool failed        ends at once with WorkerError: the next start salvages it
     the spool is refused    marks the folder and ends; started again it sends nothing from it, and answers MAIL with 451
                             when it has no other
+    the spool is known      sends what it held at the start; that waits 5 s for the control plane, which may refuse it
     the spool is accepted   sends from it at once; ends, to take mail again, when it had no other
 
 It may be killed at any time: what was answered 250 is in the spool.
@@ -72,6 +73,8 @@ from dataplane.worker_side import WorkerParts, WorkerSide
 # CPython's default lets a thread keep the loop waiting for 5 ms; commits and checks run in threads.
 SWITCH_INTERVAL_S = 0.0005
 CERTIFICATE_LOOK_S = 60.0
+# How long mail of before the start waits for the control plane to know its spool. An agent has connected long before.
+WORD_WAIT_S = 5.0
 # Even a drain that took all its time leaves the ledger a moment.
 LEAST_FLUSH_S = 0.5
 # The report in the spool's quarantine, and the control plane, name more.
@@ -124,6 +127,8 @@ class _Worker:
         self._engines: dict[str, DeliveryEngine] = {}
         self._losses: dict[str, SpoolLosses] = {}
         self._resuming: set[asyncio.Task[None]] = set()
+        self._words: dict[str, asyncio.Event] = {}  # of spools whose mail waits until the control plane knows them
+        self._unconfirmed: set[asyncio.Task[None]] = set()
         self._counters = IngressCounters()
         self._limits: RedisLimiter | None = None
         self._queue: LinkedQueue | None = None
@@ -234,15 +239,45 @@ class _Worker:
         """Send from a spool that was refused; False when the worker has no other one and answers 451."""
         if self._view.halted:
             return False
-        task = asyncio.get_running_loop().create_task(self._engines[name].start())
+        self._resume(self._engines[name].start())
+        return True
+
+    async def _begin(self, name: str) -> None:
+        """Send from a spool; what it held at the start, only once the control plane has its records: it may be an old
+        copy, and would send again what was sent. For a control plane that is away nobody waits long.
+        """
+        engine = self._engines[name]
+        await engine.recover()
+        if (await self._spools[name].stats()).waiting_count:
+            self._words[name] = asyncio.Event()
+            task = self._resume(self._begin_at_word(name))
+            self._unconfirmed.add(task)
+            task.add_done_callback(self._unconfirmed.discard)
+        else:
+            await engine.begin()
+
+    async def _begin_at_word(self, name: str) -> None:
+        try:
+            async with asyncio.timeout(WORD_WAIT_S):
+                await self._words[name].wait()
+        except TimeoutError:
+            self._log.warning("spool.unconfirmed", spool=name, waited_s=WORD_WAIT_S)
+        await self._engines[name].begin()
+
+    def _known(self, name: str) -> None:
+        if (word := self._words.get(name)) is not None:
+            word.set()
+
+    def _resume(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
         self._resuming.add(task)
         task.add_done_callback(self._resumed)
-        return True
+        return task
 
     def _resumed(self, task: asyncio.Task[None]) -> None:
         self._resuming.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._restart(f"a spool that was accepted cannot be read: {error}")
+            self._restart(f"a spool cannot be read: {error}")
 
     # --- serving ---------------------------------------------------------------------------------------------
 
@@ -327,6 +362,7 @@ class _Worker:
             config_changed=live.apply,
             restart=self._restart,
             deliver_from=self._deliver_from,
+            known=self._known,
             log=self._log,
             queue=self._queue,
         )
@@ -367,11 +403,11 @@ class _Worker:
         refused = {name for name in self._spools if is_refused(Path("spool") / name)}
         primary = self._primary()
         self._view.halted = primary in refused
-        for name, engine in self._engines.items():
+        for name in self._engines:
             if name in refused:
                 self._log.warning("spool.is_refused", spool=name)
             else:
-                await engine.start()
+                await self._begin(name)
         bounds = self._settings.ingress
         admission = Admission(bounds.connections, bounds.connections_per_address, shared=self._shared_counts())
         submission = Submission(
@@ -459,6 +495,8 @@ class _Worker:
         hurrying = loop.create_task(self._hurry(signals))
         try:
             await _unless_hurried(ingress.drain(plan.sessions_s), signals)
+            for task in self._unconfirmed:
+                task.cancel()
             await asyncio.gather(*self._resuming, return_exceptions=True)
             left_s = max(0.0, began + plan.deliveries_s - loop.time())
             await asyncio.gather(

@@ -111,7 +111,7 @@ class WorkerParts:
     """The worker. `books` are the same spools as they answer for themselves; `samples` is what it counts, beside its
     spools; `config_changed` is told of a new configuration before the agent hears that it is in use; `restart` ends
     the worker, to be started anew; `deliver_from` begins to send from a spool that was refused, and says whether that
-    could be done without a restart.
+    could be done without a restart; `known` hears that the control plane takes the spool for the newest.
     """
 
     index: int
@@ -125,6 +125,7 @@ class WorkerParts:
     config_changed: Callable[[], None]
     restart: Callable[[str], None]
     deliver_from: Callable[[str], bool]
+    known: Callable[[str], None]
     log: EventLog
     queue: QueueCaller | None = None
 
@@ -184,6 +185,7 @@ class WorkerSide:
             case LedgerPause():
                 self._forwarder.pause(message.spool)
             case LedgerCursor():
+                self._parts.known(message.spool)
                 self._forwarder.stored(message.spool, message.cursor)
             case _:
                 self._received_rare(message)

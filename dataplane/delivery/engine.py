@@ -156,8 +156,16 @@ class DeliveryEngine:
 
     async def start(self) -> None:
         """Recover what a former process left, then begin. SpoolError when the spool cannot be read."""
+        await self.recover()
+        await self.begin()
+
+    async def recover(self) -> None:
+        """Put back and record what a former process left; before anything is accepted. SpoolError as `start`."""
         await self._recovery.recover_interrupted()
         await self._recovery.report_unreported()
+
+    async def begin(self) -> None:
+        """Send what waits in the spool from now on. SpoolError as `start`."""
         await self._scheduler.start(self._scheduler_ended)
         self._keeper = asyncio.get_running_loop().create_task(self.held_mail.run())
 

@@ -32,7 +32,12 @@ from postroad.node.v1.enrollment_service_pb2_grpc import (
     EnrollmentServiceServicer,
     add_EnrollmentServiceServicer_to_server,
 )
-from postroad.node.v1.ledger_service_pb2 import LedgerCursor, ReportLedgerRequest, ReportLedgerResponse
+from postroad.node.v1.ledger_service_pb2 import (
+    LedgerCursor,
+    LedgerRefusal,
+    ReportLedgerRequest,
+    ReportLedgerResponse,
+)
 from postroad.node.v1.ledger_service_pb2_grpc import LedgerServiceServicer, add_LedgerServiceServicer_to_server
 
 TOKEN = "one-time"
@@ -125,13 +130,17 @@ class Stream:
 
 
 class ControlPlane:
-    """Both node services and enrolment on one port. Records that come are kept and acknowledged at once."""
+    """Both node services and enrolment on one port. Records that come are kept and acknowledged at once; a spool that
+    opens with fewer than are kept is refused. While `judging` is not set, spools that open wait for an answer.
+    """
 
     def __init__(self, pki: Pki) -> None:
         self.pki = pki
         self.streams: asyncio.Queue[Stream] = asyncio.Queue()
         self.records: dict[str, list[bytes]] = {}
         self.opened: list[Any] = []
+        self.judging = asyncio.Event()
+        self.judging.set()
         self.record_arrived = asyncio.Condition()
         self.port = 0
         self._server: grpc.aio.Server
@@ -206,6 +215,11 @@ class _Ledger(LedgerServiceServicer):
             if message.HasField("open"):
                 spool = message.open.spool
                 self._plane.opened.append(message.open)
+                await self._plane.judging.wait()
+                if message.open.last_record < len(self._plane.records.get(spool, ())):
+                    backwards = LedgerRefusal(spool=spool, reason=LedgerRefusal.REASON_WENT_BACKWARDS)
+                    yield ReportLedgerResponse(refusal=backwards)
+                    continue
             else:
                 spool = message.batch.spool
                 kept = self._plane.records.setdefault(spool, [])
