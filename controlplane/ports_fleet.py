@@ -373,6 +373,10 @@ class LedgerStore(Protocol):
         """Store a batch and move the cursor, in one transaction."""
         ...
 
+    async def cursors(self, spools: Sequence[str]) -> Mapping[str, int]:
+        """Up to where the records of these spools are stored; a spool that is not known is missing."""
+        ...
+
 
 # --- jobs ----------------------------------------------------------------------------------------------------------
 

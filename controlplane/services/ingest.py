@@ -3,6 +3,9 @@
 Contract. `open_spool` and `store` answer with Cursor or Refusal, and raise UnavailableError while
 PostgreSQL is away: then nothing was answered, and the node sends again what the cursor does not cover.
 `store` takes batches in the order in which they came and answers each, in order.
+
+A PostgreSQL that failed over may have lost what was answered. A node that has news hears of it by a GAP; for one that
+has none `lost` finds out, so that it opens its spools again and sends what it still has.
 """
 
 from __future__ import annotations
@@ -10,10 +13,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 
-from controlplane.ports_fleet import Cursor, LedgerStore, RawBatch, Refusal, SpoolOpening
+from controlplane.ports_fleet import Cursor, LedgerStore, RawBatch, Refusal, RefusalReason, SpoolOpening
 
 # More in one transaction costs nothing less per record, and holds the spool's row and memory longer.
 MERGED_RECORDS = 4_000
+
+
+class Told:
+    """Up to where the node of one stream was told that its spools' records are stored."""
+
+    def __init__(self) -> None:
+        self._cursors: dict[str, int] = {}
+
+    def note(self, answer: Cursor | Refusal) -> None:
+        """This was answered."""
+        if isinstance(answer, Cursor):
+            self._cursors[answer.spool] = answer.cursor
+        else:
+            self._cursors.pop(answer.spool, None)
+
+    def copy(self) -> dict[str, int]:
+        """The cursors of this moment."""
+        return dict(self._cursors)
 
 
 class IngestService:
@@ -45,6 +66,17 @@ class IngestService:
             self._observe(stored.stored_count, stored.rejected_count)
             answers += _answers(group, stored.answer)
         return answers
+
+    async def lost(self, told: Told) -> list[Refusal]:
+        """Spools of which less is stored than was answered. UnavailableError."""
+        # Of before the look: what is stored meanwhile is told later.
+        cursors = told.copy()
+        stored = await self._store.cursors(list(cursors)) if cursors else {}
+        return [
+            Refusal(spool, RefusalReason.GAP, f"stored up to {stored.get(spool, 0)}, no more up to {cursor}")
+            for spool, cursor in cursors.items()
+            if stored.get(spool, 0) < cursor
+        ]
 
 
 def merge(batches: Iterable[RawBatch]) -> Iterator[list[RawBatch]]:

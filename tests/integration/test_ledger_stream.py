@@ -93,6 +93,25 @@ async def test_a_gap_is_answered_by_a_refusal_and_the_stream_goes_on(port: Nodes
     assert (await reporter.answer()).cursor == 1
 
 
+async def test_what_a_failover_lost_is_asked_for_again_though_there_is_no_news(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    reporter = Reporter(port, await port.enrolled("edge-1"), str(uuid.uuid4()))
+    await reporter.open()
+    await reporter.send(1, 3)
+    assert (await reporter.answer()).cursor == 3
+
+    await execute(migrated_database, "UPDATE postroad.spools SET cursor = 2")
+    lost = await reporter.answer()
+    assert (lost.spool, lost.reason) == (reporter.spool, pb.LedgerRefusal.REASON_GAP)
+    assert lost.detail == "stored up to 2, no more up to 3"
+    assert (await reporter.open()).cursor == 2
+
+    await execute(migrated_database, "DELETE FROM postroad.spools")
+    assert (await reporter.answer()).reason == pb.LedgerRefusal.REASON_GAP
+    assert (await reporter.open()).cursor == 0
+
+
 async def test_another_nodes_spool_is_refused(port: NodesPort) -> None:
     spool = str(uuid.uuid4())
     first = Reporter(port, await port.enrolled("edge-1"), spool)

@@ -132,7 +132,7 @@ async def nodes_port(
             report=lambda spool, reason: report("audit.not_compared", spool=spool, reason=reason),
             concluded=compared.put_nowait,
         )
-        ledger = NodeLedgerServicer(IngestService(store, now), auditor, fleet, now, report)
+        ledger = NodeLedgerServicer(IngestService(store, now), auditor, fleet, now, report, look_back_s=0.2)
         server = grpc.aio.server(options=NODE_OPTIONS)
         server.add_generic_rpc_handlers((config.handler(),))
         add_LedgerServiceServicer_to_server(ledger, server)
@@ -140,7 +140,8 @@ async def nodes_port(
         add_QueueServiceServicer_to_server(NodeQueueServicer(queue, fleet, time.monotonic), server)
         files = TlsFiles(folder / "server.pem", folder / "server.key", folder / "ca.pem")
         port = server.add_secure_port("127.0.0.1:0", server_credentials(files, lambda text: events.append((text, {}))))
-        feed = asyncio.create_task(ChangeFeed(await role_dsn(database, "postroad_fleet"), fleet.scan).run())
+        dsn = await role_dsn(database, "postroad_fleet")
+        feed = asyncio.create_task(ChangeFeed(dsn, fleet.scan, reconnected=fleet.look_anew).run())
         await server.start()
         try:
             yield NodesPort(port, hub, fleet, ledger, authority, database, compared, events)

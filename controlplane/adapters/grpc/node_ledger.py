@@ -1,15 +1,17 @@
 """Carries LedgerService: what spools report goes to the ingest service, cursors go back.
 
 Contract. Requests are answered in order. While one transaction runs, what comes next gathers, and batches that follow
-each other are stored together. Beside that the node is asked who waits in its spools; see `services.auditing`. A
-stream ends UNAVAILABLE while PostgreSQL is away (the node comes back and sends what the cursor does not cover),
-UNAUTHENTICATED when the node was revoked meanwhile. Another node's spool is refused; the stream goes on for the others.
+each other are stored together. Beside that the node is asked who waits in its spools, see `services.auditing`, and told
+of spools whose records a PostgreSQL that failed over has lost. A stream ends UNAVAILABLE while PostgreSQL is away (the
+node comes back and sends what the cursor does not cover), UNAUTHENTICATED when the node was revoked meanwhile. Another
+node's spool is refused; the stream goes on for the others.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -23,7 +25,7 @@ from controlplane.adapters.pki import NodeIdentity, PkiError
 from controlplane.domain.errors import UnavailableError
 from controlplane.ports_fleet import Cursor, RawBatch, Refusal, SpoolOpening
 from controlplane.services.auditing import Auditor, Comparer
-from controlplane.services.ingest import IngestService
+from controlplane.services.ingest import IngestService, Told
 from controlplane.stream.fleet import FleetService, NotAdmittedError
 from dataplane.core.waiting import Tally, Waiting, WaitingQuestion, WaitingStatement
 from postroad.node.v1 import ledger_service_pb2 as pb
@@ -35,6 +37,8 @@ _ACCOUNTS = "accounts/"
 # As many batches as a node may have unanswered.
 _GATHERED = 8
 _CHECK_AGAIN = timedelta(seconds=30)
+# A spool keeps what was stored for ten minutes.
+LOOK_BACK_S = 20.0
 
 
 class NodeLedgerServicer(LedgerServiceServicer):
@@ -47,7 +51,9 @@ class NodeLedgerServicer(LedgerServiceServicer):
         fleet: FleetService,
         clock: Callable[[], datetime],
         report: Report,
+        look_back_s: float = LOOK_BACK_S,
     ) -> None:
+        self._look_back_s = look_back_s
         self._ingest = ingest
         self._auditor = auditor
         self._fleet = fleet
@@ -88,27 +94,41 @@ class NodeLedgerServicer(LedgerServiceServicer):
         comparer = self._auditor.attend(identity.node_id, lambda one: write(_question(one)))
         comparing = asyncio.create_task(comparer.run())
         comparing.add_done_callback(self._comparer_ended)
+        told = Told()
+
+        async def answer(answers: Sequence[Cursor | Refusal]) -> None:
+            for one in answers:
+                told.note(one)
+                comparer.reports(one.spool, taken=isinstance(one, Cursor))
+                await write(self._response(identity.node_id, one))
+
+        looking = asyncio.create_task(self._look_back(told, answer))
         try:
             checked = None
             async for requests in _groups(gathered):
                 if checked is None or self._clock() - checked > _CHECK_AGAIN:
                     await self._fleet.check(identity.node_id, identity.serial)
                     checked = self._clock()
-                for answer in await self._answer(identity.node_id, requests, comparer):
-                    await write(answer)
+                await answer(await self._answers(identity.node_id, requests, comparer))
         finally:
-            for task in (reader, draining, comparing):
+            for task in (reader, draining, comparing, looking):
                 task.cancel()
-            await asyncio.gather(reader, draining, comparing, return_exceptions=True)
+            await asyncio.gather(reader, draining, comparing, looking, return_exceptions=True)
+
+    async def _look_back(self, told: Told, answer: Callable[[Sequence[Cursor | Refusal]], Awaitable[None]]) -> None:
+        while True:
+            await asyncio.sleep(self._look_back_s)
+            with contextlib.suppress(UnavailableError):
+                await answer(await self._ingest.lost(told))
 
     def _comparer_ended(self, task: asyncio.Task[None]) -> None:
         # Mail goes on whatever becomes of the books; their age tells.
         if not task.cancelled() and (error := task.exception()) is not None:
             self._report("audit.failed", spool="", error=f"{type(error).__name__}: {error}")
 
-    async def _answer(
+    async def _answers(
         self, node_id: str, requests: list[pb.ReportLedgerRequest], comparer: Comparer
-    ) -> list[pb.ReportLedgerResponse]:
+    ) -> list[Cursor | Refusal]:
         answers: list[Cursor | Refusal] = []
         batches: list[RawBatch] = []
         for request in requests:
@@ -123,10 +143,7 @@ class NodeLedgerServicer(LedgerServiceServicer):
                     comparer.answered(_statement(request.statement))
                 case _:
                     raise BadMessageError("a message says nothing")
-        answers += await self._ingest.store(node_id, batches)
-        for answer in answers:
-            comparer.reports(answer.spool, taken=isinstance(answer, Cursor))
-        return [self._response(node_id, answer) for answer in answers]
+        return answers + await self._ingest.store(node_id, batches)
 
     def _response(self, node_id: str, answer: Cursor | Refusal) -> pb.ReportLedgerResponse:
         if isinstance(answer, Cursor):

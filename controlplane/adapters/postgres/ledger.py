@@ -27,7 +27,7 @@ marked as the duplicate of the other, and told: spools could not ask each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -278,6 +278,18 @@ class PostgresLedger:
             self.report_duplicate(duplicate)
         cursor = Cursor(batch.spool, records[-1][0])
         return Stored(cursor, len(records) - len(writer.rejects), len(writer.rejects))
+
+    async def cursors(self, spools: Sequence[str]) -> Mapping[str, int]:
+        """As `LedgerStore.cursors`."""
+        async with self._database.transaction("ledger_cursors") as connection:
+            rows = await connection.fetch(
+                "SELECT spool, cursor FROM postroad.spools WHERE spool = ANY ($1)", [UUID(spool) for spool in spools]
+            )
+        return {str(row["spool"]): row["cursor"] for row in rows}
+
+    def look_anew(self) -> None:
+        """The database may be another one than before, that has lost the partitions that were made last."""
+        self._days_ready.clear()
 
     async def _pass_over(self, connection: Connection, node_id: str, opening: SpoolOpening, cursor: int) -> int:
         """Records that the spool holds no more never come: say so where people look, and go on behind them."""
