@@ -316,9 +316,15 @@ class _ControlPlane:
             return True
         return False
 
+    def _look_anew(self) -> None:
+        self._fleet.look_anew()
+        self._ledger_store.look_anew()
+
     def start_background(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """What lives as long as the process; if one of these dies, so does the process."""
-        feed = self._feed = ChangeFeed(self._fleet_dsn, self._fleet.scan, report=self._failed("feed.failed"))
+        feed = self._feed = ChangeFeed(
+            self._fleet_dsn, self._fleet.scan, reconnected=self._look_anew, report=self._failed("feed.failed")
+        )
         retention = timedelta(days=self._settings.retention.messages_days)
         jobs = housekeeping_jobs(PostgresJobs(self._fleet_database), retention=retention)
         jobs += book_jobs(self._books, retention=retention, sampled=self._metrics.books_sampled)
@@ -348,7 +354,7 @@ class _ControlPlane:
         self._nodes = grpc.aio.server(options=NODE_OPTIONS)
         self._config = NodeConfigServicer(self._fleet, _now, self._note)
         retention = timedelta(days=self._settings.retention.messages_days)
-        store = PostgresLedger(
+        store = self._ledger_store = PostgresLedger(
             self._fleet_database,
             retention=retention,
             report=self._note_reject,

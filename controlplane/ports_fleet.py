@@ -278,6 +278,10 @@ class FleetRepository(Protocol):
         """Version of the denials in force."""
         ...
 
+    async def move_denials(self, above: int) -> None:
+        """Give the denials in force a version above this one."""
+        ...
+
     async def load_denials(self, now: datetime) -> DenialSet:
         """The denials in force."""
         ...

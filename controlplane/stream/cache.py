@@ -4,7 +4,8 @@ Contract. `merge` takes a listing of changes and says which bundles must be load
 `PoolConfig` once they are here. Unchanged bundles keep their object and their bytes, and a pool without
 news keeps its `PoolConfig`, so that `is` tells. A bundle that was edited again between listing and loading
 arrives in its newer state, which the next listing finds in place; one that was deleted in between is left
-as it was until that listing.
+as it was until that listing. Revisions may go back: a PostgreSQL that failed over has lost edits, and gives
+their numbers to others.
 """
 
 from __future__ import annotations
@@ -24,13 +25,22 @@ class ConfigCache:
         """The pool's configuration; one that nobody edited yet is empty."""
         return self._pools.get(pool) or PoolConfig(pool, {}, (), digest_of({}))
 
+    def missing_in(self, pools: Mapping[str, Mapping[str, BundleVersion | None]]) -> dict[str, dict[str, None]]:
+        """Bundles that are held and that a listing of everything does not know, by pool."""
+        return {
+            pool: missing
+            for pool, config in self._pools.items()
+            if (missing := dict.fromkeys(config.bundles.keys() - pools.get(pool, {}).keys()))
+        }
+
     def merge(self, pool: str, changes: Mapping[str, BundleVersion | None]) -> list[str]:
         """Names of bundles in `changes` that must be loaded."""
         held = self.get(pool).bundles
         return [
             name
             for name, version in changes.items()
-            if version is not None and (name not in held or held[name].revision < version.revision)
+            if version is not None
+            and (name not in held or (held[name].revision, held[name].hash) != (version.revision, version.hash))
         ]
 
     def install(

@@ -4,7 +4,7 @@ Contract. `admit` → `greet` → any number of `heartbeat` and `record` → `le
 adapter that carries messages calls them. `scan` is what the change feed runs: it reads what is new and puts
 it into the hub. Everything raises UnavailableError while PostgreSQL is away, and the next call finds out
 what was missed; nothing of a node that was admitted is undone by that. `NotAdmittedError` tells why a node
-is not let in.
+is not let in. After `look_anew` the next scan reads everything: what it knew may be lost since.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class FleetService:
         self._clock = clock
         self._replica = replica
         self._mark = 0
+        self._anew = False
         self._denials_version = 0
         self._reported: dict[Slot, ConfigReport] = {}
 
@@ -115,6 +116,10 @@ class FleetService:
 
     # --- news -----------------------------------------------------------------------------------------------------
 
+    def look_anew(self) -> None:
+        """The database may be another one than before, that has lost what was committed last."""
+        self._anew = True
+
     async def scan(self) -> None:
         """Read what changed and tell those whom it concerns. What must stop comes first."""
         await self._scan_denials()
@@ -125,15 +130,31 @@ class FleetService:
             await self._give_commands(slots)
 
     async def _scan_denials(self) -> None:
-        if await self._repository.denials_version() != self._denials_version:
+        version = await self._repository.denials_version()
+        if version < self._denials_version:
+            # Lost: nodes take no set for news that has a lower version than theirs.
+            await self._repository.move_denials(self._denials_version)
+        if version != self._denials_version:
             denials = await self._repository.load_denials(self._clock())
             self._hub.publish_denials(denials)
             self._denials_version = denials.version
 
     async def _scan_config(self) -> None:
-        listing = await self._repository.bundles_since(self._mark)
+        anew, self._anew = self._anew, False
+        try:
+            await self._follow_config(anew=anew)
+        except BaseException:
+            self._anew |= anew
+            raise
+
+    async def _follow_config(self, *, anew: bool) -> None:
+        listing = await self._repository.bundles_since(0 if anew else self._mark)
+        pools = {pool: dict(changes) for pool, changes in listing.pools.items()}
+        if anew:
+            for pool, missing in self._hub.cache.missing_in(pools).items():
+                pools.setdefault(pool, {}).update(missing)
         changed = []
-        for pool, changes in listing.pools.items():
+        for pool, changes in pools.items():
             former = self._hub.cache.get(pool)
             config = await self._load(pool, changes)
             if config is not former:

@@ -19,6 +19,7 @@ from support.api import ApiStack, Client, running_api
 from support.databases import Database
 
 ACCOUNT = "accounts/acme"
+DAY_MS = 86_400_000
 CREDENTIAL = f"{ACCOUNT}/smtpCredentials/app"
 
 
@@ -124,7 +125,7 @@ async def test_the_receipt_names_the_nodes_of_the_account_s_pool_that_have_confi
     await suspend(client)
     version = (await receipt(client, CREDENTIAL)).denials_version
     await add_node(stack, "behind", version - 1)
-    await add_node(stack, "ahead", version + 3)
+    await add_node(stack, "ahead", version + DAY_MS)
     await add_node(stack, "elsewhere", pool="other")
     await add_node(stack, "new", state=1)
     await add_node(stack, "gone", version, state=3)
@@ -142,7 +143,8 @@ async def test_the_receipt_names_the_nodes_of_the_account_s_pool_that_have_confi
 
     await resume(client)
     lifted = await receipt(client, CREDENTIAL)
-    assert (lifted.state, lifted.denials_version) == (pb.Suspension.STATE_LIFTED, version + 1)
+    assert lifted.state == pb.Suspension.STATE_LIFTED
+    assert version < lifted.denials_version < version + DAY_MS
     assert [one.confirmed for one in lifted.receipts] == [True, False]
 
 

@@ -198,6 +198,14 @@ class NodeStream:
             else:
                 assert response.WhichOneof("message") == "progress", response
 
+    async def expect_denials(self, version: int) -> pb.Denials:
+        """The next denials of this version or a later one; what comes before it is taken."""
+        while True:
+            denials: pb.Denials = (await self.receive()).denials
+            await self.take_denials(denials)
+            if denials.denials.version >= version:
+                return denials
+
     async def take_denials(self, denials: pb.Denials) -> None:
         self.denials_version = denials.denials.version
         await self.ack(denials.nonce)

@@ -15,6 +15,11 @@ from controlplane.adapters.postgres.session import Session
 
 CONFIG_CHANNEL = "postroad_config"
 DENIALS_CHANNEL = "postroad_denials"
+# Versions follow the clock: one that a PostgreSQL that failed over has lost was told to nodes, and must not come again.
+MOVE_DENIALS = """
+UPDATE postroad.denial_state SET version = greatest(version + 1, (extract(epoch FROM clock_timestamp()) * 1000)::bigint)
+RETURNING version
+"""
 
 
 class BundlesRepository:
@@ -158,9 +163,7 @@ class BundlesRepository:
 
     async def _move_denials(self) -> int:
         # The row lock orders the versions as the transactions commit.
-        version: int = await self._session.value(
-            "denial_version", "UPDATE postroad.denial_state SET version = version + 1 RETURNING version"
-        )
+        version: int = await self._session.value("denial_version", MOVE_DENIALS)
         await self._notify(DENIALS_CHANNEL, "")
         return version
 

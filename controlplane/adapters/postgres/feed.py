@@ -3,8 +3,9 @@
 Contract. `ChangeFeed.run` calls `scan` for ever: at once after it listens (what changed before is in the
 database), at each NOTIFY, and every `poll_s` seconds in any case, since a NOTIFY is only a hint and a
 listener may die without a word. Hints that arrive while a scan runs cause one more. The connection is
-direct and its own; when it is lost, polling goes on with `scan`'s own connections while it is made anew. An
-error of `scan` is reported and does not end the feed; cancelling it closes the connection.
+direct and its own; when it is lost, polling goes on with `scan`'s own connections while it is made anew.
+Before the next scan `reconnected` is told: the server may be another one, which has lost what was committed
+last. An error of `scan` is reported and does not end the feed; cancelling it closes the connection.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ class ChangeFeed:
         scan: Callable[[], Awaitable[None]],
         *,
         poll_s: float = 2.0,
+        reconnected: Callable[[], None] = lambda: None,
         report: Callable[[str, Exception], None] = lambda _what, _error: None,
     ) -> None:
         self._dsn = dsn
         self._scan = scan
         self._poll_s = poll_s
+        self._reconnected = reconnected
         self._report = report
         self._hint = asyncio.Event()
         self._connection: asyncpg.Connection[Any] | None = None
@@ -73,6 +76,7 @@ class ChangeFeed:
                 connection.add_termination_listener(self._wake)
                 for channel in CHANNELS:
                     await connection.add_listener(channel, self._wake)
+                self._reconnected()
         except CONNECTION_ERRORS as error:
             self._report("listen", error)
             if self._connection is not None:

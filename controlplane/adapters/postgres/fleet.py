@@ -16,6 +16,7 @@ from uuid import UUID
 
 import asyncpg
 
+from controlplane.adapters.postgres.bundles import MOVE_DENIALS
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.domain.messages import milliseconds_at
 from controlplane.ports_fleet import (
@@ -325,6 +326,12 @@ class PostgresFleet:
         async with self._database.transaction("denials_version") as connection:
             version: int = await connection.fetchval("SELECT version FROM postroad.denial_state")
         return version
+
+    async def move_denials(self, above: int) -> None:
+        """As the port says."""
+        async with self._database.transaction("denials_move") as connection:
+            await connection.execute("UPDATE postroad.denial_state SET version = $1 WHERE version < $1", above + 1)
+            await connection.execute(MOVE_DENIALS)
 
     async def load_denials(self, now: datetime) -> DenialSet:
         """As the port says."""

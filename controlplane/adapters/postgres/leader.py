@@ -15,7 +15,7 @@ from uuid import UUID
 
 import asyncpg
 
-from controlplane.adapters.postgres.bundles import DENIALS_CHANNEL
+from controlplane.adapters.postgres.bundles import DENIALS_CHANNEL, MOVE_DENIALS
 from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase
 from controlplane.ports_fleet import WAITING_DAYS
 from dataplane.core.queue import State
@@ -180,7 +180,7 @@ class PostgresJobs:
             )
             count = _count(answer)
             if count:
-                await connection.execute("UPDATE postroad.denial_state SET version = version + 1")
+                await connection.execute(MOVE_DENIALS)
                 await connection.execute("SELECT pg_notify($1, '')", DENIALS_CHANNEL)
         return count
 
