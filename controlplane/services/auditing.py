@@ -4,7 +4,9 @@ Contract. `Auditor.attend` makes a `Comparer` for one stream; `run` goes round i
 leaves what is stored whole. Each round reads the ledger in one snapshot, up to some record of each spool, and asks the
 spool who waited there as of that very record: both sides may move meanwhile. Where digests differ, two more questions
 follow, each as of a record of its own: which buckets differ, and who is in them. What both sides agree on costs one
-question a round. A round takes at most a twentieth of the time, and one round at a time reads the ledger.
+question a round. A round takes at most a twentieth of the time, and one round at a time reads the ledger. A round in
+which a question was not answered is followed by the next one soon, and by more of them after twice the time each: the
+question was lost with the spool's worker, or it is too much for it.
 
     the spool does not answer, or cannot      reported; its books stay as they were, and grow old
     PostgreSQL is away                        reported; the next round tries again
@@ -49,6 +51,10 @@ class _NoAnswerError(Exception):
     """The spool could not say; the text is why."""
 
 
+class _SilentError(_NoAnswerError):
+    """It said nothing."""
+
+
 class _Named(NamedTuple):
     findings: list[Finding]
     complete: bool
@@ -65,12 +71,14 @@ class Auditor:
         interval_s: float,
         report: Report,
         concluded: Callable[[Comparison], None],
+        answer_s: float = ANSWER_S,
     ) -> None:
         self.store = store
         self.clock = clock
         self.interval_s = interval_s
         self.report = report
         self.concluded = concluded
+        self.answer_s = answer_s
         self.reading = asyncio.Lock()
 
     def attend(self, node_id: str, ask: Ask) -> Comparer:
@@ -103,25 +111,32 @@ class Comparer:
         """Until cancelled."""
         loop = asyncio.get_running_loop()
         rest_s = self._auditor.interval_s
+        silent_rounds = 0
         while True:
             await asyncio.sleep(rest_s)
             began_s = loop.time()
-            await self._round()
+            answered = await self._round()
             rest_s = max(self._auditor.interval_s, REST_TIMES * (loop.time() - began_s))
+            silent_rounds = 0 if answered else silent_rounds + 1
+            if not answered:
+                rest_s = min(rest_s, self._auditor.interval_s * 2**silent_rounds)
 
-    async def _round(self) -> None:
+    async def _round(self) -> bool:
+        """Compare each spool; whether all of them said something."""
         spools = sorted(self._spools)
+        answered = True
         if not spools:
-            return
+            return answered
         try:
             async with self._auditor.reading:
                 ledgers = await self._auditor.store.read_books(spools)
             for spool, ledger in ledgers.items():
-                await self._compare(spool, ledger)
+                answered &= await self._compare(spool, ledger)
         except UnavailableError as error:
             self._auditor.report("", error.text)
+        return answered
 
-    async def _compare(self, spool: str, ledger: LedgerBooks) -> None:
+    async def _compare(self, spool: str, ledger: LedgerBooks) -> bool:
         try:
             statement = await self._question(spool, ledger.as_of_record)
             now = self._auditor.clock()
@@ -141,10 +156,11 @@ class Comparer:
                     unjudged.append(account)
         except _NoAnswerError as error:
             self._auditor.report(spool, str(error))
-            return
+            return not isinstance(error, _SilentError)
         comparison = comparison._replace(findings=tuple(findings), unjudged=tuple(unjudged))
         await self._auditor.store.conclude(comparison, now)
         self._auditor.concluded(comparison)
+        return True
 
     def _books(self, spool: str, ledger: LedgerBooks, waiting: Mapping[str, Tally], now: datetime) -> tuple[Book, ...]:
         accounts = sorted(ledger.accounts.keys() | waiting.keys())
@@ -183,10 +199,10 @@ class Comparer:
         future = self._asked[number] = asyncio.get_running_loop().create_future()
         try:
             await self._ask(WaitingQuestion(spool, number, record, account, buckets))
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(self._auditor.answer_s):
                 statement: WaitingStatement = await future
         except TimeoutError:
-            raise _NoAnswerError("no answer") from None
+            raise _SilentError("no answer") from None
         finally:
             del self._asked[number]
         if statement.error:

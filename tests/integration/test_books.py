@@ -55,6 +55,7 @@ class Plane:
         self.mail = Mail(self.spool, random.Random(7), NOW_MS)
         self.stored = 0
         self.time = NOW
+        self.unheard = 0
 
     async def open(self) -> None:
         """Begin to report."""
@@ -76,6 +77,9 @@ class Plane:
         """Go round and round, or once: a round that is cut off may store what was so before."""
 
         async def ask(question: WaitingQuestion) -> None:
+            if self.unheard:
+                self.unheard -= 1
+                return
             account = question.account and f"accounts/{question.account}"
             statement = await self.spool.waiting(question._replace(account=account))
             without = [(owner.removeprefix("accounts/"), one) for owner, one in statement.without_deadline]
@@ -93,6 +97,7 @@ class Plane:
             interval_s=0.01,
             report=lambda _, reason: self.reasons.put_nowait(reason),
             concluded=concluded,
+            answer_s=2.0,
         )
         comparer = auditor.attend(NODE, ask)
         comparer.reports(self.name, taken=True)
@@ -154,6 +159,14 @@ async def _waiting(plane: Plane, count: int = 3) -> list[MessageId]:
 
 
 # --- while nothing is wrong
+
+
+async def test_a_question_that_was_lost_with_its_worker_does_not_put_the_next_round_off(plane: Plane) -> None:
+    await plane.mail.accept(3)
+    await plane.report()
+    plane.unheard = 1
+    assert (await plane.compare()).findings == ()
+    assert plane.reasons.get_nowait() == "no answer"
 
 
 async def test_both_sides_agree_while_they_move(plane: Plane) -> None:
