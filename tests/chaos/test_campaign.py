@@ -8,16 +8,17 @@ from __future__ import annotations
 import pytest
 
 from support.chaos.campaign import Step, draw_steps, run_campaign
+from support.chaos.fleet_stack import NODES, PARTITIONS, SECOND_SERVERS
 from support.chaos.stack import LINKS, SERVERS
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
-# Kills of worker, node and PostgreSQL, a failing fsync, both links that mail takes: what is quick.
-_SHORT_SEED, _SHORT_STEPS = 28055, 6
+# Nodes cut off, a clock that jumps, a failover, a killed worker: what is quick of both halves.
+_SHORT_SEED, _SHORT_STEPS = 22420, 4
 
 
 def test_a_short_campaign_breaks_no_promise() -> None:
-    result = run_campaign(_SHORT_SEED, _SHORT_STEPS)
+    result = run_campaign(_SHORT_SEED, _SHORT_STEPS, half=2)
     assert not result.violations, result.report()
     assert result.numbers["acknowledged"] > 100
 
@@ -25,6 +26,7 @@ def test_a_short_campaign_breaks_no_promise() -> None:
 def test_the_same_seed_draws_the_same_faults() -> None:
     assert draw_steps(7, 50) == draw_steps(7, 50)
     assert draw_steps(7, 50) != draw_steps(8, 50)
+    assert draw_steps(7, 50, 2) == draw_steps(7, 50, 2)
 
 
 def test_twenty_seeds_kill_every_server_and_break_every_link() -> None:
@@ -33,8 +35,15 @@ def test_twenty_seeds_kill_every_server_and_break_every_link() -> None:
     assert {Step("disk", how)[:2] for how in ("full", "late", "fsync")} <= drawn
 
 
+def test_twenty_seeds_break_all_that_two_nodes_add() -> None:
+    drawn = {step[:2] for seed in range(1, 21) for step in draw_steps(seed, 12, 2)}
+    assert {("server", server) for server in SECOND_SERVERS} | {("partition", one) for one in PARTITIONS} <= drawn
+    assert {("failover", "postgres"), ("old disk", "node-2")} | {("clock", node) for node in NODES} <= drawn
+
+
 @pytest.mark.nightly
+@pytest.mark.parametrize("half", [1, 2])
 @pytest.mark.parametrize("seed", range(1, 21))
-def test_a_campaign_breaks_no_promise(seed: int) -> None:
-    result = run_campaign(seed)
+def test_a_campaign_breaks_no_promise(seed: int, half: int) -> None:
+    result = run_campaign(seed, half=half)
     assert not result.violations, result.report()

@@ -65,7 +65,7 @@ def test_a_node_alone_accepts_delivers_and_restarts_and_reports_later(chaos_stac
     """Promise 5: only the limits' shared count and the ledger wait for the others."""
     stack, ready = chaos_stack, chaos_stack.ready
     login = (ready["smtp_username"], ready["smtp_password"])
-    application = Application(stack.books, "a", stack.ports["smtp"], login, ready["ca_file"], 1)
+    application = Application(stack.books, "a", [stack.ports["smtp"]], login, ready["ca_file"], 1)
     stack.stop()
 
     node = _Node(stack)

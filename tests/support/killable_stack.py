@@ -38,7 +38,7 @@ class KillableStack(LocalStack):
 
     def pids_of(self, name: str) -> list[int]:
         """The processes of one server; none while it is down."""
-        return [pid for pid in self._pids() if _is(name, _command(pid))]
+        return [pid for pid in self._pids() if is_server(name, command_of(pid))]
 
     def kill_everything(self) -> None:
         """SIGKILL for `postroad up` and every process that it runs, all at once."""
@@ -52,12 +52,7 @@ class KillableStack(LocalStack):
 
     def _pids(self) -> list[int]:
         assert self._process is not None
-        return _descendants(self._process.pid)
-
-
-def pids_below(pid: int) -> list[int]:
-    """Every process that this one started, and that those started."""
-    return _descendants(pid)
+        return pids_below(self._process.pid)
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
@@ -78,7 +73,8 @@ _PATTERNS = {
 }
 
 
-def _is(name: str, command: str) -> bool:
+def is_server(name: str, command: str) -> bool:
+    """Whether a command line is that of this server."""
     words = command.split()
     program, *arguments = _PATTERNS[name]
     if not words or not all(argument in words for argument in arguments):
@@ -86,14 +82,16 @@ def _is(name: str, command: str) -> bool:
     return program in words or words[0].endswith(program)
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
+    """The command line of a process; empty when it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return ""
 
 
-def _descendants(root: int) -> list[int]:
+def pids_below(pid: int) -> list[int]:
+    """Every process that this one started, and that those started."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
@@ -103,7 +101,7 @@ def _descendants(root: int) -> list[int]:
                 continue
             children.setdefault(parent, []).append(int(path.name))
     found: list[int] = []
-    todo = list(children.get(root, ()))
+    todo = list(children.get(pid, ()))
     while todo:
         pid = todo.pop()
         found.append(pid)

@@ -58,6 +58,7 @@ def told(**changes: object) -> dict[str, list[Told]]:
         (GOOD._replace(ledger=told(state=BOUNCED, ends=[BOUNCED])), "wrong end"),
         (GOOD._replace(ledger=told(ends=[SENT, BOUNCED])), "ended twice"),
         (GOOD._replace(ledger=told(ends=[SENT, SENT])), "ended twice"),
+        (GOOD._replace(wrong_in_books=["accounts/demo/books/1"]), "books"),
         (GOOD._replace(left_in_spools=["a row"]), "left behind"),
     ],
 )

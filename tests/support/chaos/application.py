@@ -14,7 +14,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from support.chaos.books import Books, Try, digest
@@ -56,12 +56,16 @@ def draw_message(name: str, chooser: random.Random, *, large: bool = True) -> Me
 
 
 class Application:
-    """One thread that submits until `stop`, over TLS with AUTH, and connects anew whenever it is cut off."""
+    """One thread that submits until `stop`, over TLS with AUTH, and connects anew whenever it is cut off, to any of
+    `ports`.
+    """
 
-    def __init__(self, books: Books, name: str, port: int, login: tuple[str, str], ca_file: str, seed: int) -> None:
+    def __init__(
+        self, books: Books, name: str, ports: Sequence[int], login: tuple[str, str], ca_file: str, seed: int
+    ) -> None:
         self._books = books
         self._name = name
-        self._port = port
+        self._ports = ports
         self._login = login
         self._tls = ssl.create_default_context(cafile=ca_file)
         self._chooser = random.Random(f"{seed} {name}")
@@ -100,7 +104,8 @@ class Application:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[smtplib.SMTP]:
-        client = smtplib.SMTP("127.0.0.1", self._port, local_hostname="app.example", timeout=_TIMEOUT_S)
+        port = self._ports[0] if len(self._ports) == 1 else self._chooser.choice(self._ports)
+        client = smtplib.SMTP("127.0.0.1", port, local_hostname="app.example", timeout=_TIMEOUT_S)
         try:
             client.starttls(context=self._tls)
             client.login(*self._login)

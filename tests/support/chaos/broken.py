@@ -120,6 +120,19 @@ BUILDS = (
         "tests/chaos/test_failpoints.py::test_a_kill_at_a_failpoint_opens_no_other_window[accept.stored]",
         frozenset({"left behind", "lost"}),
     ),
+    Build(
+        "cursor-not-checked",
+        "a spool that has fewer records than are stored is taken for the newest",
+        (
+            Edit(
+                "controlplane/adapters/postgres/ledger.py",
+                'opening.incarnation < row["incarnation"] or opening.last_record < row["cursor"]',
+                'opening.incarnation < row["incarnation"]',
+            ),
+        ),
+        "tests/chaos/test_fleet.py::test_an_old_disk_sends_nothing_and_the_newest_one_goes_on",
+        frozenset({"duplicate"}),
+    ),
 )
 
 

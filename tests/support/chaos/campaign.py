@@ -1,11 +1,16 @@
 """A campaign: a whole stack, applications that submit all the while, and a schedule of faults drawn from a seed.
 
+The first half has one node. The second half has two, and adds to what may break: partitions between nodes, control
+plane and PostgreSQL, a PostgreSQL that fails over and loses its last commits, clocks that jump by an hour, and a disk
+that is put back.
+
 Each step waits until mail flows, breaks something, and lets it heal; faults of links last while some more mail is
 tried. At the end everything is healed, the last messages end, and the judge compares the books with Postroad's ledger.
 The same seed draws the same faults in the same order; when they strike in the flow of mail is the machine's choice.
 
     python -m tests.chaos.campaign --seed 3 --steps 12        one line, and the violations; status 1 when there are any
-    python -m tests.chaos.campaign --seeds 1-20
+    python -m tests.chaos.campaign --seeds 1-20               both halves of each
+    python -m tests.chaos.campaign --seed 3 --half 2
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from typing import NamedTuple
 from support.chaos.application import Application
 from support.chaos.books import Books, Strike
 from support.chaos.disk import fail_next_fsync, full_disk
+from support.chaos.fleet_stack import NODES, PARTITIONS, SECOND_SERVERS, FleetStack
 from support.chaos.judge import Case, Violation, judge, summary
 from support.chaos.sink import POLITE, Manners, end_of
 from support.chaos.stack import LINKS, SERVERS, ChaosStack
@@ -36,6 +42,8 @@ _APPLICATIONS = 3
 _SHOWN = 30
 _LONGEST = 1_000
 _FLOW = 25  # messages acknowledged between two faults
+_HOUR_S = 3_600
+_JUMPED_S = 2.0
 _QUIET_S = 180.0
 _FLOW_S = 150.0
 _SUBMISSION_BYTES = (8_000, 6_000)  # about what a connection with TLS moves before its second message
@@ -43,7 +51,9 @@ _NEXT_HOP_BYTES = (3_000, 900)
 
 
 class Step(NamedTuple):
-    """One fault. `kind` is server, pause, link, sink, disk; `what` the server, the link, or what the disk does."""
+    """One fault. `kind` is server, pause, link, sink, disk, in the second half also partition, failover, clock, old
+    disk; `what` the server, the link, the node, or what the disk does.
+    """
 
     kind: str
     what: str
@@ -59,6 +69,7 @@ class Result:
     """What came of a campaign."""
 
     seed: int
+    half: int
     violations: list[Violation]
     numbers: dict[str, int]
     steps: list[Step]
@@ -69,26 +80,27 @@ class Result:
         """The result in one line."""
         counts = " ".join(f"{name}={count}" for name, count in self.numbers.items())
         verdict = "clean" if not self.violations else f"{len(self.violations)} VIOLATIONS"
-        return f"seed {self.seed}: {verdict} {counts} steps={len(self.steps)} seconds={self.seconds:.0f}"
+        return f"seed {self.seed}.{self.half}: {verdict} {counts} steps={len(self.steps)} seconds={self.seconds:.0f}"
 
     def report(self) -> str:
         """What is needed to look into violations, and to see them again."""
         shown = [f"  {violation.rule}: {violation.what}" for violation in self.violations[:_SHOWN]]
+        again = f"--seed {self.seed} --half {self.half} --steps {len(self.steps)}"
         return "\n".join(
             [
                 self.line(),
                 *shown,
                 f"  faults: {'; '.join(map(str, self.steps))}",
                 f"  books, logs and spools: {self.books}",
-                f"  again: .venv/bin/python -m tests.chaos.campaign --seed {self.seed} --steps {len(self.steps)}",
+                f"  again: .venv/bin/python -m tests.chaos.campaign {again}",
             ]
         )
 
 
-def draw_steps(seed: int, count: int) -> list[Step]:
+def draw_steps(seed: int, count: int, half: int = 1) -> list[Step]:
     """The schedule of a seed."""
-    chooser = random.Random(f"steps {seed}")
-    return [_draw(chooser) for _ in range(count)]
+    chooser = random.Random(f"steps {seed}" if half == 1 else f"steps {seed}.{half}")
+    return [_draw(chooser) if half == 1 else _draw_of_two_nodes(chooser) for _ in range(count)]
 
 
 def _draw(chooser: random.Random) -> Step:
@@ -103,6 +115,21 @@ def _draw(chooser: random.Random) -> Step:
         return Step(kind, chooser.choice(("full", "late", "fsync")))
     link = chooser.choice(LINKS)
     return Step(kind, link, _draw_fault(link, chooser))
+
+
+def _draw_of_two_nodes(chooser: random.Random) -> Step:
+    kind = chooser.choices(("of one", "server", "partition", "failover", "clock", "old disk"), (5, 3, 4, 3, 3, 2))[0]
+    if kind == "server":
+        return Step(kind, chooser.choice(SECOND_SERVERS))
+    if kind == "partition":
+        return Step(kind, chooser.choice(tuple(PARTITIONS)), None, chooser.uniform(1, 6))
+    if kind == "failover":
+        return Step(kind, "postgres")
+    if kind == "clock":
+        return Step(kind, chooser.choice(NODES), None, chooser.choice((_HOUR_S, -_HOUR_S)))
+    if kind == "old disk":
+        return Step(kind, "node-2")
+    return _draw(chooser)
 
 
 def _draw_fault(link: str, chooser: random.Random) -> Fault:
@@ -132,9 +159,9 @@ class Campaign:
         """All steps, then the judge's case. AssertionError when mail does not flow again or does not end."""
         ready = self._stack.ready
         login = (ready["smtp_username"], ready["smtp_password"])
-        port = self._stack.proxies["submission"].port
+        ports = [proxy.port for link, proxy in self._stack.proxies.items() if link.startswith("submission")]
         self._applications = [
-            Application(self._books, f"a{number}", port, login, ready["ca_file"], self._seed)
+            Application(self._books, f"a{number}", ports, login, ready["ca_file"], self._seed)
             for number in range(_APPLICATIONS)
         ]
         for application in self._applications:
@@ -164,6 +191,7 @@ class Campaign:
             self._stack.left_in_spools(),
             end_of,
             knows_all_strikes=True,
+            wrong_in_books=self._stack.wrong_in_books(),
         )
 
     def _flow(self, what: str) -> None:
@@ -179,8 +207,33 @@ class Campaign:
             self._break_link(step.what, step.fault)
         elif step.kind == "sink":
             self._spoil(step.what)
-        else:
+        elif step.kind == "disk":
             self._fill(step.what)
+        else:
+            assert isinstance(self._stack, FleetStack)
+            self._do_with_two_nodes(self._stack, step)
+
+    def _do_with_two_nodes(self, stack: FleetStack, step: Step) -> None:
+        if step.kind == "partition":
+            for link in PARTITIONS[step.what]:
+                stack.strike_link(link, Fault(Kind.BLACK_HOLE), open_too=True)
+            time.sleep(step.seconds)
+            stack.heal()
+        elif step.kind == "failover":
+            stack.copy_database()
+            self._flow("before PostgreSQL fails over")
+            stack.fail_over()
+        elif step.kind == "clock":
+            stack.jump(step.what, int(step.seconds))
+            time.sleep(_JUMPED_S)
+            self._flow("with a clock that jumped")
+            stack.jump(step.what, 0)
+        else:
+            stack.copy_disk()
+            self._flow("before the disk is put back")
+            stack.restore_disk()
+            self._flow("while the old disk is refused")
+            stack.find_disk()
 
     def _break_link(self, link: str, fault: Fault) -> None:
         # On links that are opened once and kept, only what strikes open connections is felt.
@@ -231,13 +284,15 @@ class Campaign:
             self._last(2.0)
 
 
-def run_campaign(seed: int, count: int = STEPS, tell: Callable[[str], None] = lambda _: None) -> Result:
+def run_campaign(
+    seed: int, count: int = STEPS, tell: Callable[[str], None] = lambda _: None, *, half: int = 1
+) -> Result:
     """Run one seed from an empty folder; the books of a run with violations are kept, and the result says where."""
-    steps = draw_steps(seed, count)
+    steps = draw_steps(seed, count, half)
     begun_s = time.monotonic()
     with stack_folder() as folder, in_thread() as thread:
         books = Books(folder / "books")
-        stack = ChaosStack(folder, books, thread)
+        stack = (ChaosStack if half == 1 else FleetStack)(folder, books, thread)
         case: Case | None = None
         try:
             stack.bring_up()
@@ -254,10 +309,10 @@ def run_campaign(seed: int, count: int = STEPS, tell: Callable[[str], None] = la
             kept = tempfile.mkdtemp(prefix=f"postroad-chaos-{seed}-")
             shutil.copytree(folder / "books", Path(kept) / "books")
             shutil.copytree(folder / ".postroad" / "logs", Path(kept) / "logs")
-            for spool in (folder / ".postroad" / "node-1").glob("spool"):
-                shutil.copytree(spool, Path(kept) / "spool")
+            for spools in (folder / ".postroad").glob("node-*/spool"):
+                shutil.copytree(spools, Path(kept) / spools.parent.name / "spool")
         numbers = dict(summary(case)) if case is not None else dict(summary(_so_far(books)))
-        return Result(seed, violations, numbers, steps, time.monotonic() - begun_s, kept)
+        return Result(seed, half, violations, numbers, steps, time.monotonic() - begun_s, kept)
 
 
 def _so_far(books: Books) -> Case:
@@ -280,16 +335,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.campaign", description=__doc__)
     parser.add_argument("--seed", type=int, help="one seed")
     parser.add_argument("--seeds", type=read_seeds, default="1-20", help="several: 1-20, or 1,4,7")
+    parser.add_argument("--half", type=int, choices=(1, 2), help="one node, or two; both unless it is said")
     parser.add_argument("--steps", type=int, default=STEPS, help="faults in each campaign")
     parser.add_argument("--quiet", action="store_true", help="one line a seed")
     options = parser.parse_args(arguments)
     seeds = [options.seed] if options.seed is not None else options.seeds
-    failed: list[int] = []
+    halves = (1, 2) if options.half is None else (options.half,)
+    failed: list[str] = []
     for seed in seeds:
-        result = run_campaign(seed, options.steps, (lambda _: None) if options.quiet else _say)
-        _say(result.report() if result.violations else result.line())
-        failed += [seed] * bool(result.violations)
-    _say(f"{len(seeds) - len(failed)} of {len(seeds)} seeds clean" + (f"; not clean: {failed}" if failed else ""))
+        for half in halves:
+            result = run_campaign(seed, options.steps, (lambda _: None) if options.quiet else _say, half=half)
+            _say(result.report() if result.violations else result.line())
+            failed += [f"{seed}.{half}"] * bool(result.violations)
+    count = len(seeds) * len(halves)
+    _say(f"{count - len(failed)} of {count} campaigns clean" + (f"; not clean: {failed}" if failed else ""))
     return 1 if failed else 0
 
 

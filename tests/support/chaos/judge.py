@@ -17,6 +17,7 @@
     wrong end     a recipient ended otherwise than the next hop decided
     ended twice   a recipient has more than one terminal state
     left behind   a spool still holds recipients when all is quiet
+    books         Postroad's own books do not balance, or their two sides differ, when all is quiet
 
 W1, our 250 lost, shows as a try without a reply: it may have arrived or not, like every other try of the same message,
 each under its own token; so copies by W1 are told from copies by W2 one by one.
@@ -81,6 +82,7 @@ class Case(NamedTuple):
     left_in_spools: Sequence[str] = ()
     ends_as: Callable[[str], int] = lambda _: SENT
     knows_all_strikes: bool = False
+    wrong_in_books: Sequence[str] = ()
 
 
 def judge(case: Case) -> list[Violation]:
@@ -91,6 +93,7 @@ def judge(case: Case) -> list[Violation]:
         *_losses(case),
         *_duplicates(case),
         *(Violation("left behind", row) for row in case.left_in_spools),
+        *(Violation("books", entry) for entry in case.wrong_in_books),
     ]
     if case.ledger is not None:
         found += _ends(case, case.ledger)
@@ -131,7 +134,7 @@ def _answers(case: Case) -> Iterable[Violation]:
 def _may_be_silent(case: Case, entry: Try) -> bool:
     """Whether something was broken that can have kept the reply from a client, where that is known."""
     return not case.knows_all_strikes or any(
-        (strike.ends_worker or strike.what == "submission")
+        (strike.ends_worker or strike.what.startswith("submission"))
         and entry.begun_s - _LASTING_S <= strike.time_s <= entry.time_s
         for strike in case.strikes
     )

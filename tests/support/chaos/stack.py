@@ -28,12 +28,14 @@ import asyncpg
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from postroad.control.v1.account_service_pb2 import GetAccountRequest, UpdateAccountRequest
+from postroad.control.v1.book_pb2 import Book, BookFinding
+from postroad.control.v1.book_service_pb2 import ListBookFindingsRequest, ListBooksRequest
 from postroad.control.v1.provider_service_pb2 import GetProviderRequest, UpdateProviderRequest
 from postroad.localstack import PostgresServer
 from postroad.localstack.database import API, DATABASE, FLEET, OWNER
 from postroad.localstack.demo import ACCOUNT, PROVIDER
 from postroad.localstack.ports import settle_ports
-from postroad.sdk import connect_async
+from postroad.sdk import AsyncClient, PostroadError, connect_async
 from support.chaos.books import Books, Strike
 from support.chaos.disk import disk_environment
 from support.chaos.judge import TERMINAL, Told
@@ -44,9 +46,10 @@ from support.killable_stack import KillableStack, wait_until
 LINKS = ("submission", "next-hop", "nodes", "valkey", "postgres")
 SERVERS = ("worker", "agent", "supervisor", "controlplane", "postgres", "valkey", "everything")
 _PORT_OF_LINK = {"submission": "smtp", "nodes": "nodes", "valkey": "valkey", "postgres": "postgres"}
-_DELIVERING = frozenset({"worker", "supervisor", "everything"})
+_DELIVERING = frozenset({"worker", "supervisor", "everything", "second worker"})
 _PASSWORD = "chaos-0123456789-abcdefghij"
 _UNCERTAIN = 8
+_EVERY_ACCOUNT = "accounts/-"
 WORKERS = 2
 
 
@@ -96,15 +99,19 @@ class ChaosStack(KillableStack):
         return {
             "POSTROAD_CONTROLPLANE_DATABASE__API_DSN": dsn(API),
             "POSTROAD_CONTROLPLANE_DATABASE__FLEET_DSN": dsn(FLEET),
+            "POSTROAD_CONTROLPLANE_AUDIT__INTERVAL_S": "0.5",
             "POSTROAD_NODE_CONTROL_PLANE__ADDRESS": f"127.0.0.1:{self.proxies['nodes'].port}",
             "POSTROAD_NODE_REDIS__URL": f"redis://:{_PASSWORD}@127.0.0.1:{self.proxies['valkey'].port}/0",
             "POSTROAD_NODE_WORKERS": str(WORKERS),
         }
 
-    async def _point_to_sink(self) -> None:
+    def operator(self) -> AsyncClient:
+        """The SDK with the operator's key; a context manager."""
         key = (self.root / "keys" / "operator.key").read_text(encoding="ascii").strip()
-        ca_file = self.root / "pki" / "ca.pem"
-        async with connect_async(f"127.0.0.1:{self.ports['grpc']}", key, ca_file) as client:
+        return connect_async(f"127.0.0.1:{self.ports['grpc']}", key, self.root / "pki" / "ca.pem")
+
+    async def _point_to_sink(self) -> None:
+        async with self.operator() as client:
             provider = await client.providers.GetProvider(GetProviderRequest(name=PROVIDER))
             provider.smtp.endpoints[0].port = self.proxies["next-hop"].port
             mask = FieldMask(paths=["smtp.endpoints"])
@@ -156,9 +163,9 @@ class ChaosStack(KillableStack):
             self.thread.run(proxy.heal())
 
     def lift_quarantines(self) -> bool:
-        """Restart a node that left spools out since their workers were killed thrice within seconds; whether it had."""
-        said = json.loads((self.root / "node-1" / "run" / "ready.json").read_text(encoding="utf-8"))
-        if not said["quarantined"]:
+        """Restart nodes that left spools out since their workers were killed thrice within seconds; whether it had."""
+        said = [json.loads(file.read_text(encoding="utf-8")) for file in self.root.glob("node-*/run/ready.json")]
+        if not any(one["quarantined"] for one in said):
             return False
         self.stop()
         self.start()
@@ -168,12 +175,40 @@ class ChaosStack(KillableStack):
 
     def ledger(self) -> dict[str, list[Told]]:
         """What the ledger says, read as the superuser; OSError or PostgresError while PostgreSQL is away."""
+        return _read_ledger(asyncio.run(self.fetch(_LEDGER)))
+
+    async def fetch(self, query: str) -> list[Any]:
+        """Rows as PostgreSQL's superuser; OSError or PostgresError while PostgreSQL is away."""
         server = PostgresServer(self.root / "postgres", self.ports["postgres"])
-        return asyncio.run(_read_ledger(server.dsn("postgres", "postroad")))
+        connection: Any = await asyncpg.connect(server.dsn("postgres", DATABASE), timeout=10)
+        try:
+            rows: list[Any] = await connection.fetch(query, timeout=30)
+        finally:
+            await connection.close()
+        return rows
 
     def left_in_spools(self) -> list[str]:
         """Recipients that the spools still hold."""
-        return [row for file in self.root.glob("node-1/spool/*/spool.db") for row in spool_rows(file)]
+        return [row for file in self.root.glob("node-*/spool/*/spool.db") for row in spool_rows(file)]
+
+    def wrong_in_books(self, timeout_s: float = 60.0) -> list[str]:
+        """What Postroad's own books say is wrong, by comparisons that began after this call."""
+        begun_s = time.time()
+        found: list[Book] = []
+
+        def compared() -> bool:
+            nonlocal found
+            with contextlib.suppress(PostroadError), self.client() as client:
+                found = list(client.books.ListBooks(ListBooksRequest(parent=_EVERY_ACCOUNT)).books)
+            return bool(found) and all(book.compare_time.ToNanoseconds() / 1e9 > begun_s for book in found)
+
+        wait_until(compared, "the books were compared", timeout_s)
+        with self.client() as client:
+            findings = client.books.ListBookFindings(ListBookFindingsRequest(parent=_EVERY_ACCOUNT)).book_findings
+        return [
+            *(f"does not balance or agree: {book}" for book in found if not (book.balances and book.agrees)),
+            *(f"{one.name}: {BookFinding.Kind.Name(one.kind)} {one.message} {one.detail}" for one in findings),
+        ]
 
     def wait_quiet(self, timeout_s: float) -> None:
         """Wait until nothing waits in a spool and the ledger shows no recipient that has not ended."""
@@ -205,12 +240,7 @@ GROUP BY 1, 2, 3, 4
 _ENDS = {2: 6, 4: 7, 5: 8, 6: 9, 7: 10}
 
 
-async def _read_ledger(dsn: str) -> dict[str, list[Told]]:
-    connection: Any = await asyncpg.connect(dsn, timeout=10)
-    try:
-        rows = await connection.fetch(_LEDGER, timeout=30)
-    finally:
-        await connection.close()
+def _read_ledger(rows: list[Any]) -> dict[str, list[Told]]:
     found: dict[str, list[Told]] = {}
     for row in rows:
         told = Told(

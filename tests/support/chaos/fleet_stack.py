@@ -1,0 +1,318 @@
+"""The chaos stack with a second node, whose database can fail over and whose second disk can be put back.
+
+The second node is a process of ours beside `postroad up`, with one worker, a folder and a clock of its own; it has its
+own links for submissions and to the control plane, and shares the others. Its control plane, database and next hop are
+the first one's.
+
+    link            from              to
+    submission-2    applications      second node
+    nodes-2         its agent         control plane
+
+What a failover of PostgreSQL loses is everything behind a copy of the cluster that was made earlier: its processes
+stand still while their files are copied, so that the copy is what a standby has that got no more. An old disk is the
+spools of the second node as they were when it stood still some time ago.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dataplane.spool_folders import is_refused
+from postroad.control.v1.node_service_pb2 import AcceptSpoolRequest, CreateNodeRequest
+from postroad.localstack.ports import DEFAULT_PORTS, settle_ports
+from postroad.localstack.probe import readiness
+from support.chaos.application import answers
+from support.chaos.books import Books, Strike
+from support.chaos.clock import clock_environment, set_clock
+from support.chaos.disk import disk_environment
+from support.chaos.stack import ChaosStack
+from support.fault_proxy import Fault, FaultProxy, Kind, LoopThread
+from support.killable_stack import command_of, is_server, pids_below, wait_until
+from support.local_stack import STOP_TIMEOUT_S, environment
+
+NODES = ("node-1", "node-2")
+SECOND_SERVERS = ("second worker", "second agent", "second supervisor")
+PARTITIONS = {
+    "first node and control plane": ("nodes",),
+    "second node and control plane": ("nodes-2",),
+    "nodes and control plane": ("nodes", "nodes-2"),
+    "control plane and PostgreSQL": ("postgres",),
+}
+_SECOND = "second "
+_START_S = 60.0
+
+
+class FleetStack(ChaosStack):
+    """See the module. A server of the second node is called `second worker`, `second agent`, `second supervisor`."""
+
+    def __init__(self, folder: Path, books: Books, thread: LoopThread) -> None:
+        super().__init__(folder, books, thread)
+        taken = set(self.ports.values())
+        while not taken.isdisjoint((own := settle_ports(dict.fromkeys(DEFAULT_PORTS, 0), {})).values()):
+            pass
+        self.ports |= {f"{name}-2": own[name] for name in ("smtp", "node-http")}
+        self._second: subprocess.Popen[bytes] | None = None
+
+    # --- its life --------------------------------------------------------------------------------
+
+    def bring_up(self) -> None:
+        """Start everything."""
+        for node in NODES:
+            set_clock(self._clock(node), 0)
+        for link, port in (("submission-2", "smtp-2"), ("nodes-2", "nodes")):
+            self.proxies[link] = self.thread.run(FaultProxy(self.ports[port]).start())
+        super().bring_up()
+        asyncio.run(self._enroll_second())
+        self._start_second()
+        probe = f"http://127.0.0.1:{self.ports['node-http-2']}"
+        wait_until(lambda: readiness(probe).ready, "the second node has its configuration", _START_S)
+
+    def start(self) -> FleetStack:
+        """Start what was stopped or killed."""
+        super().start()
+        if self._settings_file.exists():
+            self._start_second()
+        return self
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        """End both nodes and all else in order."""
+        self.stop_second()
+        return super().stop(number)
+
+    def kill_everything(self) -> None:
+        """SIGKILL for all processes, the second node first."""
+        self._kill_second()
+        super().kill_everything()
+
+    def _environment(self) -> dict[str, str]:
+        return {**super()._environment(), **clock_environment(self._clock("node-1"))}
+
+    def _clock(self, node: str) -> Path:
+        return self.folder / f"clock-{node}"
+
+    @property
+    def _settings_file(self) -> Path:
+        return self.root / "node-2" / "node.yaml"
+
+    @property
+    def _spools(self) -> Path:
+        return self.root / "node-2" / "spool"
+
+    async def _enroll_second(self) -> None:
+        folder = self._settings_file.parent
+        folder.mkdir(mode=0o700)
+        values: dict[str, Any] = yaml.safe_load((self.root / "node-1" / "node.yaml").read_text(encoding="utf-8"))
+        values["data_dir"] = str(folder)
+        values["workers"] = 1
+        values["listeners"] = [{"address": "127.0.0.1", "port": self.ports["smtp-2"], "mode": "starttls"}]
+        values["metrics"]["port"] = self.ports["node-http-2"]
+        self._settings_file.write_text(yaml.safe_dump(values), encoding="utf-8")
+        async with self.operator() as client:
+            made = await client.nodes.CreateNode(CreateNodeRequest(node_id="node-2"))
+        await asyncio.to_thread(
+            subprocess.run,
+            self._command("enroll"),
+            env={**self._second_environment(), "POSTROAD_ENROLL_TOKEN": made.enrollment_token},
+            check=True,
+            timeout=_START_S,
+        )
+
+    def _command(self, verb: str) -> list[str]:
+        return [sys.executable, "-m", "dataplane", verb, "--config", str(self._settings_file)]
+
+    def _second_environment(self) -> dict[str, str]:
+        return environment(
+            self.folder,
+            {
+                **self._environment(),
+                **disk_environment(self.disk),
+                **clock_environment(self._clock("node-2")),
+                "POSTROAD_NODE_CONTROL_PLANE__ADDRESS": f"127.0.0.1:{self.proxies['nodes-2'].port}",
+                "POSTROAD_NODE_WORKERS": "1",
+            },
+        )
+
+    def _start_second(self) -> None:
+        with (self.root / "logs" / "node-2.log").open("ab") as log:
+            self._second = subprocess.Popen(
+                self._command("run"),
+                env=self._second_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_until(lambda: answers(self.ports["smtp-2"]), "the second node answers", _START_S)
+
+    def stop_second(self) -> None:
+        """Let the second node drain and end."""
+        if self._second is not None:
+            self._second.send_signal(signal.SIGTERM)
+            self._second.wait(STOP_TIMEOUT_S)
+            self._second = None
+
+    def _kill_second(self) -> None:
+        if self._second is not None:
+            pids = pids_below(self._second.pid)
+            self._second.kill()
+            self._second.wait()
+            self._second = None
+            # The kernel ends the others, and their spools are locked until it has.
+            wait_until(lambda: not any(command_of(pid) for pid in pids), "the second node's processes have ended")
+
+    # --- faults ----------------------------------------------------------------------------------
+
+    def pids_of(self, name: str) -> list[int]:
+        """The processes of one server; none while it is down."""
+        if not name.startswith(_SECOND):
+            return super().pids_of(name)
+        if self._second is None:
+            return []
+        pids = [self._second.pid, *pids_below(self._second.pid)]
+        return [pid for pid in pids if is_server(name.removeprefix(_SECOND), command_of(pid))]
+
+    def strike_server(self, name: str) -> None:
+        """SIGKILL for a server; the second node is started again here."""
+        if name != "second supervisor":
+            super().strike_server(name)
+            return
+        self.books.note_strike(Strike(name, "SIGKILL", ends_worker=True))
+        self._kill_second()
+        self._start_second()
+
+    def jump(self, node: str, ahead_s: int) -> None:
+        """Let a node's clock be so far ahead from now on."""
+        self.books.note_strike(Strike(node, f"its clock is {ahead_s} s ahead"))
+        set_clock(self._clock(node), ahead_s)
+
+    # --- PostgreSQL fails over -------------------------------------------------------------------
+
+    def copy_database(self) -> None:
+        """Make the copy that a failover goes on with."""
+        shutil.rmtree(self._standby, ignore_errors=True)
+        with self._still_database():
+            _copy(self._cluster, self._standby)
+
+    def fail_over(self) -> None:
+        """End PostgreSQL, and let it go on from the copy: what was committed since is lost."""
+        self.books.note_strike(Strike("postgres", "failed over, the last commits lost"))
+        assert self._process is not None
+        # Who starts it again must not do so before the copy is in its place.
+        os.kill(self._process.pid, signal.SIGSTOP)
+        try:
+            pids = self._database_pids()
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: not any(command_of(pid) for pid in pids), "PostgreSQL's processes have ended")
+            shutil.rmtree(self._cluster)
+            self._standby.rename(self._cluster)
+        finally:
+            os.kill(self._process.pid, signal.SIGCONT)
+
+    @property
+    def _cluster(self) -> Path:
+        return (self.root / "postgres" / "cluster").resolve()
+
+    @property
+    def _standby(self) -> Path:
+        return self._cluster.with_name("standby")
+
+    def _database_pids(self) -> list[int]:
+        (postmaster,) = super().pids_of("postgres")
+        return [postmaster, *pids_below(postmaster)]
+
+    @contextlib.contextmanager
+    def _still_database(self) -> Iterator[None]:
+        (postmaster,) = super().pids_of("postgres")
+        os.kill(postmaster, signal.SIGSTOP)  # first, for it makes the others
+        pids = pids_below(postmaster)
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in (*pids, postmaster):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    # --- a disk of an hour ago -------------------------------------------------------------------
+
+    def copy_disk(self) -> None:
+        """Stop the second node, copy its spools, and start it again."""
+        self.books.note_strike(Strike("second supervisor", "SIGTERM"))
+        self.stop_second()
+        shutil.rmtree(self._old_disk, ignore_errors=True)
+        _copy(self._spools, self._old_disk)
+        self._start_second()
+
+    def restore_disk(self, timeout_s: float = 60.0) -> None:
+        """Put the second node's disk back to the copy, and return when the node knows that nothing may be sent from it.
+
+        Until then no application reaches it: what it accepted would be lost with the copy.
+        """
+        self.strike_link("submission-2", Fault(Kind.CUT), open_too=False)
+        self.books.note_strike(Strike("second supervisor", "SIGTERM"))
+        self.stop_second()
+        self._spools.rename(self._new_disk)
+        self._old_disk.rename(self._spools)
+        self._start_second()
+        spools = list(self._spools.iterdir())
+        wait_until(lambda: all(map(is_refused, spools)), "the old disk is refused", timeout_s)
+        # That the node heard it ended its worker.
+        self.books.note_strike(Strike("second worker", "ended by a refusal", ends_worker=True))
+        wait_until(lambda: answers(self.ports["smtp-2"]), "the second node answers again")
+        self.heal()
+
+    def find_disk(self) -> None:
+        """Give the second node its newest disk back, and accept it."""
+        self.stop_second()
+        shutil.rmtree(self._spools)
+        self._new_disk.rename(self._spools)
+        incarnations = {spool.name: _incarnation(spool) for spool in self._spools.iterdir()}
+        self._start_second()
+        # What the control plane accepts must be what this disk says, and not what the old one said.
+        wait_until(lambda: self._reported_above(incarnations), "the newest disk is reported")
+        asyncio.run(self._accept(incarnations))
+        wait_until(lambda: not any(map(is_refused, self._spools.iterdir())), "the newest disk is sent from")
+
+    @property
+    def _old_disk(self) -> Path:
+        return self.root / "node-2" / "spool-old"
+
+    @property
+    def _new_disk(self) -> Path:
+        return self.root / "node-2" / "spool-new"
+
+    async def _accept(self, incarnations: dict[str, int]) -> None:
+        async with self.operator() as client:
+            for spool in incarnations:
+                await client.nodes.AcceptSpool(AcceptSpoolRequest(name="nodes/node-2", spool=spool))
+
+    def _reported_above(self, incarnations: dict[str, int]) -> bool:
+        rows = asyncio.run(self.fetch("SELECT spool::text, reported_incarnation FROM postroad.spools"))
+        reported = {row["spool"]: row["reported_incarnation"] for row in rows}
+        return all(reported[spool] > incarnation for spool, incarnation in incarnations.items())
+
+
+def _incarnation(spool: Path) -> int:
+    number: int = json.loads((spool / "identity").read_text(encoding="utf-8"))["incarnation"]
+    return number
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A folder as it is, owners and all."""
+    subprocess.run(["/bin/cp", "-a", str(source), str(target)], check=True)
