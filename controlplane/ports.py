@@ -23,6 +23,7 @@ from controlplane.domain.messages import Command, CommandOrder, Event, Message, 
 from controlplane.domain.resources import (
     Account,
     ApiKey,
+    Destination,
     Node,
     NodePool,
     Provider,
@@ -176,6 +177,25 @@ class Providers(Protocol):
         """AbortedError when the etag is stale; FailedPreconditionError while a rule names it."""
 
 
+class Destinations(Protocol):
+    """suspended_destinations."""
+
+    async def get(self, account: str | None, destination: str) -> Destination:
+        """What is kept of it; one that is not suspended, where nothing is."""
+
+    async def list_page(self, account: str | None, after: str, limit: int) -> list[Destination]:
+        """Suspended ones, in order of destination."""
+
+    async def count(self, account: str | None) -> int:
+        """How many are suspended."""
+
+    async def suspend(self, account: str | None, destination: str, reason: str) -> None:
+        """Keep that it is suspended; one that is keeps its time, and gets this reason."""
+
+    async def resume(self, account: str | None, destination: str) -> None:
+        """Keep nothing of it."""
+
+
 class RoutingRules(Protocol):
     """routing_rules, routing_rule_targets."""
 
@@ -283,8 +303,8 @@ class Nodes(Protocol):
     async def count_nodes(self, node_pool: str) -> int:
         """Nodes of the pool that were not revoked."""
 
-    async def receipts(self, node_pool: str | None) -> list[Receipt]:
-        """What the nodes of a pool, or all, have confirmed of denials; enrolled ones, by name."""
+    async def receipts(self, node_pool: str | None, kind: int) -> list[Receipt]:
+        """What the nodes of a pool, or all, have confirmed of denials of a kind; enrolled ones, by name."""
 
     async def add_pool_key(self, node_pool: str, key_id: str, key_sealed: bytes) -> None:
         """Bundles made from now on use it."""
@@ -394,6 +414,7 @@ class Work(Protocol):
     api_keys: ApiKeys
     smtp_credentials: SmtpCredentials
     providers: Providers
+    destinations: Destinations
     routing_rules: RoutingRules
     limits: Limits
     nodes: Nodes

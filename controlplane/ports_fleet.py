@@ -81,6 +81,7 @@ class DenialSubject(IntEnum):
     ACCOUNT = 1
     CREDENTIAL = 2
     PROVIDER = 3
+    DESTINATION = 4
 
 
 class Denial(NamedTuple):
@@ -182,10 +183,11 @@ class NodeRecord(NamedTuple):
 
 
 class NodeHello(NamedTuple):
-    """What a node says of its software when it connects."""
+    """What a node says of its software when it connects; `knows_destinations`: it can be told to stop them."""
 
     boot_id: str
     software_version: str
+    knows_destinations: bool = False
 
 
 class NodeHealth(NamedTuple):
@@ -238,7 +240,9 @@ class FleetRepository(Protocol):
     async def open_stream(self, node_id: str, stream: str, hello: NodeHello, now: datetime) -> Mapping[str, bytes]:
         """Record the node's newest stream; an older one is no longer the node's.
 
-        Returns names and hashes of what the node refused when it last ran this software, empty after another one.
+        Returns names and hashes of what the node refused when it last ran this software, empty after another one. For
+        a node that has learnt of destinations the version of the denials moves where one is denied: what it holds was
+        cut to what its former software knew.
         """
         ...
 

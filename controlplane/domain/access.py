@@ -43,6 +43,10 @@ _NEEDED: dict[str, dict[Scope, tuple[str, ...]]] = {
             *("SuspendSmtpCredential", "ResumeSmtpCredential"),
         ),
     },
+    f"{_CONTROL}.DestinationService": {
+        Scope.CONFIG_READ: ("GetDestination", "ListDestinations"),
+        Scope.CONFIG_WRITE: ("SuspendDestination", "ResumeDestination"),
+    },
     f"{_CONTROL}.SuspensionService": {Scope.CONFIG_READ: ("GetSuspension", "WaitSuspension")},
     f"{_CONTROL}.ProviderService": {
         Scope.CONFIG_READ: ("GetProvider", "ListProviders"),

@@ -2,7 +2,8 @@
 
 Contract. A pattern is a name with `*` for each id. `parse_name` takes a name apart or raises InvalidArgumentError with
 the field that it came from; `check_id` holds the grammar of ids that callers choose: 1 to 63 of a-z, 0-9 and '-',
-beginning with a letter, not ending with '-'. An id is what tables hold; a full name is what the API and bundles show.
+beginning with a letter, not ending with '-'. Messages and operations have UUIDs in their place, destinations domains.
+An id is what tables hold; a full name is what the API and bundles show.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import uuid
 
 from controlplane.domain.errors import invalid
+from dataplane.core.config import is_destination
 
 ACCOUNT = "accounts/*"
 API_KEY = "accounts/*/apiKeys/*"
@@ -18,6 +20,8 @@ OPERATOR_KEY = "apiKeys/*"
 SMTP_CREDENTIAL = "accounts/*/smtpCredentials/*"
 PROVIDER = "accounts/*/providers/*"
 SHARED_PROVIDER = "providers/*"
+DESTINATION = "accounts/*/destinations/*"
+SHARED_DESTINATION = "destinations/*"
 ROUTING_RULE = "accounts/*/routingRules/*"
 MESSAGE = "accounts/*/messages/*"
 OPERATION = "accounts/*/operations/*"
@@ -29,7 +33,6 @@ NODE = "nodes/*"
 NODE_POOL = "nodePools/*"
 
 _ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-_UUID_COLLECTIONS = frozenset({"messages", "operations"})
 
 
 def check_id(text: str, field: str) -> str:
@@ -50,16 +53,23 @@ def check_uuid(text: str, field: str) -> str:
     return text
 
 
+def check_destination(text: str, field: str) -> str:
+    """Return `text` when it is a domain, or `*.` and a domain; InvalidArgumentError for `field` otherwise."""
+    if not is_destination(text):
+        raise invalid(field, "must be a domain or *.domain, lower case, A-labels")
+    return text
+
+
+_CHECKS = {"messages": check_uuid, "operations": check_uuid, "destinations": check_destination}
+
+
 def parse_name(name: str, pattern: str, field: str = "name") -> tuple[str, ...]:
     """Return the ids in `name`; InvalidArgumentError for `field` when it does not follow `pattern`."""
     parts, wanted = name.split("/"), pattern.split("/")
     if len(parts) != len(wanted) or any(want not in ("*", part) for part, want in zip(parts, wanted, strict=True)):
         raise invalid(field, f"must look like {pattern}")
     for collection, part in zip(parts[::2], parts[1::2], strict=True):
-        if collection in _UUID_COLLECTIONS:
-            check_uuid(part, field)
-        else:
-            check_id(part, field)
+        _CHECKS.get(collection, check_id)(part, field)
     return tuple(parts[1::2])
 
 
@@ -103,6 +113,11 @@ def format_owned(account: str | None, item: str, owned: str, shared: str) -> str
 def provider_name(account: str | None, provider: str) -> str:
     """Name a provider of an account, or a shared one."""
     return format_owned(account, provider, PROVIDER, SHARED_PROVIDER)
+
+
+def destination_name(account: str | None, destination: str) -> str:
+    """Name a destination of an account, or of all together."""
+    return format_owned(account, destination, DESTINATION, SHARED_DESTINATION)
 
 
 def limit_name(account: str | None, limit: str) -> str:

@@ -186,6 +186,16 @@ PROVIDER_FIELDS = Fields(
 
 
 @dataclass(frozen=True, slots=True)
+class Destination:
+    """A domain of recipients, or `*.` and the one that they are below; `account` is None for mail of every account."""
+
+    account: str | None
+    destination: str
+    suspend_time: datetime | None = None
+    suspend_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class RuleTarget:
     """A place where matching mail may go: provider's full name; weight 0 keeps its place."""
 

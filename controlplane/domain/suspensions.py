@@ -14,10 +14,11 @@ class SubjectKind(Enum):
     ACCOUNT = "account"
     CREDENTIAL = "credential"
     PROVIDER = "provider"
+    DESTINATION = "destination"
 
 
 class Subject(NamedTuple):
-    """One thing that can be suspended: full name, owner (None for a shared provider) and id."""
+    """One thing that can be suspended: full name, owner (None for what is not an account's) and id."""
 
     kind: SubjectKind
     resource: str
@@ -26,13 +27,18 @@ class Subject(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """The version of the denials that a node has in force, and when that was heard of (None: never)."""
+    """The version of the denials that a node has in force, and when that was heard of (None: never).
+
+    `told_since`: from which version on the node is told of what is asked about; None: its software does not know how to
+    stop it.
+    """
 
     node: str
     node_pool: str
     connected: bool
     denials_version: int
     acknowledge_time: datetime | None
+    told_since: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +51,11 @@ class Suspension:
     receipts: tuple[Receipt, ...]
 
     def confirmed_by(self, receipt: Receipt) -> bool:
-        """Whether this node has it."""
-        return receipt.denials_version >= self.denials_version
+        """Whether this node has it. Where nothing is to be stopped it is enough that the node has heard so."""
+        if not self.in_force:
+            return receipt.denials_version >= self.denials_version
+        told_since = receipt.told_since
+        return told_since is not None and receipt.denials_version >= max(self.denials_version, told_since)
 
     @property
     def confirmed(self) -> bool:

@@ -1,7 +1,8 @@
 """SuspensionService: which nodes have confirmed what was suspended, resumed or revoked.
 
 Contract. A node has confirmed a denial when every worker of it has in force the version of the denials that first had
-it, or a newer one; what was lifted, when it has the newest version. `wait` looks again until all have, or its time is
+it, or a newer one; what was lifted, when it has the newest version. A node whose software does not know how to stop it
+is not told, and has confirmed nothing. `wait` looks again until all have, or its time is
 over; cancelled, it leaves nothing behind. Nothing here changes anything.
 """
 
@@ -16,17 +17,27 @@ from controlplane.domain.access import Caller
 from controlplane.domain.errors import invalid
 from controlplane.domain.suspensions import Subject, SubjectKind, Suspension
 from controlplane.ports import Database, Work, scope_of
+from controlplane.services.accounts import DENIAL_ACCOUNT
+from controlplane.services.credentials import DENIAL_CREDENTIAL
+from controlplane.services.destinations import DENIAL_DESTINATION
+from controlplane.services.providers import DENIAL_PROVIDER
 
 _SUFFIX = "/suspension"
 _MAX_WAIT_S = 60.0
 _POLL_S = 0.25
+_DENIAL_KINDS = {
+    SubjectKind.ACCOUNT: DENIAL_ACCOUNT,
+    SubjectKind.CREDENTIAL: DENIAL_CREDENTIAL,
+    SubjectKind.PROVIDER: DENIAL_PROVIDER,
+    SubjectKind.DESTINATION: DENIAL_DESTINATION,
+}
 
 
 def parse_subject(name: str) -> Subject:
     """Return what the suspension of this name is about; InvalidArgumentError for any other name."""
     resource = name.removesuffix(_SUFFIX)
     if resource == name:
-        raise invalid("name", "must be the name of an account, SMTP credential or provider, and end with /suspension")
+        raise invalid("name", "must be the name of what can be suspended, and end with /suspension")
     collection = resource.split("/")[-2:][0]
     if collection == "accounts":
         account = names.parse_name(resource, names.ACCOUNT)[0]
@@ -34,6 +45,9 @@ def parse_subject(name: str) -> Subject:
     if collection == "smtpCredentials":
         account, credential = names.parse_name(resource, names.SMTP_CREDENTIAL)
         return Subject(SubjectKind.CREDENTIAL, resource, account, credential)
+    if collection == "destinations":
+        owner, destination = names.parse_owned(resource, names.DESTINATION, names.SHARED_DESTINATION)
+        return Subject(SubjectKind.DESTINATION, resource, owner, destination)
     owner, provider = names.parse_owned(resource, names.PROVIDER, names.SHARED_PROVIDER)
     return Subject(SubjectKind.PROVIDER, resource, owner, provider)
 
@@ -56,7 +70,7 @@ class SuspensionsService:
                 subject.resource + _SUFFIX,
                 version is not None,
                 await work.bundles.denials_version() if version is None else version,
-                tuple(await work.nodes.receipts(pool)),
+                tuple(await work.nodes.receipts(pool, _DENIAL_KINDS[subject.kind])),
             )
 
     async def wait(self, caller: Caller, subject: Subject, timeout_s: float | None) -> Suspension:
@@ -75,5 +89,5 @@ async def _check_exists(work: Work, subject: Subject) -> None:
         await work.smtp_credentials.get(subject.account, subject.item)
     elif subject.kind is SubjectKind.PROVIDER:
         await work.providers.get(subject.account, subject.item)
-    else:
-        await work.accounts.get(subject.item)
+    elif subject.account is not None:
+        await work.accounts.get(subject.account)

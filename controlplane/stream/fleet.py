@@ -27,7 +27,7 @@ from controlplane.ports_fleet import (
     SpoolStatus,
 )
 from controlplane.stream.hub import Hub, Slot, close
-from controlplane.stream.session import CloseCode, Hello, Session
+from controlplane.stream.session import DESTINATION_DENIALS, CloseCode, Hello, Session
 
 
 class NotAdmittedError(Exception):
@@ -69,7 +69,8 @@ class FleetService:
             stream = f"{self._replica}/{secrets.token_hex(8)}"
             now = self._clock()
             own = await self._repository.report_spools(slot.node_id, slot.believed(hello.spools), now)
-            greeting = NodeHello(hello.boot_id, hello.software_version)
+            knows_destinations = DESTINATION_DENIALS in hello.features
+            greeting = NodeHello(hello.boot_id, hello.software_version, knows_destinations)
             refused = await self._repository.open_stream(slot.node_id, stream, greeting, now)
             slot.stream = stream
             slot.session.receive_hello(hello, refused)

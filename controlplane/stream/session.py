@@ -27,7 +27,9 @@ from controlplane.ports_fleet import (
     Bundle,
     ConfigReport,
     ConfigStatus,
+    Denial,
     DenialSet,
+    DenialSubject,
     PoolConfig,
     PoolKey,
     SpoolCommand,
@@ -36,12 +38,16 @@ from controlplane.ports_fleet import (
 )
 
 BASE_MISMATCH = "BASE_MISMATCH"
+# Features of a node.
 COMMAND_FILTER = "command-filter"
+DESTINATION_DENIALS = "destination-denials"
 
 _ERROR_TEXT_LIMIT = 1_000
 # What one Delta carries, and at least one bundle: messages have a limit, and a node that was away may lack more.
 DELTA_BYTES = 4 * 1024 * 1024
 _BUNDLE_OVERHEAD_BYTES = 100
+# What a node must know to be told of denials of a subject. One that does not know a subject would refuse the whole set.
+_FEATURES_OF_SUBJECTS = {DenialSubject.DESTINATION: DESTINATION_DENIALS}
 
 
 # --- what the node says ---------------------------------------------------------------------------------------------
@@ -327,7 +333,11 @@ class Session:
             return None
         nonce = self._new_nonce("d")
         self._denials_unanswered = (nonce, self._denials.version)
-        return Denials(nonce, self._denials)
+        return Denials(nonce, self._denials._replace(denials=tuple(filter(self._may_tell, self._denials.denials))))
+
+    def _may_tell(self, denial: Denial) -> bool:
+        feature = _FEATURES_OF_SUBJECTS.get(denial.subject)
+        return feature is None or feature in self._features
 
     def _denials_due(self) -> bool:
         return self._denials is not None and self._denials.version > max(self._denials_held, self._denials_refused)

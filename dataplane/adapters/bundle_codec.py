@@ -112,6 +112,7 @@ def decode_denials(denials: DenialSet) -> Denials:
     credentials: dict[str, int] = {}
     providers: dict[str, int] = {}
     since: dict[str, int] = {}
+    destinations: dict[str, int] = {}
     for denial in denials.denials:
         expire_ms = _expire_ms(denial.expire_time) if denial.HasField("expire_time") else 0
         match denial.WhichOneof("subject"):
@@ -123,11 +124,13 @@ def decode_denials(denials: DenialSet) -> Denials:
                 since[denial.credential] = min(since.get(denial.credential, since_ms), since_ms)
             case "provider":
                 _deny(providers, denial.provider, expire_ms)
+            case "destination":
+                _deny(destinations, denial.destination, expire_ms)
             case None:
                 raise CodecError("a denial has no subject")
             case other:
                 assert_never(other)
-    return Denials(denials.version, accounts, credentials, providers, since)
+    return Denials(denials.version, accounts, credentials, providers, since, destinations)
 
 
 def check_bundle(bundle: pb.Bundle) -> list[Problem]:

@@ -57,7 +57,7 @@ from postroad.node.v1.config_stream_service_pb2 import (
 MAX_SNAPSHOT_BYTES = 1024 * 1024 * 1024
 
 
-FEATURES = ("command-filter",)
+FEATURES = ("command-filter", "destination-denials")
 """What this node understands beyond the first release, for Hello."""
 
 

@@ -185,6 +185,8 @@ class Denials:
     """What must stop now: names, each with the time (ms since 1970) at which the denial falls away, 0 for never.
 
     `credentials_since` says since when a credential is denied: mail that it submitted before that time goes on.
+    `destinations` has names as in `destinations/example.net` (for every account) and
+    `accounts/demo/destinations/*.example.net` (domains below it, for one).
     """
 
     version: int = 0
@@ -192,6 +194,7 @@ class Denials:
     credentials: dict[str, int] = field(default_factory=dict)
     providers: dict[str, int] = field(default_factory=dict)
     credentials_since: dict[str, int] = field(default_factory=dict)
+    destinations: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +380,12 @@ def _is_uuid(text: str) -> bool:
         return str(UUID(text)) == text
     except ValueError:
         return False
+
+
+def is_destination(text: str) -> bool:
+    """Whether the text is a domain, or `*.` and a domain, in the one form in which recipients' domains are compared."""
+    name = text.removeprefix("*.")
+    return not name.startswith("[") and _is_domain(name)
 
 
 def _is_domain(text: str) -> bool:

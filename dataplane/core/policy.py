@@ -4,8 +4,8 @@ Contract. `compile_account` and `compile_networks` take configuration that was v
 look-ups cost the same whatever their size; they keep no reference to a clock: times are arguments, in milliseconds
 since 1970. Nothing raises, except that `compile_networks` passes on the ValueError of a malformed network.
 
-A denial speaks for an account, a credential or a provider until it falls away by itself; who asks must ask anew at
-each MAIL and before each attempt, with the denials of that moment.
+A denial speaks for an account, a credential, a provider or a destination until it falls away by itself; who asks must
+ask anew at each MAIL and before each attempt, with the denials of that moment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
 
 from dataplane.core.config import Account, Credential, Denials
-from dataplane.core.routing import CompiledRules, compile_rules
+from dataplane.core.routing import CompiledRules, address_patterns, compile_rules
 
 # Compared when there is no credential of that name, so that a wrong name takes the same way as a wrong secret.
 _NO_SECRET = bytes(32)
@@ -108,6 +108,21 @@ def denied(
     if provider and is_denied(denials.providers, provider, now_ms):
         return Denied.PROVIDER
     return None
+
+
+def destination_denied(denials: Denials, account: str, address: str, now_ms: int) -> bool:
+    """Whether mail of the account to this address must wait now.
+
+    Its domain is denied, or with `*.` one that it is below; to this account, or to all.
+    """
+    names = denials.destinations
+    if not names:
+        return False
+    for pattern in address_patterns(address)[1:]:
+        destination = f"destinations/{pattern.removeprefix('@')}"
+        if is_denied(names, destination, now_ms) or is_denied(names, f"{account}/{destination}", now_ms):
+            return True
+    return False
 
 
 def is_denied(names: dict[str, int], name: str, now_ms: int) -> bool:

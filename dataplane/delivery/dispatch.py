@@ -11,8 +11,8 @@ settlement, by `_conclude` or `_put_back`. How targets are chosen:
     lost before the dot, or cannot take it      the next one; if none is left: the verdict
     none left, all of them unknown              deferred, never failed
 
-Denials of account, credential and provider are looked at once more before the first byte of MAIL, and so is the lease
-of REPLICATED mail, which is looked at again before the dot.
+Denials are looked at once more before the first byte of MAIL: recipients whose destination is denied by then step aside,
+and the rest of the attempt goes on. So is the lease of REPLICATED mail, which is looked at again before the dot.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from dataplane.core.config import RetryPolicy, SmtpProvider, Target
+from dataplane.core.config import Denials, RetryPolicy, SmtpProvider, Target
 from dataplane.core.envelope import Envelope, RecipientRow, is_pinned, make_queue_key, under_key
 from dataplane.core.fair import message_cost
 from dataplane.core.ids import format_message_id
 from dataplane.core.ledger import AttemptEvent
-from dataplane.core.policy import denied, is_denied
+from dataplane.core.policy import denied, destination_denied, is_denied
 from dataplane.core.queue import EventType, State
 from dataplane.core.retry import is_expired
 from dataplane.core.shaping import Flow
@@ -36,7 +36,7 @@ from dataplane.delivery.connection import Connection
 from dataplane.delivery.connections import Job
 from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.outcome import Concluder, Facts, Moment, put_back
-from dataplane.delivery.planning import Group, Plan
+from dataplane.delivery.planning import Group, Plan, part_denied
 from dataplane.delivery.pools import Pools
 from dataplane.delivery.settler import Done, Settler
 from dataplane.delivery.transforms import Transform, apply_transforms
@@ -235,6 +235,8 @@ class Dispatcher:
             attempt.place += 1
             self.offer(attempt)
             return None
+        if denials.destinations and not self._part(attempt, denials, wall_ms):
+            return None
         attempt.sending_s = self._clock.monotonic()
         attempt.remote_host = connection.remote_host
         attempt.connecting_ms = connection.connecting_ms if connection.transaction_count == 0 else 0
@@ -275,18 +277,31 @@ class Dispatcher:
         """Whether a denial, or the end of the lease that holds it, stops this attempt now."""
         if not isinstance(job, Attempt):
             return False
-        envelope = job.message.envelope
+        envelope, denials, wall_ms = job.message.envelope, self._config.denials, self._clock.wall_ms()
         if envelope.epoch and not self._holds(envelope.epoch):
             return True
         found = denied(
-            self._config.denials,
+            denials,
             envelope.account,
             envelope.credential,
-            self._clock.wall_ms(),
+            wall_ms,
             provider=job.provider,
             accepted_ms=envelope.accepted_ms,
         )
-        return found is not None
+        if found is not None:
+            return True
+        return any(destination_denied(denials, envelope.account, row.address, wall_ms) for row in job.rows)
+
+    def _part(self, attempt: Attempt, denials: Denials, wall_ms: int) -> bool:
+        """Take recipients whose destination is denied out of the attempt; False when none is left of it."""
+        waiting, others = part_denied(denials, attempt.account, attempt.rows, wall_ms)
+        if not others:
+            self.put_back(attempt)
+            return False
+        if waiting:
+            attempt.rows = tuple(others)
+            self.put_back_rows(attempt.message, waiting)
+        return True
 
     def put_back(self, attempt: Attempt) -> None:
         """Return the recipients to the queue: this was no attempt."""

@@ -8,7 +8,8 @@ planned by the configuration of that moment (`planning`), offered to the targets
 What messages take in memory, recipients included, is bounded by the window and one message: when it is full nothing is
 handed over or read back. Of the window and of a provider's line one account has its share (core/fair): what a flood has
 beyond it is queued on disk and comes back by turns, while mail of others is handed on. What a denial holds back stays
-in the spool, is looked at again when denials change, and once a minute. Mail whose lifetime is over ends also without
+in the spool, is looked at again when denials change, and once a minute; what steps aside for the rest of its queue,
+every five. Mail whose lifetime is over ends also without
 an attempt of its own: where its targets are known to be dead, for one failed probe stands for all that wait, and where
 its credential is revoked, so that it never leaves. What a command holds waits for its release, and ends with its
 lifetime (`held`). `failed` is done when the engine can go on no more; the worker must end then.
@@ -303,6 +304,8 @@ class DeliveryEngine:
         for group in plan.groups:
             self._dispatcher.begin(message, group, plan)
         self._reporter.watch(message)
+        if plan.waiting:
+            self._dispatcher.put_back_rows(message, plan.waiting)
 
     def queued(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> None:
         """Record a message that was committed as `queued` soon, and read it back when its turn comes.
@@ -382,14 +385,17 @@ class DeliveryEngine:
         if plan.held is not None:
             if outlived and plan.held is Held.MESSAGE:
                 return Taken([self._expire(stored, rows, plan, moment, _REVOKED)])
-            return Taken([self._hold_back(envelope.message_id, tuple(rows))])
+            return Taken([self._hold_back(envelope.message_id, rows)])
+        steps_aside = [self._hold_back(envelope.message_id, plan.waiting)] if plan.waiting else []
         outlooks = [self._dispatcher.outlook(group.targets, envelope.account) for group in plan.groups]
         groups = [group for group, outlook in zip(plan.groups, outlooks, strict=True) if outlook.usable]
         if not groups and not plan.refused:
             if outlived and any(outlook.is_dead for outlook in outlooks):
-                return Taken([self._expire(stored, rows, plan, moment, UNREACHABLE)])
-            return Taken([], moment.steady_ms + LOOK_AGAIN_MS)
-        return Taken(self._claim(stored, plan, groups, split_queue_key(rows[0].queue_key)[1]))
+                left = [row for group in plan.groups for row in group.rows]
+                return Taken([*steps_aside, self._expire(stored, left, plan, moment, UNREACHABLE)])
+            return Taken(steps_aside, 0 if steps_aside else moment.steady_ms + LOOK_AGAIN_MS)
+        claims = self._claim(stored, plan, groups, split_queue_key(rows[0].queue_key)[1])
+        return Taken([*steps_aside, *claims])
 
     # --- inside
 
@@ -453,13 +459,16 @@ class DeliveryEngine:
 
         return done
 
-    def _hold_back(self, message_id: MessageId, rows: tuple[RecipientRow, ...]) -> asyncio.Future[None]:
-        """A denied credential's mail steps aside, so that the rest of its queue goes on."""
+    def _hold_back(self, message_id: MessageId, rows: Sequence[RecipientRow]) -> asyncio.Future[None]:
+        """Mail of a denied credential or for a denied destination steps aside; the rest of its queue goes on."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         due_ms = self._steady_ms() + DENIED_DELAY_MS
         self._settler.settle(_move_due(message_id, rows, due_ms), _resolver(future))
-        self._denied[message_id] = self._denied.pop(message_id, ()) + rows
-        self._denied_count += len(rows)
+        # Those that were looked at again and must wait on are there already.
+        known = {row.index: row for row in self._denied.get(message_id, ())}
+        self._forget_denied(message_id)
+        self._denied[message_id] = tuple((known | {row.index: row for row in rows}).values())
+        self._denied_count += len(self._denied[message_id])
         while self._denied_count > DENIED_LIMIT:
             self._forget_denied(next(iter(self._denied)))
         return future

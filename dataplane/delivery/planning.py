@@ -6,6 +6,7 @@ revision and rule are recorded with the outcome.
     there is no configuration (yet)                                   all held until there is one
     the account is unknown here, or another one of the same name      all refused, 5.7.1
     account denied, or credential since before it submitted this      all held until denials change
+    a recipient's destination is denied                               it waits until denials change
     no rule matches a recipient                                       refused, 5.4.4
     a command bound a recipient to a provider that is there           grouped by provider and attempt number
     otherwise                                                         grouped by rule and attempt number
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from dataplane.core.config import RetryPolicy, Target
+from dataplane.core.config import Denials, RetryPolicy, Target
 from dataplane.core.envelope import (
     Envelope,
     RecipientRow,
@@ -28,7 +29,7 @@ from dataplane.core.envelope import (
     split_queue_key,
     under_key,
 )
-from dataplane.core.policy import Denied, denied
+from dataplane.core.policy import Denied, denied, destination_denied
 from dataplane.core.routing import MessageRouter
 from dataplane.core.transaction import Verdict, VerdictKind
 from dataplane.ports import ConfigView
@@ -62,7 +63,10 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`held` says what is held back beside these recipients; then no recipient is in `refused` or `groups`."""
+    """`held` says what is held back beside these recipients; then no recipient is in `refused`, `groups` or `waiting`.
+
+    `waiting` are those whose destination is denied.
+    """
 
     held: Held | None
     refused: list[tuple[RecipientRow, Verdict]]
@@ -70,6 +74,7 @@ class Plan(NamedTuple):
     bundle_revision: int
     retry_policy: RetryPolicy
     weight: int = 1
+    waiting: Sequence[RecipientRow] = ()
 
 
 def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRow], now_ms: int) -> Plan:
@@ -88,6 +93,9 @@ def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRo
             held = Held.MESSAGE if config.denials.credentials[envelope.credential] else Held.SUSPENDED
         return Plan(held, [], [], account.revision, account.retry_policy)
     router = MessageRouter(compiled.rules, envelope.sender, envelope.size_bytes, envelope.headers, envelope.message_id)
+    waiting: list[RecipientRow] = []
+    if config.denials.destinations:
+        waiting, rows = part_denied(config.denials, envelope.account, rows, now_ms)
     refused: list[tuple[RecipientRow, Verdict]] = []
     groups: dict[tuple[str, str, int], tuple[tuple[Target, ...], list[RecipientRow]]] = {}
     for row in rows:
@@ -111,7 +119,19 @@ def make_plan(config: ConfigView, envelope: Envelope, rows: Sequence[RecipientRo
         account.revision,
         account.retry_policy,
         account.delivery_weight,
+        waiting,
     )
+
+
+def part_denied(
+    denials: Denials, account: str, rows: Sequence[RecipientRow], now_ms: int
+) -> tuple[list[RecipientRow], list[RecipientRow]]:
+    """Part recipients in those whose destination is denied now and those whose is not."""
+    waiting: list[RecipientRow] = []
+    others: list[RecipientRow] = []
+    for row in rows:
+        (waiting if destination_denied(denials, account, row.address, now_ms) else others).append(row)
+    return waiting, others
 
 
 def _pin(config: ConfigView, account: str, queue_key: str) -> Target | None:

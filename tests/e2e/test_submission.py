@@ -166,6 +166,25 @@ def test_what_was_suspended_with_a_receipt_is_refused_at_once(stack: LocalStack)
     assert "confirmed by all 1 nodes" in shown.stdout
 
 
+def test_mail_for_a_suspended_destination_waits_until_it_is_resumed_and_its_other_recipients_get_it(
+    stack: LocalStack,
+) -> None:
+    told = stack.json("destinations", "suspend", "halted.example.net", "--reason", "theirs to mend", "--wait", "30")
+    assert (told["state"], told["confirmed"]) == ("STATE_IN_FORCE", True)
+    assert [(one["confirmed"], one["unsupported"]) for one in told["receipts"]] == [(True, False)]
+    listed = stack.cli("destinations", "list")
+    assert re.search(r"accounts/demo/destinations/halted\.example\.net +suspended .*theirs to mend", listed.stdout)
+    to = ("--to", "waits@halted.example.net", "--to", "goes@example.net")
+    (message,) = (one["id"] for one in stack.json("send", *to, "--no-follow")["messages"])
+    deadline = time.monotonic() + 30
+    while not stack.inbox.find(message):
+        assert time.monotonic() < deadline, stack.logs()
+    assert [mail.recipients for mail in stack.inbox.find(message)] == [("goes@example.net",)]
+    assert stack.json("destinations", "resume", "halted.example.net", "--wait", "30")["state"] == "STATE_LIFTED"
+    assert stack.cli("messages", "follow", message).returncode == 0
+    assert [mail.recipients for mail in stack.inbox.find(message)][1:] == [("waits@halted.example.net",)]
+
+
 def test_send_follows_to_sent_and_list_and_get_know_the_message(stack: LocalStack) -> None:
     text = stack.cli("send", "--to", "reader@example.net", "--subject", "For people")
     assert text.returncode == 0, text.stderr + stack.logs()

@@ -396,7 +396,7 @@ async def test_a_worker_that_comes_back_is_told_to_the_control_plane_at_once(
     monkeypatch.setattr(agent_stream, "STATUS_INTERVAL_S", 3_600.0)
     async with node.agent():
         stream, hello = await hello_of(node)
-        assert list(getattr(hello, "client_features", ())) == ["command-filter"]
+        assert list(getattr(hello, "client_features", ())) == ["command-filter", "destination-denials"]
         stream.send(snapshot("n1", settings_bundle()))
         await stream.ack("n1")
         async with working(PlayedWorker()) as worker:

@@ -16,6 +16,13 @@ from support.next_hop import STALL, Behaviour, next_hop
 
 KEY_B = make_queue_key(ACCOUNT, B)
 CREDENTIAL = f"{ACCOUNT}/smtpCredentials/app"
+EVERY_KIND = [
+    Denials(1, accounts={ACCOUNT: 0}),
+    Denials(1, providers={A: 0}),
+    Denials(1, credentials={CREDENTIAL: 0}, credentials_since={CREDENTIAL: 0}),
+    Denials(1, destinations={"destinations/example.net": 0}),
+]
+"""All that operators can suspend, each of them about what `Bench.submit` submits."""
 
 
 async def waiting(bench: Bench) -> list[State]:
@@ -187,14 +194,7 @@ async def test_what_a_revoked_credential_submitted_expires_unsent() -> None:
         assert hop.connections == 0
 
 
-@pytest.mark.parametrize(
-    "denials",
-    [
-        Denials(1, accounts={ACCOUNT: 0}),
-        Denials(1, providers={A: 0}),
-        Denials(1, credentials={CREDENTIAL: 0}, credentials_since={CREDENTIAL: 0}),
-    ],
-)
+@pytest.mark.parametrize("denials", EVERY_KIND, ids=["account", "provider", "credential", "destination"])
 async def test_what_operators_hold_back_waits_for_them_however_long(denials: Denials) -> None:
     async with next_hop() as hop, delivery_bench() as bench:
         bench.config.add_provider(A, hop.port)
@@ -493,14 +493,7 @@ async def test_a_denial_between_the_dial_and_mail_stops_the_attempt() -> None:
         assert bench.events == []
 
 
-@pytest.mark.parametrize(
-    "denials",
-    [
-        Denials(1, accounts={ACCOUNT: 0}),
-        Denials(1, providers={A: 0}),
-        Denials(1, credentials={CREDENTIAL: 0}, credentials_since={CREDENTIAL: 0}),
-    ],
-)
+@pytest.mark.parametrize("denials", EVERY_KIND, ids=["account", "provider", "credential", "destination"])
 async def test_a_denial_cuts_a_transaction_whose_dot_has_not_left(denials: Denials) -> None:
     async with next_hop(Behaviour(data=STALL)) as hop, delivery_bench() as bench:
         bench.config.add_provider(A, hop.port)
@@ -512,6 +505,91 @@ async def test_a_denial_cuts_a_transaction_whose_dot_has_not_left(denials: Denia
         bench.engine.denials_changed()
         await bench.until(lambda: bench.engine.counters.put_back == 1)
         assert (hop.messages, bench.events) == ([], [])
+
+
+async def test_a_message_goes_to_its_other_recipients_while_one_destination_is_denied() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        bench.config.denials = Denials(1, destinations={f"{ACCOUNT}/destinations/*.example.net": 0})
+        await bench.submit("a@example.net", "b@mx.example.net", "c@example.org")
+        (taken,) = await hop.took(1)
+        assert taken.recipients == ["a@example.net", "c@example.org"]
+        # Nobody looks again before somebody resumes it, and mail behind it is not held up.
+        await bench.submit("d@mx.example.net")
+        await bench.submit("e@example.net")
+        assert [one.recipients for one in await hop.took(2)][1:] == [["e@example.net"]]
+        await bench.until(lambda: bench.engine._scheduler.is_idle and bench.engine._settler.pending_count == 0)
+        assert await waiting(bench) == [State.QUEUED, State.QUEUED]
+
+        bench.config.denials = Denials(2)
+        bench.engine.denials_changed()
+        taken_now = await hop.took(4)
+        assert sorted(one.recipients[0] for one in taken_now[2:]) == ["b@mx.example.net", "d@mx.example.net"]
+        await bench.events_come(4)
+        # None of this was an attempt.
+        assert {event.attempt for event in bench.events} == {1}
+
+
+async def test_what_looks_again_at_a_denied_destination_remembers_it_once() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        bench.config.denials = Denials(1, destinations={"destinations/example.net": 0})
+        await bench.submit("a@example.net", "b@example.net")
+        for _ in range(3):
+            await bench.until(lambda: bench.engine._scheduler.is_idle and bench.engine._settler.pending_count == 0)
+            await bench.retry(600)
+        await bench.until(lambda: bench.engine._scheduler.is_idle and bench.engine._settler.pending_count == 0)
+        assert [len(rows) for rows in bench.engine._denied.values()] == [2]
+        assert bench.engine._denied_count == 2
+
+
+async def test_recipients_whose_destination_is_denied_before_mail_step_aside_and_the_others_go() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        await bench.submit("a@example.net", "b@example.org")
+        bench.config.denials = Denials(1, destinations={"destinations/example.net": 0})
+        (taken,) = await hop.took(1)
+        assert taken.recipients == ["b@example.org"]
+        assert bench.engine.counters.put_back == 1
+        bench.config.denials = Denials(2)
+        bench.engine.denials_changed()
+        assert (await hop.took(2))[1].recipients == ["a@example.net"]
+        await bench.events_come(2)
+        assert [(event.attempt, event.indexes) for event in bench.events] == [(1, (1,)), (1, (0,))]
+        assert await bench.spool.keys() == []
+
+
+@pytest.mark.parametrize("denials", EVERY_KIND, ids=["account", "provider", "credential", "destination"])
+async def test_after_a_denial_is_in_force_no_dot_leaves_and_all_goes_on_when_it_is_lifted(denials: Denials) -> None:
+    behaviour = Behaviour(data=STALL)
+    async with next_hop(behaviour) as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port, max_connections=2)
+        bench.config.route_to(A)
+        # Two before their dot, two that wait for a connection; one comes later.
+        for number in range(4):
+            await bench.submit(f"{number}@example.net")
+        await bench.until(lambda: hop.commands.count("DATA") == 2)
+        behaviour.data = b"354 go\r\n"
+        bench.config.denials = denials
+        bench.engine.denials_changed()
+        # From here on the worker has confirmed them.
+        await bench.submit("4@example.net")
+        await bench.until(lambda: not bench.engine.pools.busy_count and bench.engine.counters.put_back >= 2)
+        await bench.until(lambda: bench.engine._scheduler.is_idle and bench.engine._settler.pending_count == 0)
+        await bench.retry(3_600.0)
+        await bench.until(lambda: bench.engine._scheduler.is_idle and bench.engine._settler.pending_count == 0)
+        assert (hop.messages, bench.events) == ([], [])
+        assert await waiting(bench) == [State.QUEUED] * 5
+
+        bench.config.denials = Denials(2)
+        bench.engine.denials_changed()
+        await bench.events_come(5)
+        assert sorted(taken.recipients[0][0] for taken in hop.messages) == ["0", "1", "2", "3", "4"]
+        assert {event.attempt for event in bench.events} == {1}
+        assert await bench.spool.keys() == []
 
 
 async def test_a_changed_provider_is_used_by_the_next_message() -> None:

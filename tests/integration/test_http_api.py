@@ -107,6 +107,16 @@ async def test_without_a_good_key_nothing_is_told(plane: Serving, http: aiohttp.
     assert (status, error["code"]) == (401, 16)
 
 
+async def test_domains_stand_in_paths_as_they_are(plane: Serving, http: aiohttp.ClientSession) -> None:
+    path = "/api/v1/destinations/*.example.net"
+    status, suspended = await _call(http, plane, "POST", f"{path}:suspend", {"reason": "theirs"})
+    assert (status, suspended["name"], suspended["state"]) == (200, "destinations/*.example.net", "STATE_SUSPENDED")
+    status, receipt = await _call(http, plane, "GET", f"{path}/suspension")
+    assert (status, receipt["state"]) == (200, "STATE_IN_FORCE")
+    assert (await _call(http, plane, "GET", "/api/v1/destinations"))[1]["destinations"] == [suspended]
+    assert (await _call(http, plane, "POST", f"{path}:resume", {}))[1]["state"] == "STATE_ACTIVE"
+
+
 async def test_a_form_of_a_web_page_is_not_taken(plane: Serving, http: aiohttp.ClientSession) -> None:
     headers = {"Authorization": f"Bearer {plane.key}"}
     url = plane.url("/api/v1/accounts?accountId=demo")

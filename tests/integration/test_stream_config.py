@@ -155,6 +155,82 @@ async def test_denials_have_a_lane_of_their_own(port: NodesPort, migrated_databa
     assert await fetch(migrated_database, "SELECT 1 FROM postroad.node_status WHERE denials_time IS NOT NULL")
 
 
+async def _deny(database: Database, denial: str, kind: int) -> int:
+    """As the API does; returns the version that has it."""
+    (state,) = await fetch(database, "UPDATE postroad.denial_state SET version = version + 1 RETURNING version")
+    await execute(
+        database, "INSERT INTO postroad.denials (denial, kind, version) VALUES ($1, $2, $3)", denial, kind, state[0]
+    )
+    await execute(database, "SELECT pg_notify('postroad_denials', '')")
+    return int(state[0])
+
+
+async def _receipt(database: Database, kind: int) -> tuple[int, int | None]:
+    rows = await fetch(database, "SELECT * FROM postroad.denial_receipts(NULL, $1::smallint)", kind)
+    return rows[0]["denials_version"], rows[0]["told_since"]
+
+
+async def test_a_node_that_knows_no_destinations_is_not_told_of_them_and_gets_all_of_them_when_it_learns(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    await _deny(migrated_database, "destinations/example.net", 4)
+    version = await _deny(migrated_database, "accounts/a", 1)
+    await until(lambda: port.hub._denials is not None and port.hub._denials.version == version)
+    certificate = await port.enrolled("edge-1")
+    older = NodeStream(port.channel(certificate), "edge-1")
+    await older.hello(client_features=["command-filter"])
+    denials = (await older.receive()).denials
+    assert [one.WhichOneof("subject") for one in denials.denials.denials] == ["account"]
+    await older.take_denials(denials)
+    await older.take(await older.expect("snapshot"))
+
+    async def is_recorded() -> bool:
+        return (await _receipt(migrated_database, 1))[0] == version
+
+    await until(is_recorded)
+    assert await _receipt(migrated_database, 1) == (version, 0)
+    assert await _receipt(migrated_database, 4) == (version, None)
+
+    # Upgraded, with the set of its former software on its disk: that version says nothing of destinations.
+    newer = NodeStream(port.channel(certificate), "edge-1")
+    newer.held, newer.denials_version = older.held, version
+    await newer.hello(client_features=["command-filter", "destination-denials"])
+    denials = await newer.next_denials()
+    former, version = version, denials.denials.version
+    assert version > former
+    assert {one.WhichOneof("subject") for one in denials.denials.denials} == {"account", "destination"}
+    assert await _receipt(migrated_database, 4) == (former, version)
+    await newer.take_denials(denials)
+    await until(is_recorded)
+
+    # Known again, it is told nothing anew.
+    again = NodeStream(port.channel(certificate), "edge-1")
+    again.held, again.denials_version = newer.held, version
+    await again.hello(client_features=["destination-denials"])
+    assert (await again.receive()).WhichOneof("message") == "progress"
+    assert await _receipt(migrated_database, 4) == (version, version)
+
+    # Downgraded, it is trusted no more.
+    await older.call.done_writing()
+    back = NodeStream(port.channel(certificate), "edge-1")
+    back.held, back.denials_version = newer.held, version
+    await back.hello()
+    assert (await back.receive()).WhichOneof("message") == "progress"
+    assert await _receipt(migrated_database, 4) == (version, None)
+
+
+async def test_a_node_that_learns_of_destinations_while_none_is_denied_moves_no_version(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    version = await _deny(migrated_database, "accounts/a", 1)
+    certificate = await port.enrolled("edge-1")
+    stream = NodeStream(port.channel(certificate), "edge-1")
+    await stream.hello(client_features=["destination-denials"])
+    await stream.expect("snapshot")
+    assert (await _receipt(migrated_database, 4))[1] == version
+    assert (await fetch(migrated_database, "SELECT version FROM postroad.denial_state"))[0][0] == version
+
+
 async def test_a_newer_stream_of_a_node_closes_the_older(port: NodesPort) -> None:
     certificate = await port.enrolled("edge-1")
     older = await _synced(port, certificate=certificate)

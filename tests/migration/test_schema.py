@@ -123,7 +123,16 @@ async def test_configuration_keeps_an_audit_and_mail_has_no_triggers(migrated_da
     audited = {row["name"].removeprefix("postroad.") for row in rows}
     assert audited == {
         *("accounts", "account_sender_domains", "account_networks", "api_keys", "smtp_credentials"),
-        *("providers", "routing_rules", "routing_rule_targets", "limit_policies", "node_pools", "nodes", "pool_keys"),
+        *(
+            "providers",
+            "suspended_destinations",
+            "routing_rules",
+            "routing_rule_targets",
+            "limit_policies",
+            "node_pools",
+            "nodes",
+            "pool_keys",
+        ),
         # The verbs that change none of these.
         *("commands", "enrollment_tokens", "spools"),
     }

@@ -31,6 +31,7 @@ from postroad.control.v1 import (
     credential_pb2,
     credential_service_pb2,
     credential_service_pb2_grpc,
+    destination_service_pb2_grpc,
     limit_service_pb2_grpc,
     message_service_pb2_grpc,
     node_service_pb2_grpc,
@@ -120,6 +121,9 @@ class Client:
 
     async def node(self, method: str, request: Message) -> Any:
         return await self.call(node_service_pb2_grpc.NodeServiceStub, method, request)
+
+    async def destination(self, method: str, request: Message) -> Any:
+        return await self.call(destination_service_pb2_grpc.DestinationServiceStub, method, request)
 
     async def suspension(self, method: str, request: Message) -> Any:
         return await self.call(suspension_service_pb2_grpc.SuspensionServiceStub, method, request)

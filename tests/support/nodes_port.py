@@ -206,6 +206,14 @@ class NodeStream:
             if denials.denials.version >= version:
                 return denials
 
+    async def next_denials(self) -> pb.Denials:
+        """The next denials, unanswered."""
+        while True:
+            response = await self.receive()
+            if response.WhichOneof("message") == "denials":
+                return response.denials
+            assert response.WhichOneof("message") == "progress", response
+
     async def take_denials(self, denials: pb.Denials) -> None:
         self.denials_version = denials.denials.version
         await self.ack(denials.nonce)

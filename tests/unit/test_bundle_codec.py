@@ -261,10 +261,11 @@ def test_denials_are_read() -> None:
             Denial(account=NAME),
             Denial(credential=credential, since_time=Timestamp(seconds=4), expire_time=Timestamp(seconds=5)),
             Denial(provider="providers/a", expire_time=Timestamp(seconds=0)),
+            Denial(destination="destinations/*.example.net"),
         ],
     )
     assert decode_denials(denials) == Denials(
-        9, {NAME: 0}, {credential: 5_000}, {"providers/a": 1}, {credential: 4_000}
+        9, {NAME: 0}, {credential: 5_000}, {"providers/a": 1}, {credential: 4_000}, {"destinations/*.example.net": 0}
     )
 
 

@@ -12,6 +12,7 @@ from dataplane.core.policy import (
     compile_account,
     compile_networks,
     denied,
+    destination_denied,
     secret_matches,
     split_username,
 )
@@ -104,6 +105,26 @@ def test_a_denial_falls_away_at_its_time() -> None:
     until = Denials(accounts={NAME: NOW_MS})
     assert denied(until, NAME, "", NOW_MS - 1) is Denied.ACCOUNT
     assert denied(until, NAME, "", NOW_MS) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "stopped"),
+    [
+        ("destinations/example.net", {"a@example.net", "A@EXAMPLE.NET"}),
+        ("destinations/*.example.net", {"a@mx.example.net", "a@deep.mx.example.net"}),
+        ("destinations/*.net", {"a@example.net", "A@EXAMPLE.NET", "a@mx.example.net", "a@deep.mx.example.net"}),
+        (f"{NAME}/destinations/mx.example.net", {"a@mx.example.net"}),
+        ("accounts/other/destinations/example.net", set()),
+        ("destinations/ample.net", set()),
+        ("destinations/[192.0.2.1]", {"a@[192.0.2.1]"}),
+    ],
+)
+def test_a_denied_destination_stops_its_own_recipients(name: str, stopped: set[str]) -> None:
+    addresses = ["a@example.net", "A@EXAMPLE.NET", "a@mx.example.net", "a@deep.mx.example.net", "a@[192.0.2.1]"]
+    denials = Denials(destinations={name: NOW_MS})
+    assert {one for one in addresses if destination_denied(denials, NAME, one, NOW_MS - 1)} == stopped
+    assert not any(destination_denied(denials, NAME, one, NOW_MS) for one in addresses)
+    assert not any(destination_denied(Denials(), NAME, one, NOW_MS) for one in addresses)
 
 
 def test_a_denied_credential_stops_only_what_it_submitted_since_then() -> None:

@@ -20,6 +20,7 @@ from controlplane.adapters.grpc.auth import Guard
 from controlplane.adapters.grpc.books import BookHandlers
 from controlplane.adapters.grpc.calls import CallObserver, Calls
 from controlplane.adapters.grpc.credentials import CredentialHandlers
+from controlplane.adapters.grpc.destinations import DestinationHandlers
 from controlplane.adapters.grpc.interceptor import ApiInterceptor
 from controlplane.adapters.grpc.limits import LimitHandlers
 from controlplane.adapters.grpc.messages import MessageHandlers
@@ -39,6 +40,7 @@ from controlplane.services.authentication import Authenticator
 from controlplane.services.books import BooksService
 from controlplane.services.compile import BundleCompiler
 from controlplane.services.credentials import ApiKeysService, SmtpCredentialsService
+from controlplane.services.destinations import DestinationsService
 from controlplane.services.limit_states import LimitStates, NoLiveLimits
 from controlplane.services.limits import LimitsService
 from controlplane.services.messages import MAX_WATCHERS, MessagesService, OperationsService
@@ -54,6 +56,8 @@ from postroad.control.v1 import (
     book_service_pb2_grpc,
     credential_service_pb2,
     credential_service_pb2_grpc,
+    destination_service_pb2,
+    destination_service_pb2_grpc,
     limit_service_pb2,
     limit_service_pb2_grpc,
     message_service_pb2,
@@ -145,6 +149,11 @@ def build_api(parts: ApiParts) -> Api:
         BookHandlers(BooksService(database, tokens)),
         book_service_pb2_grpc.add_BookServiceServicer_to_server,
     )
+    destinations = ApiService(
+        destination_service_pb2.DESCRIPTOR.services_by_name["DestinationService"],
+        DestinationHandlers(DestinationsService(database, tokens)),
+        destination_service_pb2_grpc.add_DestinationServiceServicer_to_server,
+    )
     suspensions = ApiService(
         suspension_service_pb2.DESCRIPTOR.services_by_name["SuspensionService"],
         SuspensionHandlers(SuspensionsService(database)),
@@ -153,7 +162,7 @@ def build_api(parts: ApiParts) -> Api:
     authenticator = Authenticator(database, parts.now)
     guard = Guard(authenticator, Throttle(parts.requests, parts.monotonic))
     # What comes by the registry is measured by who carries it.
-    registry = ApiRegistry(Calls(guard), (*services, books, suspensions))
+    registry = ApiRegistry(Calls(guard), (*services, books, destinations, suspensions))
     return Api(registry, ApiInterceptor(Calls(guard, parts.observe)), authenticator, pools, messages)
 
 

@@ -245,6 +245,8 @@ def _denial_set(denials: DenialSet) -> denials_pb2.DenialSet:
                 one.credential = denial.name
             case DenialSubject.PROVIDER:
                 one.provider = denial.name
+            case DenialSubject.DESTINATION:
+                one.destination = denial.name
         one.since_time.FromDatetime(denial.since_time)
         if denial.expire_time is not None:
             one.expire_time.FromDatetime(denial.expire_time)

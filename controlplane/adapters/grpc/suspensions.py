@@ -43,6 +43,7 @@ def _write(suspension: Suspension) -> pb.Suspension:
                 denials_version=receipt.denials_version,
                 acknowledge_time=convert.to_timestamp(receipt.acknowledge_time),
                 confirmed=suspension.confirmed_by(receipt),
+                unsupported=receipt.told_since is None,
             )
             for receipt in suspension.receipts
         ],

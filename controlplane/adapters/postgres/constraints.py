@@ -52,6 +52,7 @@ _NOT_FOUND = frozenset(
         "fk_routing_rule_targets_routing_rule",
         "fk_routing_rules_account",
         "fk_smtp_credentials_account",
+        "fk_suspended_destinations_account",
         "fk_enrollment_tokens_node",
         "fk_pool_keys_node_pool",
     }
@@ -120,12 +121,15 @@ UNREACHABLE = frozenset(
         "pk_schema_migrations",
         "pk_spools",
         "pk_submission_keys",
+        "pk_suspended_destinations",
         "uq_accounts_uid",
         "uq_api_keys_lookup",
         "uq_node_pools_uid",
         "uq_nodes_uid",
         "uq_routing_rules_uid",
         "uq_smtp_credentials_uid",
+        # Suspending again is an update.
+        "uq_suspended_destinations_account_destination",
     }
 )
 
@@ -142,6 +146,7 @@ _CHECKED_TABLES = {
     "routing_rule_targets": "routing_rule",
     "routing_rules": "routing_rule",
     "smtp_credentials": "smtp_credential",
+    "suspended_destinations": "destination",
 }
 
 

@@ -25,6 +25,7 @@ from controlplane.adapters.postgres.book_lists import BooksRepository
 from controlplane.adapters.postgres.bundles import BundlesRepository
 from controlplane.adapters.postgres.constraints import domain_error
 from controlplane.adapters.postgres.credentials import ApiKeysRepository, SmtpCredentialsRepository, find_api_key
+from controlplane.adapters.postgres.destinations import DestinationsRepository
 from controlplane.adapters.postgres.fleet_database import AWAY
 from controlplane.adapters.postgres.idempotency import IdempotencyRepository
 from controlplane.adapters.postgres.limits import LimitsRepository
@@ -40,6 +41,7 @@ from controlplane.ports import (
     AuthenticatedKey,
     Books,
     Bundles,
+    Destinations,
     Idempotency,
     Limits,
     Messages,
@@ -96,6 +98,7 @@ class PostgresWork:
         self.api_keys: ApiKeys = ApiKeysRepository(session)
         self.smtp_credentials: SmtpCredentials = SmtpCredentialsRepository(session)
         self.providers: Providers = ProvidersRepository(session)
+        self.destinations: Destinations = DestinationsRepository(session)
         self.routing_rules: RoutingRules = RoutingRulesRepository(session)
         self.limits: Limits = LimitsRepository(session)
         self.nodes: Nodes = NodesRepository(session)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -133,20 +134,28 @@ class PostgresFleet:
         """As the port says."""
         async with self._database.transaction("stream_open") as connection:
             former = await connection.fetchrow(
-                "SELECT software_version, config_refused FROM postroad.node_status WHERE node = $1 FOR UPDATE",
+                """
+                SELECT software_version, config_refused, destinations_version FROM postroad.node_status
+                WHERE node = $1 FOR UPDATE
+                """,
                 node_id,
             )
+            told_since: int | None = None
+            if hello.knows_destinations:
+                told_since = former["destinations_version"] if former is not None else None
+                told_since = await _begin_to_tell(connection) if told_since is None else told_since
             same = former is not None and former["software_version"] == hello.software_version
             refused: dict[str, str] = json.loads(former["config_refused"]) if former is not None and same else {}
             await connection.execute(
                 """
                 INSERT INTO postroad.node_status (
-                    node, connected, replica, boot_id, software_version, last_seen_time, config_status
+                    node, connected, replica, boot_id, software_version, last_seen_time, config_status,
+                    destinations_version
                 )
-                VALUES ($1, true, $2, $3, $4, $5, 3)
+                VALUES ($1, true, $2, $3, $4, $5, 3, $7)
                 ON CONFLICT (node) DO UPDATE
                 SET connected = true, replica = $2, boot_id = $3, software_version = $4, last_seen_time = $5,
-                    config_status = 3, config_refused = $6
+                    config_status = 3, config_refused = $6, destinations_version = $7
                 """,
                 node_id,
                 stream,
@@ -154,6 +163,7 @@ class PostgresFleet:
                 hello.software_version,
                 now,
                 json.dumps(refused),
+                told_since,
             )
             # Other replicas close an older stream of this node.
             await connection.execute("SELECT pg_notify('postroad_commands', $1)", node_id)
@@ -364,6 +374,18 @@ class PostgresFleet:
             )
             for row in rows
         ]
+
+
+async def _begin_to_tell(connection: asyncpg.Connection[Any]) -> int:
+    """The version of the denials from which on a node that has learnt of destinations has been told of all of them."""
+    # While it is locked nobody else denies anything.
+    version: int = await connection.fetchval("SELECT version FROM postroad.denial_state FOR UPDATE")
+    if await connection.fetchval(
+        "SELECT EXISTS (SELECT FROM postroad.denials WHERE kind = $1)", DenialSubject.DESTINATION
+    ):
+        version = await connection.fetchval(MOVE_DENIALS)
+        await connection.execute("SELECT pg_notify('postroad_denials', '')")
+    return version
 
 
 def _filter(row: asyncpg.Record) -> CommandFilter | None:

@@ -250,9 +250,11 @@ class NodesRepository:
         )
         return count
 
-    async def receipts(self, node_pool: str | None) -> list[Receipt]:
+    async def receipts(self, node_pool: str | None, kind: int) -> list[Receipt]:
         """As the port says."""
-        rows = await self._session.rows("denial_receipts", "SELECT * FROM postroad.denial_receipts($1)", node_pool)
+        rows = await self._session.rows(
+            "denial_receipts", "SELECT * FROM postroad.denial_receipts($1, $2::smallint)", node_pool, kind
+        )
         return [Receipt(*row) for row in rows]
 
     async def add_pool_key(self, node_pool: str, key_id: str, key_sealed: bytes) -> None:

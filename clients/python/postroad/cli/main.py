@@ -16,7 +16,19 @@ from typing import Annotated
 
 import typer
 
-from postroad.cli import accounts, contexts, credentials, inbox, limits, messages, nodes, providers, rules, spools
+from postroad.cli import (
+    accounts,
+    contexts,
+    credentials,
+    destinations,
+    inbox,
+    limits,
+    messages,
+    nodes,
+    providers,
+    rules,
+    spools,
+)
 from postroad.cli.audit import audit
 from postroad.cli.connection import ConnectionSettingsError, Flags
 from postroad.cli.output import Output, make_printer
@@ -51,6 +63,7 @@ app.add_typer(accounts.app, name="accounts")
 app.add_typer(credentials.credentials_app, name="credentials")
 app.add_typer(credentials.api_keys_app, name="api-keys")
 app.add_typer(providers.app, name="providers")
+app.add_typer(destinations.app, name="destinations")
 app.add_typer(rules.app, name="rules")
 app.add_typer(limits.app, name="limits")
 app.add_typer(nodes.nodes_app, name="nodes")

@@ -132,7 +132,12 @@ def json_name(name: str) -> str:
 
 def add_standard(app: typer.Typer, kind: Kind, *, shared: bool = False) -> None:
     """Give `app` the commands list, get and delete; with `shared` also `--shared`, for those without an account."""
-    words = kind.field.replace("_", " ")
+    add_reading(app, kind, f"List the {_words(kind)}s by name.", shared=shared)
+    add_deletion(app, kind)
+
+
+def add_reading(app: typer.Typer, kind: Kind, list_text: str, *, shared: bool = False) -> None:
+    """Give `app` the commands list and get."""
 
     def list_own(context: typer.Context, limit: Limit = 1_000) -> None:
         session = session_of(context)
@@ -156,9 +161,8 @@ def add_standard(app: typer.Typer, kind: Kind, *, shared: bool = False) -> None:
         session = session_of(context)
         show(session, kind, fresh(session, kind, kind.name(session, name)))
 
-    app.command("list", help=f"List the {words}s by name.")(list_own_or_shared if shared else list_own)
-    app.command("get", help=f"Show one {words}.")(get)
-    add_deletion(app, kind)
+    app.command("list", help=list_text)(list_own_or_shared if shared else list_own)
+    app.command("get", help=f"Show one {_words(kind)}.")(get)
 
 
 def add_deletion(app: typer.Typer, kind: Kind) -> None:
@@ -175,8 +179,11 @@ def add_deletion(app: typer.Typer, kind: Kind) -> None:
         if session.printer.is_json:
             session.printer.json({"name": full_name, "deleted": True})
 
-    words = kind.field.replace("_", " ")
-    app.command("delete", help=f"Delete one {words}; asks first unless --yes or JSON is wanted.")(delete)
+    app.command("delete", help=f"Delete one {_words(kind)}; asks first unless --yes or JSON is wanted.")(delete)
+
+
+def _words(kind: Kind) -> str:
+    return kind.field.replace("_", " ")
 
 
 def add_verb(app: typer.Typer, kind: Kind, verb: str, help_text: str) -> None:

@@ -83,7 +83,7 @@ def _print(session: Session, found: Suspension) -> None:
             (
                 short(one.node),
                 short(one.node_pool),
-                "yes" if one.confirmed else "not yet",
+                "yes" if one.confirmed else "software too old" if one.unsupported else "not yet",
                 str(one.denials_version),
                 time_text(one.acknowledge_time),
                 "yes" if one.connected else "no",

@@ -26,11 +26,13 @@ from postroad.control.v1 import (
     account_service_pb2,
     book_service_pb2,
     credential_service_pb2,
+    destination_service_pb2,
     limit_service_pb2,
     message_service_pb2,
     node_service_pb2,
     provider_service_pb2,
     routing_rule_service_pb2,
+    suspension_service_pb2,
 )
 from postroad.sdk.errors import PostroadError, ResourceExhaustedError
 
@@ -44,11 +46,13 @@ _FILES: tuple[FileDescriptor, ...] = (
     account_service_pb2.DESCRIPTOR,
     credential_service_pb2.DESCRIPTOR,
     book_service_pb2.DESCRIPTOR,
+    destination_service_pb2.DESCRIPTOR,
     limit_service_pb2.DESCRIPTOR,
     message_service_pb2.DESCRIPTOR,
     node_service_pb2.DESCRIPTOR,
     provider_service_pb2.DESCRIPTOR,
     routing_rule_service_pb2.DESCRIPTOR,
+    suspension_service_pb2.DESCRIPTOR,
     operations_pb2.DESCRIPTOR,
 )
 _RETRY_POLICY = {

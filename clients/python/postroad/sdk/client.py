@@ -25,6 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from postroad.control.v1.account_service_pb2_grpc import AccountServiceStub
 from postroad.control.v1.book_service_pb2_grpc import BookServiceStub
 from postroad.control.v1.credential_service_pb2_grpc import CredentialServiceStub
+from postroad.control.v1.destination_service_pb2_grpc import DestinationServiceStub
 from postroad.control.v1.limit_service_pb2_grpc import LimitServiceStub
 from postroad.control.v1.message_service_pb2_grpc import MessageServiceStub
 from postroad.control.v1.node_service_pb2_grpc import NodeServiceStub
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from postroad.control.v1.account_service_pb2_grpc import AccountServiceAsyncStub
     from postroad.control.v1.book_service_pb2_grpc import BookServiceAsyncStub
     from postroad.control.v1.credential_service_pb2_grpc import CredentialServiceAsyncStub
+    from postroad.control.v1.destination_service_pb2_grpc import DestinationServiceAsyncStub
     from postroad.control.v1.limit_service_pb2_grpc import LimitServiceAsyncStub
     from postroad.control.v1.message_service_pb2_grpc import MessageServiceAsyncStub
     from postroad.control.v1.node_service_pb2_grpc import NodeServiceAsyncStub
@@ -61,6 +63,7 @@ class Client:
         self.messages = MessageServiceStub(intercepted)
         self.books = BookServiceStub(intercepted)
         self.nodes = NodeServiceStub(intercepted)
+        self.destinations = DestinationServiceStub(intercepted)
         self.suspensions = SuspensionServiceStub(intercepted)
         self.operations = operations_pb2_grpc.OperationsStub(intercepted)  # type: ignore[no-untyped-call]  # Google's, untyped
         self._health: Any = health_pb2_grpc.HealthStub(intercepted)
@@ -96,6 +99,7 @@ class AsyncClient:
         self.messages: MessageServiceAsyncStub = MessageServiceStub(channel)
         self.books: BookServiceAsyncStub = BookServiceStub(channel)
         self.nodes: NodeServiceAsyncStub = NodeServiceStub(channel)
+        self.destinations: DestinationServiceAsyncStub = DestinationServiceStub(channel)
         self.suspensions: SuspensionServiceAsyncStub = SuspensionServiceStub(channel)
         self.operations = operations_pb2_grpc.OperationsStub(channel)  # type: ignore[no-untyped-call]  # Google's, untyped
         self._health: Any = health_pb2_grpc.HealthStub(channel)

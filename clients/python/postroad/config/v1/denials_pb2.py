@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n postroad/config/v1/denials.proto\x12\x12postroad.config.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"I\n\tDenialSet\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12+\n\x07\x64\x65nials\x18\x02 \x03(\x0b\x32\x1a.postroad.config.v1.Denial\"\xb1\x01\n\x06\x44\x65nial\x12\x11\n\x07\x61\x63\x63ount\x18\x01 \x01(\tH\x00\x12\x14\n\ncredential\x18\x02 \x01(\tH\x00\x12\x12\n\x08provider\x18\x03 \x01(\tH\x00\x12.\n\nsince_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\t\n\x07subjectb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n postroad/config/v1/denials.proto\x12\x12postroad.config.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"I\n\tDenialSet\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12+\n\x07\x64\x65nials\x18\x02 \x03(\x0b\x32\x1a.postroad.config.v1.Denial\"\xc8\x01\n\x06\x44\x65nial\x12\x11\n\x07\x61\x63\x63ount\x18\x01 \x01(\tH\x00\x12\x14\n\ncredential\x18\x02 \x01(\tH\x00\x12\x12\n\x08provider\x18\x03 \x01(\tH\x00\x12\x15\n\x0b\x64\x65stination\x18\x06 \x01(\tH\x00\x12.\n\nsince_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\t\n\x07subjectb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,5 +35,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DENIALSET']._serialized_start=89
   _globals['_DENIALSET']._serialized_end=162
   _globals['_DENIAL']._serialized_start=165
-  _globals['_DENIAL']._serialized_end=342
+  _globals['_DENIAL']._serialized_end=365
 # @@protoc_insertion_point(module_scope)

@@ -58,6 +58,7 @@ class Denial(_message.Message):
     ACCOUNT_FIELD_NUMBER: _builtins.int
     CREDENTIAL_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
     SINCE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     account: _builtins.str
@@ -68,6 +69,12 @@ class Denial(_message.Message):
     """
     provider: _builtins.str
     """A provider's name: no attempt through it."""
+    destination: _builtins.str
+    """`destinations/{domain}` for every account, or
+    `accounts/{account}/destinations/{domain}`: no attempt for recipients of
+    this domain, in lower case; of those below it with `*.` before it. Sent
+    only to nodes that named the feature `destination-denials` in Hello.
+    """
     @_builtins.property
     def since_time(self) -> _timestamp_pb2.Timestamp:
         """Since when."""
@@ -82,14 +89,15 @@ class Denial(_message.Message):
         account: _builtins.str = ...,
         credential: _builtins.str = ...,
         provider: _builtins.str = ...,
+        destination: _builtins.str = ...,
         since_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "credential", b"credential", "expire_time", b"expire_time", "provider", b"provider", "since_time", b"since_time", "subject", b"subject"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "credential", b"credential", "destination", b"destination", "expire_time", b"expire_time", "provider", b"provider", "since_time", b"since_time", "subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "credential", b"credential", "expire_time", b"expire_time", "provider", b"provider", "since_time", b"since_time", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "credential", b"credential", "destination", b"destination", "expire_time", b"expire_time", "provider", b"provider", "since_time", b"since_time", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["account", "credential", "provider"]  # noqa: Y015
+    _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["account", "credential", "provider", "destination"]  # noqa: Y015
     _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_subject) -> _WhichOneofReturnType_subject | None: ...
 

@@ -27,7 +27,7 @@ from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$postroad/control/v1/suspension.proto\x12\x13postroad.control.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa7\x05\n\nSuspension\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12:\n\x05state\x18\x02 \x01(\x0e\x32%.postroad.control.v1.Suspension.StateB\x04\xe2\x41\x01\x03\x12\x1d\n\x0f\x64\x65nials_version\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12?\n\x08receipts\x18\x04 \x03(\x0b\x32\'.postroad.control.v1.Suspension.ReceiptB\x04\xe2\x41\x01\x03\x12\x17\n\tconfirmed\x18\x05 \x01(\x08\x42\x04\xe2\x41\x01\x03\x1a\x9f\x01\n\x07Receipt\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\tnode_pool\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x17\n\x0f\x64\x65nials_version\x18\x04 \x01(\x03\x12\x34\n\x10\x61\x63knowledge_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tconfirmed\x18\x06 \x01(\x08\"D\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_IN_FORCE\x10\x01\x12\x10\n\x0cSTATE_LIFTED\x10\x02:\xe7\x01\xea\x41\xe3\x01\n\x13postroad/Suspension\x12\x1d\x61\x63\x63ounts/{account}/suspension\x12?accounts/{account}/smtpCredentials/{smtp_credential}/suspension\x12\x32\x61\x63\x63ounts/{account}/providers/{provider}/suspension\x12\x1fproviders/{provider}/suspension*\x0bsuspensions2\nsuspensionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$postroad/control/v1/suspension.proto\x12\x13postroad.control.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9d\x06\n\nSuspension\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12:\n\x05state\x18\x02 \x01(\x0e\x32%.postroad.control.v1.Suspension.StateB\x04\xe2\x41\x01\x03\x12\x1d\n\x0f\x64\x65nials_version\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12?\n\x08receipts\x18\x04 \x03(\x0b\x32\'.postroad.control.v1.Suspension.ReceiptB\x04\xe2\x41\x01\x03\x12\x17\n\tconfirmed\x18\x05 \x01(\x08\x42\x04\xe2\x41\x01\x03\x1a\xb4\x01\n\x07Receipt\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\tnode_pool\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x17\n\x0f\x64\x65nials_version\x18\x04 \x01(\x03\x12\x34\n\x10\x61\x63knowledge_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tconfirmed\x18\x06 \x01(\x08\x12\x13\n\x0bunsupported\x18\x07 \x01(\x08\"D\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_IN_FORCE\x10\x01\x12\x10\n\x0cSTATE_LIFTED\x10\x02:\xc8\x02\xea\x41\xc4\x02\n\x13postroad/Suspension\x12\x1d\x61\x63\x63ounts/{account}/suspension\x12?accounts/{account}/smtpCredentials/{smtp_credential}/suspension\x12\x32\x61\x63\x63ounts/{account}/providers/{provider}/suspension\x12\x1fproviders/{provider}/suspension\x12\x38\x61\x63\x63ounts/{account}/destinations/{destination}/suspension\x12%destinations/{destination}/suspension*\x0bsuspensions2\nsuspensionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,11 +45,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUSPENSION'].fields_by_name['confirmed']._loaded_options = None
   _globals['_SUSPENSION'].fields_by_name['confirmed']._serialized_options = b'\342A\001\003'
   _globals['_SUSPENSION']._loaded_options = None
-  _globals['_SUSPENSION']._serialized_options = b'\352A\343\001\n\023postroad/Suspension\022\035accounts/{account}/suspension\022?accounts/{account}/smtpCredentials/{smtp_credential}/suspension\0222accounts/{account}/providers/{provider}/suspension\022\037providers/{provider}/suspension*\013suspensions2\nsuspension'
+  _globals['_SUSPENSION']._serialized_options = b'\352A\304\002\n\023postroad/Suspension\022\035accounts/{account}/suspension\022?accounts/{account}/smtpCredentials/{smtp_credential}/suspension\0222accounts/{account}/providers/{provider}/suspension\022\037providers/{provider}/suspension\0228accounts/{account}/destinations/{destination}/suspension\022%destinations/{destination}/suspension*\013suspensions2\nsuspension'
   _globals['_SUSPENSION']._serialized_start=155
-  _globals['_SUSPENSION']._serialized_end=834
+  _globals['_SUSPENSION']._serialized_end=952
   _globals['_SUSPENSION_RECEIPT']._serialized_start=371
-  _globals['_SUSPENSION_RECEIPT']._serialized_end=530
-  _globals['_SUSPENSION_STATE']._serialized_start=532
-  _globals['_SUSPENSION_STATE']._serialized_end=600
+  _globals['_SUSPENSION_RECEIPT']._serialized_end=551
+  _globals['_SUSPENSION_STATE']._serialized_start=553
+  _globals['_SUSPENSION_STATE']._serialized_end=621
 # @@protoc_insertion_point(module_scope)

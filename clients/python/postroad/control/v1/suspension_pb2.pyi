@@ -22,9 +22,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Suspension(_message.Message):
-    """What nodes have been told to stop of an account, an SMTP credential or a
-    provider, and which of them have confirmed it: the receipt of Suspend,
-    Resume and Revoke. There is one of each, always.
+    """What nodes have been told to stop of an account, an SMTP credential, a
+    provider or a destination, and which of them have confirmed it: the receipt
+    of Suspend, Resume and Revoke. There is one of each, always.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -64,6 +64,7 @@ class Suspension(_message.Message):
         DENIALS_VERSION_FIELD_NUMBER: _builtins.int
         ACKNOWLEDGE_TIME_FIELD_NUMBER: _builtins.int
         CONFIRMED_FIELD_NUMBER: _builtins.int
+        UNSUPPORTED_FIELD_NUMBER: _builtins.int
         node: _builtins.str
         """`nodes/{node}`."""
         node_pool: _builtins.str
@@ -75,6 +76,10 @@ class Suspension(_message.Message):
         confirmed: _builtins.bool
         """Whether that version has what is asked about. After a confirmed
         suspension no final dot leaves the node for it.
+        """
+        unsupported: _builtins.bool
+        """The node's software is too old to know how to stop this: it is not told,
+        and confirms no suspension of it until it is upgraded.
         """
         @_builtins.property
         def acknowledge_time(self) -> _timestamp_pb2.Timestamp:
@@ -89,10 +94,11 @@ class Suspension(_message.Message):
             denials_version: _builtins.int = ...,
             acknowledge_time: _timestamp_pb2.Timestamp | None = ...,
             confirmed: _builtins.bool = ...,
+            unsupported: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledge_time", b"acknowledge_time"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge_time", b"acknowledge_time", "confirmed", b"confirmed", "connected", b"connected", "denials_version", b"denials_version", "node", b"node", "node_pool", b"node_pool"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledge_time", b"acknowledge_time", "confirmed", b"confirmed", "connected", b"connected", "denials_version", b"denials_version", "node", b"node", "node_pool", b"node_pool", "unsupported", b"unsupported"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -112,7 +118,7 @@ class Suspension(_message.Message):
     @_builtins.property
     def receipts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Suspension.Receipt]:
         """Every node that serves it and is neither revoked nor new: of the account's
-        pool, or of all pools for a shared provider; by name.
+        pool, or of all pools for what is not an account's; by name.
         """
 
     def __init__(

@@ -29,7 +29,7 @@ if _version_not_supported:
 class SuspensionServiceStub:
     """Receipts of suspensions: which nodes have confirmed what was suspended,
     resumed or revoked. Open to the account's keys with `config.read`; those of
-    shared providers to operators.
+    shared providers and of destinations of all accounts to operators.
     """
 
     def __init__(self, channel):
@@ -53,12 +53,12 @@ class SuspensionServiceStub:
 class SuspensionServiceServicer:
     """Receipts of suspensions: which nodes have confirmed what was suspended,
     resumed or revoked. Open to the account's keys with `config.read`; those of
-    shared providers to operators.
+    shared providers and of destinations of all accounts to operators.
     """
 
     def GetSuspension(self, request, context):
         """Returns the receipt as it is. NOT_FOUND when there is no such account,
-        credential or provider.
+        credential or provider; every destination is there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,7 +96,7 @@ def add_SuspensionServiceServicer_to_server(servicer, server):
 class SuspensionService:
     """Receipts of suspensions: which nodes have confirmed what was suspended,
     resumed or revoked. Open to the account's keys with `config.read`; those of
-    shared providers to operators.
+    shared providers and of destinations of all accounts to operators.
     """
 
     @staticmethod

@@ -30,7 +30,7 @@ GRPC_VERSION: str
 class SuspensionServiceStub:
     """Receipts of suspensions: which nodes have confirmed what was suspended,
     resumed or revoked. Open to the account's keys with `config.read`; those of
-    shared providers to operators.
+    shared providers and of destinations of all accounts to operators.
     """
 
     @_typing.overload
@@ -39,7 +39,7 @@ class SuspensionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> SuspensionServiceAsyncStub: ...
     GetSuspension: _grpc.UnaryUnaryMultiCallable[_suspension_service_pb2.GetSuspensionRequest, _suspension_pb2.Suspension]
     """Returns the receipt as it is. NOT_FOUND when there is no such account,
-    credential or provider.
+    credential or provider; every destination is there.
     """
     WaitSuspension: _grpc.UnaryUnaryMultiCallable[_suspension_service_pb2.WaitSuspensionRequest, _suspension_pb2.Suspension]
     """Returns the receipt when every node has confirmed it, or as it is when
@@ -50,13 +50,13 @@ class SuspensionServiceStub:
 class SuspensionServiceAsyncStub(SuspensionServiceStub):
     """Receipts of suspensions: which nodes have confirmed what was suspended,
     resumed or revoked. Open to the account's keys with `config.read`; those of
-    shared providers to operators.
+    shared providers and of destinations of all accounts to operators.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetSuspension: _aio.UnaryUnaryMultiCallable[_suspension_service_pb2.GetSuspensionRequest, _suspension_pb2.Suspension]  # type: ignore[assignment]
     """Returns the receipt as it is. NOT_FOUND when there is no such account,
-    credential or provider.
+    credential or provider; every destination is there.
     """
     WaitSuspension: _aio.UnaryUnaryMultiCallable[_suspension_service_pb2.WaitSuspensionRequest, _suspension_pb2.Suspension]  # type: ignore[assignment]
     """Returns the receipt when every node has confirmed it, or as it is when
@@ -66,7 +66,7 @@ class SuspensionServiceAsyncStub(SuspensionServiceStub):
 class SuspensionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Receipts of suspensions: which nodes have confirmed what was suspended,
     resumed or revoked. Open to the account's keys with `config.read`; those of
-    shared providers to operators.
+    shared providers and of destinations of all accounts to operators.
     """
 
     @_abc_1.abstractmethod
@@ -76,7 +76,7 @@ class SuspensionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_suspension_pb2.Suspension, _abc.Awaitable[_suspension_pb2.Suspension]]:
         """Returns the receipt as it is. NOT_FOUND when there is no such account,
-        credential or provider.
+        credential or provider; every destination is there.
         """
 
     @_abc_1.abstractmethod

@@ -150,7 +150,8 @@ class Hello(_message.Message):
     @_builtins.property
     def client_features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the node understands beyond the first release: the sender uses only
-        these. `command-filter`: commands with a filter.
+        these. `command-filter`: commands with a filter. `destination-denials`:
+        denials of destinations.
         """
 
     @_builtins.property
