@@ -73,6 +73,8 @@ _POINTS = [
 @pytest.mark.parametrize("point", _POINTS, ids=lambda point: point.name + "-read-back" * point.read_back)
 async def test_a_kill_at_a_failpoint_opens_no_other_window(tmp_path: Path, point: Point) -> None:
     async with lone_node(tmp_path, f"{point.name}:{point.passes}", by_spool=point.read_back) as node:
+        if point.passes > 1:
+            await node.has_committed()
         for message in messages(4, large=point.large):
             assert await node.submit(message) in ([250], [0, 250])
         numbers = await end(node)

@@ -11,7 +11,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
+import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -113,6 +115,15 @@ class LoneNode:
         tries, copies, _, _ = self.books.snapshot()
         stored = {entry.message_id for entry in tries if entry.code == 250} | {copy.message_id for copy in copies}
         return stored <= set(ledger) and all(one.state in TERMINAL for rows in ledger.values() for one in rows)
+
+    async def has_committed(self) -> None:
+        """Wait for the spool's first commit, which belongs to no message: it notes what the ledger knows of it."""
+        await self.until(self._has_committed, "the commit that belongs to no message")
+
+    def _has_committed(self) -> bool:
+        url = f"http://127.0.0.1:{self.process.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            return re.search(rb"^spool_commits_total [1-9]", answer.read(), re.MULTILINE) is not None
 
     async def until(self, condition: Callable[[], bool], what: str, wait_s: float = _WAIT_S) -> None:
         """Wait for it, a minute at most."""
