@@ -148,6 +148,26 @@ async def test_last_use_is_kept_to_the_minute_and_is_no_edit(stack: ApiStack) ->
     assert first["version"] == 1
 
 
+@pytest.mark.parametrize("code", ["40001", "57014", "25006"], ids=["race-lost", "too-slow", "read-only"])
+async def test_a_key_whose_use_cannot_be_noted_is_good_all_the_same(stack: ApiStack, code: str) -> None:
+    client = await stack.make_account("acme")
+    await stack.as_superuser(
+        "CREATE FUNCTION postroad.fail() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = '{code}'; END $$"
+    )
+    await stack.as_superuser(
+        "CREATE TRIGGER fail BEFORE UPDATE OF last_use_time ON postroad.api_keys"
+        " FOR EACH ROW EXECUTE FUNCTION postroad.fail()"
+    )
+    assert (await read_account(client)).name == "accounts/acme"  # type: ignore[misc]
+    used = "SELECT last_use_time FROM postroad.api_keys WHERE account = 'acme'"
+    assert [row[0] for row in await stack.as_superuser(used)] == [None]
+
+    await stack.as_superuser("DROP TRIGGER fail ON postroad.api_keys")
+    await read_account(client)  # type: ignore[misc]
+    assert None not in [row[0] for row in await stack.as_superuser(used)]
+
+
 async def test_the_last_operators_key_cannot_go(stack: ApiStack) -> None:
     operator = stack.operator
     (key,) = (await operator.credential("ListApiKeys", service.ListApiKeysRequest())).api_keys
