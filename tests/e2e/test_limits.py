@@ -69,7 +69,7 @@ def test_a_shared_limit_is_in_the_settings_of_the_node(stack: LocalStack) -> Non
 
 def test_the_list_shows_the_defaults_and_what_is_left_of_them(stack: LocalStack) -> None:
     rows = table(stack)
-    assert any(row.startswith("default account accounts/demo 100000 messages a hour ") for row in rows), rows
+    assert any(row.startswith("default account accounts/demo 100000 messages an hour ") for row in rows), rows
     assert any(row.startswith("default credential accounts/demo/smtpCredentials/app 50000 ") for row in rows), rows
     found = stack.json("limits", "list")["limits"]
     assert [one["origin"] for one in found] == ["ORIGIN_DEFAULT"] * len(found)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from postroad.cli import problems
 from postroad.cli.connection import SmtpSettings
+from postroad.cli.limits import _rate
 from postroad.cli.main import hoist, run
 from postroad.cli.messages import event_line
 from postroad.cli.output import Column, Output, Printer, printable
@@ -24,10 +25,13 @@ from postroad.control.v1.account_pb2 import Account
 from postroad.control.v1.limit_pb2 import Limit
 from postroad.control.v1.limit_service_pb2 import GetLimitRequest
 from postroad.control.v1.message_pb2 import DELIVERY_EVENT_TYPE_SENT, DeliveryEvent
+from postroad.control.v1.node_pb2 import Node
+from postroad.control.v1.node_service_pb2 import GetNodeRequest, RevokeNodeRequest
 from postroad.inbox import Inbox
 from postroad.localstack import LocalStackError
 from postroad.sdk import (
     ErrorDetails,
+    FailedPreconditionError,
     FieldViolation,
     InvalidArgumentError,
     NotFoundError,
@@ -318,3 +322,63 @@ def test_a_limit_that_the_account_has_not_may_be_a_shared_one(capsys: pytest.Cap
 def test_connections_at_once_are_not_turned_into_a_rate_by_the_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["limits", "update", "limits/slots", "--per", "hour"]) == 2
     assert "--per" in capsys.readouterr().err
+
+
+class Nodes:
+    """The part of a client that revokes a node."""
+
+    def __init__(self) -> None:
+        self.nodes = self
+        self.revoked: list[str] = []
+
+    def GetNode(self, request: GetNodeRequest) -> Node:
+        return Node(name=request.name)
+
+    def RevokeNode(self, request: RevokeNodeRequest) -> Node:
+        self.revoked.append(request.name)
+        return Node(name=request.name, state=Node.STATE_REVOKED)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "revoked"),
+    [([], "n", False), ([], "y", True), ([], "", False), (["--yes"], "", True), (["--output", "json"], "", True)],
+)
+def test_a_node_is_revoked_when_somebody_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    answer: str,
+    *,
+    revoked: bool,
+) -> None:
+    client = Nodes()
+    monkeypatch.setattr(Session, "client", client)
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer and f"{answer}\n"))
+    assert (run(["nodes", "revoke", "mx1", *words]) == 0) is revoked
+    assert client.revoked == (["nodes/mx1"] if revoked else [])
+    assert ("Revoke nodes/mx1?" in capsys.readouterr().out) is (not words)
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [
+        ("LIMIT_SUBJECT_MISSING", problems.NOT_THERE),
+        ("PROVIDER_MISSING", problems.NOT_THERE),
+        ("NODE_POOL_MISSING", problems.NOT_THERE),
+        # Not a thing that was named.
+        ("SPOOL_MISSING", problems.FAILED),
+        ("PROVIDER_IN_USE", problems.FAILED),
+    ],
+)
+def test_what_is_named_and_missing_ends_like_what_is_asked_for_and_missing(reason: str, status: int) -> None:
+    error = FailedPreconditionError("none", ErrorDetails(grpc.StatusCode.FAILED_PRECONDITION, reason))
+    assert problems.status_of(error) == status
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1, "a second"), (3_600, "an hour"), (86_400, "a day"), (7_200, "in 2h")]
+)
+def test_a_rate_reads_as_people_say_it(seconds: int, text: str) -> None:
+    limit = Limit(unit=Limit.UNIT_MESSAGE, amount=5)
+    limit.period.seconds = seconds
+    assert _rate(limit) == f"5 messages {text}"

@@ -29,7 +29,7 @@ from postroad.control.v1.limit_pb2 import Limit, LimitState
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _DURATION = re.compile(r"(\d+)([smhd])")
-_WORDS = {1: "second", 60: "minute", 3_600: "hour", 86_400: "day"}
+_WORDS = {1: "a second", 60: "a minute", 3_600: "an hour", 86_400: "a day"}
 
 LIMIT = Kind(
     noun="Limit", collection="limits", service="limits", module=limit_service_pb2, columns=(), may_be_shared=True
@@ -188,7 +188,7 @@ def _rate(limit: Limit) -> str:
         return f"{limit.amount} {units} at once"
     seconds = limit.period.ToTimedelta().total_seconds()
     return (
-        f"{limit.amount} {units} a {_WORDS[int(seconds)]}"
+        f"{limit.amount} {units} {_WORDS[int(seconds)]}"
         if seconds in _WORDS
         else (f"{limit.amount} {units} in {_span(seconds)}")
     )
@@ -244,7 +244,7 @@ _COLUMNS = (
 
 def _period(text: str) -> Duration:
     for seconds, word in _WORDS.items():
-        if text == word:
+        if text == word.split()[1]:
             return Duration(seconds=seconds)
     match = _DURATION.fullmatch(text)
     if match is None:

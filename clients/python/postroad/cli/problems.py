@@ -7,7 +7,7 @@
     3        no server or key is configured, or a local file cannot be used
     4        the server cannot be reached, or did not answer in time
     5        the key is unknown or may not do this
-    6        there is no such thing
+    6        there is no such thing, or what was named beside it is not there
     130      interrupted by Ctrl-C
 
 With `--output json` the error is one JSON object on standard error, in the form of google.rpc.Status.
@@ -76,6 +76,9 @@ ADVICE: Mapping[str, str] = {
     "DRAINING": "Try again in a moment",
 }
 
+# What a request named beside its own resource is not there.
+_MISSING = frozenset({"LIMIT_SUBJECT_MISSING", "NODE_POOL_MISSING", "PROVIDER_MISSING"})
+
 _UNREACHABLE = "Is it running? `postroad up` starts everything on this machine; `postroad status` looks"
 
 
@@ -90,6 +93,8 @@ def status_of(error: Exception) -> int:
     if isinstance(error, UnauthenticatedError | PermissionDeniedError):
         return NOT_ALLOWED
     if isinstance(error, NotFoundError | InboxError):
+        return NOT_THERE
+    if isinstance(error, PostroadError) and error.reason in _MISSING:
         return NOT_THERE
     return FAILED
 

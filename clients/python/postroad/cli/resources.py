@@ -187,13 +187,16 @@ def _words(kind: Kind) -> str:
 
 
 def add_verb(app: typer.Typer, kind: Kind, verb: str, help_text: str) -> None:
-    """Give `app` a command for a custom verb that takes a name and returns the resource."""
+    """Give `app` a command for a verb that takes a name, returns the resource and cannot be undone; it asks first."""
 
-    def run(context: typer.Context, name: Name) -> None:
+    def run(context: typer.Context, name: Name, yes: Yes = False) -> None:
         session = session_of(context)
         fields: dict[str, Any] = {"name": kind.name(session, name)}
+        resource = fresh(session, kind, fields["name"])
+        if not yes and not session.printer.is_json:
+            typer.confirm(f"{verb} {fields['name']}?", abort=True)
         if "etag" in getattr(kind.module, f"{verb}{kind.noun}Request").DESCRIPTOR.fields_by_name:
-            fields["etag"] = fresh(session, kind, fields["name"]).etag
+            fields["etag"] = resource.etag
         show(session, kind, call(session, kind, f"{verb}{kind.noun}", **fields))
 
-    app.command(verb.lower(), help=help_text)(run)
+    app.command(verb.lower(), help=f"{help_text} Asks first unless --yes or JSON is wanted.")(run)
