@@ -2,9 +2,11 @@
 
 Contract. `admit` → `greet` → any number of `heartbeat` and `record` → `leave` is the life of a stream; the
 adapter that carries messages calls them. `scan` is what the change feed runs: it reads what is new and puts
-it into the hub. Everything raises UnavailableError while PostgreSQL is away, and the next call finds out
-what was missed; nothing of a node that was admitted is undone by that. `NotAdmittedError` tells why a node
-is not let in. After `look_anew` the next scan reads everything: what it knew may be lost since.
+it into the hub. Both judge a node's spools, and one may be overtaken by the other while it reads: a judgement
+counts only when none was made since its reading began, and is made anew otherwise. Everything raises
+UnavailableError while PostgreSQL is away, and the next call finds out what was missed; nothing of a node that
+was admitted is undone by that. `NotAdmittedError` tells why a node is not let in. After `look_anew` the next
+scan reads everything: what it knew may be lost since.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ class FleetService:
             refused = await self._repository.open_stream(slot.node_id, stream, greeting, now)
             slot.stream = stream
             slot.session.receive_hello(hello, refused)
-            self._judge_spools(slot, hello.spools, own)
+            self._hub.take_spools(slot, hello.spools)
+            self._hub.refuse_spools(slot, refused_spools(slot.spools, own))
             await self._give_commands([slot])
         else:
             slot.session.receive_hello(hello, {})
@@ -94,12 +97,13 @@ class FleetService:
                 slot.wake()
             now = self._clock()
             await self._repository.report_health(slot.node_id, slot.stream, health, now)
+            judgement_count = slot.judgement_count
             own = await self._repository.report_spools(slot.node_id, slot.believed(spools), now)
-            self._judge_spools(slot, spools, own)
-
-    def _judge_spools(self, slot: Slot, spools: Sequence[SpoolStatus], own: Sequence[SpoolOwner]) -> None:
-        self._hub.take_spools(slot, spools)
-        self._hub.refuse_spools(slot, refused_spools(slot.spools, own))
+            self._hub.take_spools(slot, spools)
+            if slot.judgement_count == judgement_count:
+                self._hub.refuse_spools(slot, refused_spools(slot.spools, own))
+            else:
+                await self._give_commands([slot])
 
     async def record(self, slot: Slot) -> None:
         """Write down how the node's configuration is, when that changed since the last call."""
@@ -186,6 +190,7 @@ class FleetService:
     async def _give_commands(self, slots: list[Slot]) -> None:
         # Before whose they are is read: what a node reports from now on may be registered after that.
         reported = {slot: slot.spools for slot in slots}
+        judgement_counts = {slot: slot.judgement_count for slot in slots}
         spools = await self._repository.list_spools([slot.node_id for slot in slots])
         commands = await self._repository.open_commands([spool.spool for spool in spools])
         by_spool: dict[str, list[SpoolCommand]] = {}
@@ -194,13 +199,18 @@ class FleetService:
         by_node: dict[str, list[SpoolOwner]] = {}
         for spool in spools:
             by_node.setdefault(spool.node_id, []).append(spool)
+        overtaken = [slot for slot in slots if slot.judgement_count != judgement_counts[slot]]
         for slot in slots:
+            if slot in overtaken:
+                continue
             own = by_node.get(slot.node_id, [])
             slot.session.commands_changed([command for one in own for command in by_spool.get(one.spool, [])])
             believed = {status.spool: status for status in slot.believed(reported[slot].values())}
             # What was reported meanwhile was judged then: nothing that is known here speaks for it.
             unseen = slot.refused_spools - believed.keys()
             self._hub.refuse_spools(slot, refused_spools(believed, own) | unseen)
+        if overtaken:
+            await self._give_commands(overtaken)
 
 
 def refused_spools(reported: Mapping[str, SpoolStatus], own: Sequence[SpoolOwner]) -> frozenset[str]:

@@ -23,6 +23,7 @@ class Slot:
 
     `spools` is what is believed of them, `refused_spools` those of which the node knows that it must not send, and
     `let_send` those that it was let send from on this stream: what it says of holding them back is older than that.
+    `judgement_count` tells who reads whose spools these are that somebody else has judged them meanwhile.
     """
 
     node_id: str
@@ -34,6 +35,7 @@ class Slot:
     spools: Mapping[str, SpoolStatus] = field(default_factory=dict)
     refused_spools: frozenset[str] = frozenset()
     let_send: frozenset[str] = frozenset()
+    judgement_count: int = 0
 
     def believed(self, spools: Iterable[SpoolStatus]) -> list[SpoolStatus]:
         """The node's words, but for those that were overtaken by ours."""
@@ -106,6 +108,7 @@ class Hub:
 
     def refuse_spools(self, slot: Slot, spools: frozenset[str]) -> None:
         """From exactly these spools of the node nothing may be sent."""
+        slot.judgement_count += 1
         for spool in spools - slot.refused_spools:
             slot.session.direct(Directive(Action.REFUSE_SPOOL, spool))
         for spool in slot.refused_spools - spools:
