@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 import asyncpg
 
 from controlplane.adapters.postgres.bundles import MOVE_DENIALS
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.session import Connection
 from controlplane.domain.messages import milliseconds_at
 from controlplane.ports_fleet import (
     Bundle,
@@ -376,7 +376,7 @@ class PostgresFleet:
         ]
 
 
-async def _begin_to_tell(connection: asyncpg.Connection[Any]) -> int:
+async def _begin_to_tell(connection: Connection) -> int:
     """The version of the denials from which on a node that has learnt of destinations has been told of all of them."""
     # While it is locked nobody else denies anything.
     version: int = await connection.fetchval("SELECT version FROM postroad.denial_state FOR UPDATE")
