@@ -402,9 +402,12 @@ class Books(Protocol):
         """Books after this account and spool, in that order."""
 
     async def list_findings(
-        self, account: str | None, before: int | None, limit: int, *, resolved: bool
+        self, account: str | None, since_id: str, before: int | None, limit: int, *, resolved: bool
     ) -> list[StoredFinding]:
-        """Findings before this number, newest first; those that are over where `resolved`."""
+        """Findings before this number, newest first; those that are over where `resolved`.
+
+        Those that name a message below `since_id` are left out.
+        """
 
 
 class Work(Protocol):

@@ -73,6 +73,15 @@ async def test_an_account_sees_its_own(acme: Client) -> None:
     assert (finding.spool, finding.HasField("resolve_time")) == (SPOOLS[2], False)
 
 
+async def test_what_is_found_of_a_former_account_s_mail_is_shown_to_operators_only(
+    stack: ApiStack, acme: Client
+) -> None:
+    await stack.as_superuser("UPDATE postroad.accounts SET messages_since = now() WHERE account = 'acme'")
+    assert not (await _call(acme, "ListBookFindings", "accounts/acme")).book_findings
+    every = (await _call(stack.operator, "ListBookFindings", "accounts/-")).book_findings
+    assert [one.name.split("/")[1] for one in every].count("acme") == 3
+
+
 @pytest.mark.parametrize("parent", ["accounts/other", "accounts/-"])
 @pytest.mark.parametrize("method", ["ListBooks", "ListBookFindings"])
 async def test_others_are_closed_to_an_account(acme: Client, parent: str, method: str) -> None:

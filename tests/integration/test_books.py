@@ -431,6 +431,26 @@ async def test_mail_of_before_the_books_is_compared_and_not_counted(plane: Plane
     assert book.agrees
 
 
+async def test_an_account_counts_nothing_of_a_former_one_that_had_its_id(plane: Plane) -> None:
+    await _waiting(plane)
+    await execute(
+        plane.database, "INSERT INTO postroad.node_pools (node_pool) VALUES ('default') ON CONFLICT DO NOTHING"
+    )
+    taken_over = "INSERT INTO postroad.accounts (account, node_pool, messages_since) VALUES ('demo', 'default', $1)"
+    await execute(plane.database, taken_over, NOW)
+
+    (book,) = (await plane.compare()).books
+
+    assert (book.ledger.entries.accepted, book.ledger.waiting.count, book.ledger.earlier) == (0, 3, 3)
+    assert book.ledger.balances
+    assert book.agrees
+
+    # From the day after on it is its own.
+    await execute(plane.database, "UPDATE postroad.accounts SET messages_since = $1", NOW - timedelta(days=1))
+    (book,) = (await plane.compare()).books
+    assert (book.ledger.entries.accepted, book.ledger.earlier, book.ledger.balances) == (3, 0, True)
+
+
 # --- what it costs
 
 

@@ -20,6 +20,7 @@ WHERE ($1::text IS NULL OR account = $1) AND (account, spool) > ($2, $3::uuid) O
 _FINDINGS = """
 SELECT * FROM postroad.book_findings
 WHERE ($1::text IS NULL OR account = $1) AND ($2::bigint IS NULL OR finding < $2) AND ($3 OR resolve_time IS NULL)
+    AND (message_id IS NULL OR message_id >= $5)
 ORDER BY finding DESC LIMIT $4
 """
 
@@ -37,10 +38,10 @@ class BooksRepository:
         return [_book(row) for row in rows]
 
     async def list_findings(
-        self, account: str | None, before: int | None, limit: int, *, resolved: bool
+        self, account: str | None, since_id: str, before: int | None, limit: int, *, resolved: bool
     ) -> list[StoredFinding]:
         """As the port says."""
-        rows = await self._session.rows("book_finding_list", _FINDINGS, account, before, resolved, limit)
+        rows = await self._session.rows("book_finding_list", _FINDINGS, account, before, resolved, limit, since_id)
         return [_finding(row) for row in rows]
 
 

@@ -39,10 +39,15 @@ _WAITING = f"""
     FROM postroad.recipients AS r CROSS JOIN LATERAL ({_MESSAGE}) AS m
     WHERE r.state < 6 AND m.spool = ANY($1::uuid[])
 """
+# What was accepted on the day on which an account took over the id of a former one, or before, may be the former one's.
+_OWN_DAYS = """
+    SELECT account, (messages_since AT TIME ZONE 'UTC')::date + 1 AS first_day
+    FROM postroad.accounts WHERE messages_since IS NOT NULL
+"""
 WAITING_TOTALS = f"""
 SELECT spool, account, recipient_index, count(*) AS count,
-    count(*) FILTER (WHERE message_id < postroad.message_id_bound($2)) AS earlier, {_PARTS}
-FROM ({_WAITING}) AS waiting GROUP BY spool, account, recipient_index
+    count(*) FILTER (WHERE message_id < postroad.message_id_bound(greatest($2, o.first_day))) AS earlier, {_PARTS}
+FROM ({_WAITING}) AS waiting LEFT JOIN ({_OWN_DAYS}) AS o USING (account) GROUP BY spool, account, recipient_index
 """
 WAITING_BY_BUCKET = f"""
 SELECT substr(digits, 30) AS bucket, recipient_index, count(*) AS count, {_PARTS}
@@ -52,10 +57,11 @@ WAITING_BY_NAME = f"""
 SELECT message_id, recipient_index FROM ({_WAITING} AND r.account = $2) AS waiting
 WHERE substr(digits, 30) = ANY($3::text[]) LIMIT {MOST_NAMES}
 """
-_ENTRIES = """
+_ENTRIES = f"""
 SELECT spool, account, sum(accepted)::bigint AS accepted, sum(sent)::bigint AS sent, sum(bounced)::bigint AS bounced,
     sum(failed)::bigint AS failed, sum(expired)::bigint AS expired, sum(cancelled)::bigint AS cancelled
-FROM postroad.book_entries WHERE spool = ANY($1::uuid[]) AND day >= $2 GROUP BY spool, account
+FROM postroad.book_entries LEFT JOIN ({_OWN_DAYS}) AS o USING (account)
+WHERE spool = ANY($1::uuid[]) AND day >= greatest($2, o.first_day) GROUP BY spool, account
 """
 # Whoever's spool it was: one that the fleet knows no more is silent, too.
 _SILENT = f"""

@@ -1,0 +1,2 @@
+DROP POLICY pl_accounts_fleet ON postroad.accounts;
+REVOKE SELECT (account, messages_since) ON postroad.accounts FROM postroad_fleet;
