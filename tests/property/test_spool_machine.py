@@ -7,7 +7,6 @@ written and not yet answered may be there whole or not at all.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 import tempfile
 import uuid
@@ -32,6 +31,7 @@ from support.spools import (
     OTHER_KEY,
     ManualClock,
     change,
+    copy_as_it_lies,
     make_envelope,
     make_row,
     open_durable,
@@ -53,15 +53,6 @@ class Message:
     rows: dict[int, RecipientRow]
     reported: bool
     sending_since: dict[int, int]
-
-
-def copy_as_it_lies(source: Path, target: Path) -> None:
-    """Copy what a crash would leave; a file that is removed meanwhile is one that was removed."""
-    (target / "content").mkdir(parents=True)
-    for path in [*source.glob("spool.db*"), source / "identity", *source.glob("content/*")]:
-        if not path.name.endswith("-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(path, target / path.relative_to(source))
 
 
 class SpoolMachine(RuleBasedStateMachine):

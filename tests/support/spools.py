@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,15 @@ async def open_durable(folder: Path, clock: Clock, **options: Any) -> SqliteSpoo
     """Open a durable spool for node-1; a failure raises unless the test says what it does."""
     options.setdefault("on_failed", fail_test)
     return await SqliteSpool.open(folder, "node-1", clock, **options)
+
+
+def copy_as_it_lies(source: Path, target: Path) -> None:
+    """Copy what a crash would leave; a file that is removed meanwhile is one that was removed."""
+    (target / "content").mkdir(parents=True)
+    for path in [*source.glob("spool.db*"), source / "identity", *source.glob("content/*")]:
+        if not path.name.endswith("-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(path, target / path.relative_to(source))
 
 
 def make_id(at_ms: int = NOW_MS) -> MessageId:
