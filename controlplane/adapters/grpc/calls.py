@@ -13,8 +13,8 @@ import asyncio
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import TypeVar
 
 from google.rpc.status_pb2 import Status
@@ -39,8 +39,6 @@ _LONG_DEADLINES_S = {
     "/google.longrunning.Operations/WaitOperation": 75.0,
     "/postroad.control.v1.SuspensionService/WaitSuspension": 75.0,
 }
-
-_TOO_SLOW = ResourceExhaustedError(Reason.READER_TOO_SLOW, "resume from the last position", retry_after_s=1)
 
 Answer = TypeVar("Answer")
 
@@ -89,20 +87,29 @@ class Calls:
             self._observe(method, ended, time.monotonic() - begun)
 
     async def stream(
-        self, method: str, metadata: Metadata, handle: Callable[[], AsyncIterator[Answer]], *, entered: bool = False
+        self,
+        method: str,
+        metadata: Metadata,
+        handle: Callable[[], AsyncGenerator[Answer, None]],
+        *,
+        entered: bool = False,
     ) -> AsyncGenerator[Answer, None]:
-        """Run a handler that answers many times; closing the iterator closes the handler's."""
+        """Run a handler that answers many times; however this ends, what the handler holds is given back first.
+
+        An error of the domain that is thrown into it ends it as one of the handler's would.
+        """
         ended = "CANCELLED"
         try:
             caller = await self._look(entered=entered)(method, metadata)
             with _as(caller):
                 answers = handle()
             admitted = time.monotonic()
-            async for answer in answers:
-                if time.monotonic() - admitted > _ADMITTED_S:
-                    await self._guard.admit(method, metadata)
-                    admitted = time.monotonic()
-                yield answer
+            async with aclosing(answers):
+                async for answer in answers:
+                    if time.monotonic() - admitted > _ADMITTED_S:
+                        await self._guard.admit(method, metadata)
+                        admitted = time.monotonic()
+                    yield answer
             ended = "OK"
         except Exception as error:
             status = self._status(method, error)
@@ -125,16 +132,19 @@ class Calls:
             self._observe(method, code_of(status).name, time.monotonic() - begun)
             raise ApiStatusError(status) from error
 
-    async def take(self, writing: Awaitable[None]) -> None:
-        """Wait until a stream's reader took an answer; ApiStatusError when that takes too long."""
+    async def take(self, answers: AsyncGenerator[Answer, None], writing: Awaitable[None]) -> None:
+        """Wait until the reader of a `stream` took an answer; when that takes too long it ends with ApiStatusError."""
         limit = asyncio.timeout(READER_S)
         try:
             async with limit:
                 await writing
-        except TimeoutError as error:
+        except TimeoutError:
             if not limit.expired():
                 raise
-            raise ApiStatusError(to_status(_TOO_SLOW, "")) from error
+            # Merely closed, it would be counted as one that its caller gave up.
+            await answers.athrow(
+                ResourceExhaustedError(Reason.READER_TOO_SLOW, "resume from the last position", retry_after_s=1)
+            )
 
     def _look(self, *, entered: bool) -> Callable[[str, Metadata], Awaitable[Caller | None]]:
         return self._guard.admit if entered else self._guard.enter

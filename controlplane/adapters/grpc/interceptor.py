@@ -75,7 +75,7 @@ class ApiInterceptor(grpc.aio.ServerInterceptor):
                 # However it ends, what the handler holds is given back now.
                 async with aclosing(answers):
                     async for answer in answers:
-                        await self._calls.take(context.write(answer))
+                        await self._calls.take(answers, context.write(answer))
             except ApiStatusError as error:
                 await _abort(context, error)
 

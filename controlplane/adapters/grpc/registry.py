@@ -75,6 +75,6 @@ class ApiRegistry:
         """Raise ApiStatusError when the key does not open the method; the `call` that follows is `entered`."""
         await self._calls.enter(full_name, metadata)
 
-    async def take(self, writing: Awaitable[None]) -> None:
-        """Wait until the reader of a stream took an answer; ApiStatusError when that takes too long."""
-        await self._calls.take(writing)
+    async def take(self, answers: AsyncGenerator[Message, None], writing: Awaitable[None]) -> None:
+        """Wait until the reader of a stream took an answer; when that takes too long it ends with ApiStatusError."""
+        await self._calls.take(answers, writing)

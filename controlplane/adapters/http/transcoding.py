@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -114,7 +114,9 @@ def add_json_api(
     app.router.add_route("*", "/api/v1/{path:(?s:.*)}", call)
 
 
-async def _stream(request: web.Request, registry: ApiRegistry, answers: AsyncIterator[Message]) -> web.StreamResponse:
+async def _stream(
+    request: web.Request, registry: ApiRegistry, answers: AsyncGenerator[Message, None]
+) -> web.StreamResponse:
     """Lines as they come. A refusal is an error of its own; who is not refused hears so after a moment of silence."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
     waiting = asyncio.ensure_future(anext(answers, None))
@@ -125,7 +127,7 @@ async def _stream(request: web.Request, registry: ApiRegistry, answers: AsyncIte
         await response.prepare(request)
         while (answer := await waiting) is not None:
             try:
-                await registry.take(response.write(_to_json(answer) + b"\n"))
+                await registry.take(answers, response.write(_to_json(answer) + b"\n"))
             except ApiStatusError:
                 # Who reads nothing would not read why, either.
                 return _cut(request, response)
