@@ -11,8 +11,8 @@ settlement, by `_conclude` or `_put_back`. How targets are chosen:
     lost before the dot, or cannot take it      the next one; if none is left: the verdict
     none left, all of them unknown              deferred, never failed
 
-Denials are looked at once more before the first byte of MAIL: recipients whose destination is denied by then step aside,
-and the rest of the attempt goes on. So is the lease of REPLICATED mail, which is looked at again before the dot.
+Denials are looked at once more before the first byte of MAIL: recipients whose destination is denied by then step
+aside, and the rest of the attempt goes on. So is the lease of REPLICATED mail, which is looked at again before the dot.
 """
 
 from __future__ import annotations

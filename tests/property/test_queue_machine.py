@@ -278,9 +278,10 @@ class QueueMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: int) -> None:
         self.clock.advance(seconds)
 
-    @rule()
-    def end_held_mail(self) -> None:
-        """What is held ends with its lifetime, though no attempt of it fails."""
+    @rule(outlived=st.booleans())
+    def end_held_mail(self, *, outlived: bool) -> None:
+        """What is held ends with its lifetime, though no attempt of it fails; nothing else ends by it."""
+        self.clock.advance(POLICY.lifetime_s if outlived else 0)
         keeper = HeldMail(self.spool, self.encode, self.moment, lambda _: POLICY, DeliveryCounters(), Log())
         self.run(keeper.look())
         for message_id in [one for one in self.model if self.is_over(one)]:

@@ -1,0 +1,1 @@
+REVOKE SELECT (messages_since) ON postroad.accounts FROM postroad_fleet;
