@@ -46,6 +46,7 @@ from dataplane.ports import Clock, ConfigView, EventLog, Settlement
 UNREACHABLE = Verdict(VerdictKind.TEMPORARY, 0, "4.4.7", "no target could be reached within the lifetime")
 _NO_TARGET = Verdict(VerdictKind.TEMPORARY, 0, "4.3.5", "no target of the rule is known here")
 GIVEN_BACK_MS = 30_000
+DENIED_DELAY_MS = 300_000
 _NEXT_TARGET = (VerdictKind.INTERRUPTED, VerdictKind.REFUSED)
 _DEFAULT_RETRY = RetryPolicy()
 
@@ -295,13 +296,12 @@ class Dispatcher:
     def _part(self, attempt: Attempt, denials: Denials, wall_ms: int) -> bool:
         """Take recipients whose destination is denied out of the attempt; False when none is left of it."""
         waiting, others = part_denied(denials, attempt.account, attempt.rows, wall_ms)
-        if not others:
-            self.put_back(attempt)
-            return False
         if waiting:
             attempt.rows = tuple(others)
-            self.put_back_rows(attempt.message, waiting)
-        return True
+            self.step_aside(attempt.message, waiting)
+        if not others:
+            self._release(attempt)
+        return bool(others)
 
     def put_back(self, attempt: Attempt) -> None:
         """Return the recipients to the queue: this was no attempt."""
@@ -313,8 +313,20 @@ class Dispatcher:
 
     def put_back_rows(self, message: Message, rows: Sequence[RecipientRow]) -> None:
         """The same for recipients that no attempt was made for."""
+        self._put_back(rows, self._returned(message, rows))
+
+    def step_aside(self, message: Message, rows: Sequence[RecipientRow]) -> None:
+        """The same for recipients whose destination is denied; the rest of their account's mail goes on."""
+        moment = self._moment()
+        if message.envelope.epoch:
+            settlement = self._concluder.give_back(message, rows, moment.wall_ms + DENIED_DELAY_MS, moment)
+        else:
+            # When its turn comes it is looked at, and remembered.
+            settlement = put_back(message, rows, moment.steady_ms)
+        self._put_back(rows, settlement)
+
+    def _put_back(self, rows: Sequence[RecipientRow], settlement: Settlement) -> None:
         self._counters.put_back += len(rows)
-        settlement = self._returned(message, rows)
         queue_keys = {row.queue_key for row in rows}
 
         def requeued(_: int) -> None:

@@ -31,7 +31,7 @@ from dataplane.core.transaction import Verdict, VerdictKind
 from dataplane.delivery.attempt import Message
 from dataplane.delivery.counters import DeliveryCounters
 from dataplane.delivery.deadlines import Deadlines
-from dataplane.delivery.dispatch import UNREACHABLE, Dispatcher, Follower, Tools
+from dataplane.delivery.dispatch import DENIED_DELAY_MS, UNREACHABLE, Dispatcher, Follower, Tools
 from dataplane.delivery.held import HeldMail
 from dataplane.delivery.limits import DeliveryLimits
 from dataplane.delivery.outcome import Concluder, Moment, claim, claimed, released
@@ -66,7 +66,6 @@ UNROUTED_ROOM = 32  # messages under way of next hops that are unknown: they are
 AHEAD = 16  # messages under way for a next hop beside those that have a connection, so that none of these idles
 REFILL = 8  # places that are free before they are filled: many claims to a commit
 LOOK_AGAIN_MS = 60_000
-DENIED_DELAY_MS = 300_000
 DENIED_LIMIT = 10_000  # recipients remembered; more of them are looked at again when they are due
 SETTLE_GRACE_S = 5.0
 
@@ -305,7 +304,7 @@ class DeliveryEngine:
             self._dispatcher.begin(message, group, plan)
         self._reporter.watch(message)
         if plan.waiting:
-            self._dispatcher.put_back_rows(message, plan.waiting)
+            self._dispatcher.step_aside(message, plan.waiting)
 
     def queued(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> None:
         """Record a message that was committed as `queued` soon, and read it back when its turn comes.

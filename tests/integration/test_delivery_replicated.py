@@ -11,6 +11,7 @@ import pytest
 from dataplane.core.config import Denials
 from dataplane.core.envelope import RecipientRow
 from dataplane.core.queue import State
+from dataplane.delivery.dispatch import DENIED_DELAY_MS
 from dataplane.delivery.engine import AHEAD_BYTES
 from support.delivery import ACCOUNT, KEY_A, A, Config, delivery_bench
 from support.next_hop import STALL, Behaviour, next_hop
@@ -145,6 +146,19 @@ async def test_whose_mail_was_given_back_is_told_once() -> None:
         await bench.submit(envelope=bench.envelope(epoch=7))
         await bench.until(lambda: len(bench.updates) == 1)
         assert (bench.engine.take_given_back(), bench.engine.take_given_back()) == ({ACCOUNT}, set())
+
+
+async def test_mail_for_a_denied_destination_waits_in_postgresql_and_keeps_no_other_back() -> None:
+    async with next_hop() as hop, delivery_bench(config=routed(hop.port), holds=Lease()) as bench:
+        bench.config.denials = Denials(1, destinations={"destinations/example.net": 0})
+        await bench.submit("a@example.net", "b@example.org", envelope=bench.envelope(epoch=7))
+        await bench.until(lambda: len(bench.updates) == 2)
+        waits, sent = sorted(bench.updates, key=lambda update: update.index)
+        assert (waits.state, waits.attempt, sent.state) == (State.QUEUED, 0, State.SENT)
+        assert waits.next_attempt_ms == bench.clock.wall_ms() + DENIED_DELAY_MS
+        assert [taken.recipients for taken in hop.messages] == [["b@example.org"]]
+        assert bench.engine.take_given_back() == set()
+        assert await bench.spool.keys() == []
 
 
 async def test_the_end_of_a_lease_cuts_what_waits_for_a_reply_before_the_dot() -> None:
