@@ -220,13 +220,16 @@ class LinkedQueue:
             sent_s = self._boot_s()
             self._renew_now.clear()
             wait_s = RENEW_S
+            epoch = self._lease.epoch
             try:
-                request = pb.RenewLeaseRequest(spool=self._spool.identity.spool, epoch=self._lease.epoch)
+                request = pb.RenewLeaseRequest(spool=self._spool.identity.spool, epoch=epoch)
                 response = await self.call(QueueMethod.RENEW_LEASE, request, pb.RenewLeaseResponse, RENEW_TIMEOUT_S)
             except QueueError:
                 wait_s = RENEW_AGAIN_S
             else:
-                self._renewed(response.epoch, response.duration.ToMilliseconds() / 1000, sent_s)
+                # A lease that was given up meanwhile must not come back: `_renew_now` is set, and another one is begun.
+                if epoch == self._lease.epoch:
+                    self._renewed(response.epoch, response.duration.ToMilliseconds() / 1000, sent_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, wait_s - (self._boot_s() - sent_s))):
                     await self._renew_now.wait()

@@ -285,6 +285,20 @@ async def test_a_content_in_chunks_comes_back_whole(holder: Holder) -> None:
     assert first.data + rest.data == b"".join(chunks)
 
 
+async def test_a_claim_is_bounded_by_the_bytes_of_all_that_it_gives(holder: Holder) -> None:
+    large = [queued(message_id(), sending=False, size_bytes=600) for _ in range(3)]
+    await holder.store_all(large)
+    given = []
+    for _ in large:
+        _, claimed = await holder.claim(max_bytes=1_000)
+        given += [(len(claimed), one.content is not None) for one in claimed]
+    assert given == [(1, True)] * 3
+    # One comes in any case, and its content is to be fetched.
+    await holder.store_all([queued(message_id(), sending=False, size_bytes=2_000) for _ in range(2)])
+    _, claimed = await holder.claim(max_bytes=1_000)
+    assert [one.content for one in claimed] == [None]
+
+
 async def test_a_flood_leaves_room_for_others_in_a_claim(holder: Holder, migrated_database: Database) -> None:
     await add_account(migrated_database, "small")
     await holder.store_all([queued(message_id(), sending=False) for _ in range(100)])

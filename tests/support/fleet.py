@@ -103,7 +103,7 @@ def accepted(
         message_id=raw_id,
         account=account,
         accepted=AcceptedMessage(
-            accept_time_ms=at_ms, sender="from@example.com", size_bytes=100, recipients=addresses, **more
+            accept_time_ms=at_ms, sender="from@example.com", recipients=addresses, **{"size_bytes": 100, **more}
         ),
     )
     if state:

@@ -61,16 +61,17 @@ class Holder:
         now: datetime | None = None,
         adopt: bool = True,
         left_out: tuple[str, ...] = (),
+        max_bytes: int = 1_000_000,
     ) -> tuple[str, list[Claimed]]:
         """Claim so many; `after_s` seconds later by the database's clock."""
         claim_id = str(uuid.uuid4())
         moment = now or (NOW + timedelta(seconds=after_s) if after_s else None)
-        wish = ClaimWish(self.spool, self.epoch, claim_id, count, 1_000_000, left_out)
+        wish = ClaimWish(self.spool, self.epoch, claim_id, count, max_bytes, left_out)
         return claim_id, await self.queue.claim(self.node, self.pool, wish, moment, adopt=adopt)
 
     async def take(self, lot: int, count: int) -> list[Claimed]:
         """Claim so many with a claim's id of one's own choice, which decides what account comes first."""
-        wish = ClaimWish(self.spool, self.epoch, str(uuid.UUID(int=lot)), count, 0)
+        wish = ClaimWish(self.spool, self.epoch, str(uuid.UUID(int=lot)), count, 1_000_000)
         return await self.queue.claim(self.node, self.pool, wish, None, adopt=False)
 
     async def confirm(self, claim_id: str, claimed: Sequence[Claimed]) -> list[bytes]:

@@ -219,7 +219,8 @@ class PostgresQueue:
             clock = now or await connection.fetchval("SELECT transaction_timestamp()")
             await _check_lease(connection, node_id, wish.spool, wish.epoch)
             lot = UUID(wish.claim_id).int & _LOTS
-            found = await connection.fetch(CLAIM, pool, clock, wish.max_messages, lot, wish.left_out)
+            due = await connection.fetch(CLAIM, pool, clock, wish.max_messages, lot, wish.left_out)
+            found = _within(due, wish.max_bytes)
             message_ids = [row["message_id"] for row in found]
             if not message_ids:
                 return []
@@ -316,8 +317,19 @@ async def _insert(connection: Connection, rows: RecordRows, messages: Sequence[Q
     await connection.execute(_INSERT_CONTENTS, *columns(contents, 2))
 
 
+def _within(due: Sequence[asyncpg.Record], max_bytes: int) -> list[asyncpg.Record]:
+    """As many of these messages, in order, as fit; one in any case."""
+    found: list[asyncpg.Record] = []
+    for row in due:
+        max_bytes -= row["size_bytes"]
+        if found and max_bytes < 0:
+            break
+        found.append(row)
+    return found
+
+
 async def _contents(connection: Connection, found: Iterable[Any], max_bytes: int) -> dict[UUID, bytes]:
-    """Contents of as many of these messages, in order, as fit."""
+    """Contents of these messages, without one that is too large to come along."""
     wanted: list[UUID] = []
     for row in found:
         max_bytes -= row["size_bytes"]

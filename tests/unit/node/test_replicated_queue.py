@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dataplane.adapters import replicated_queue
 from dataplane.adapters.ledger_codec import encode_record
 from dataplane.adapters.replicated_queue import REST_S, STRANGE_S, LinkedQueue
 from dataplane.adapters.spool_ram import RamSpool
@@ -35,6 +36,7 @@ class Peer:
     def __init__(self) -> None:
         self.queue: LinkedQueue
         self.calls: list[tuple[QueueMethod, Any]] = []
+        self.unanswered: list[QueueCall] = []
         self.answers: dict[QueueMethod, Callable[[Any], Any]] = {
             QueueMethod.RENEW_LEASE: lambda _: lease(7),
             QueueMethod.STORE_MESSAGES: lambda _: pb.StoreMessagesResponse(),
@@ -48,7 +50,9 @@ class Peer:
         request = _REQUESTS[message.method].FromString(message.payload)
         self.calls.append((message.method, request))
         answer = self.answers[message.method](request)
-        if answer is not None:
+        if answer is None:
+            self.unanswered.append(message)
+        else:
             status, payload = (answer, b"no") if isinstance(answer, int) else (0, answer.SerializeToString())
             loop = asyncio.get_running_loop()
             loop.call_soon(self.queue.answered, QueueAnswer(message.number, status, payload))
@@ -202,6 +206,25 @@ async def test_a_store_that_failed_is_an_error_and_one_without_answer_ends_the_l
     if given_up:
         await settled()
         assert bench.queue.epoch == 8
+
+
+async def test_a_lease_that_was_given_up_does_not_come_back_with_a_late_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(RamSpool(Clock()))
+    answers = iter([lease(7), None, lease(8)])
+    monkeypatch.setattr(replicated_queue, "RENEW_S", 0.0)
+    bench.peer.answers[QueueMethod.RENEW_LEASE] = lambda _: next(answers, None)
+    bench.peer.answers[QueueMethod.STORE_MESSAGES] = lambda _: UNAVAILABLE
+    await bench.live()
+    (renewal,) = bench.peer.unanswered
+    with pytest.raises(SpoolError):
+        await bench.queue.accept(bench.envelope(), b"hello\r\n", [row()])
+    bench.queue.answered(QueueAnswer(renewal.number, 0, lease(7).SerializeToString()))
+    await settled()
+    asked = [request.epoch for request in bench.peer.asked(QueueMethod.RENEW_LEASE)]
+    assert asked[:3] == [0, 7, 0]
+    assert bench.queue.epoch == 8
+    for task in bench.tasks:
+        task.cancel()
 
 
 async def test_one_bad_message_keeps_no_other_from_being_stored(bench: Bench) -> None:

@@ -273,8 +273,8 @@ class ClaimMessagesRequest(_message.Message):
     max_messages: _builtins.int
     """At most so many messages, 1 to 1,000."""
     max_bytes: _builtins.int
-    """Contents come along up to so many bytes, at most 8 MiB; the others are
-    fetched.
+    """Messages of so many bytes of content in all are given, at most 8 MiB, and one
+    in any case: when its content is larger it does not come along and is fetched.
     """
     @_builtins.property
     def left_out_accounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
