@@ -1,8 +1,9 @@
 """The replicated queue as nodes use it: who may, how much at once, and when mail of lost nodes is given to others.
 
 Contract. Everything passes to the store but this: what an ended lease held is given away only after this process has
-had answers of PostgreSQL for ADOPT_AFTER_S without a break. When control plane or database come back, all leases have
-ended, and nodes that live and know what became of their mail get that time to say so. LeaseLostError,
+had answers of PostgreSQL for ADOPT_AFTER_S without a break, which is an error or SILENT_S in which nobody was answered
+(nodes ask more often; a process that stood still does not notice otherwise). When control plane or database come back,
+all leases have ended, and nodes that live and know what became of their mail get that time to say so. LeaseLostError,
 SpoolOwnershipError, BadQueueRequestError and UnavailableError pass.
 """
 
@@ -25,6 +26,7 @@ from controlplane.ports_fleet import (
 )
 
 ADOPT_AFTER_S = 8.0
+SILENT_S = 6.0
 MAX_MESSAGES = 1_000
 MAX_BYTES = 8 * 1024 * 1024
 MAX_CHUNK_BYTES = 1024 * 1024
@@ -37,7 +39,7 @@ class QueueService:
         self._store = store
         self._clock = clock
         self._monotonic = monotonic
-        self._answered_since: float | None = None
+        self._answered_since_s = self._answered_s = float("-inf")
 
     async def renew(self, node_id: str, spool: str, epoch: int) -> Lease:
         """Renew or begin a spool's lease."""
@@ -64,8 +66,8 @@ class QueueService:
         """Claim what is due."""
         if not 0 < wish.max_messages <= MAX_MESSAGES or not 0 <= wish.max_bytes <= MAX_BYTES:
             raise BadQueueRequestError(f"1 to {MAX_MESSAGES} messages of at most {MAX_BYTES} bytes")
-        since = self._answered_since
-        adopt = since is not None and self._monotonic() - since >= ADOPT_AFTER_S
+        now_s = self._monotonic()
+        adopt = now_s - self._answered_s <= SILENT_S and now_s - self._answered_since_s >= ADOPT_AFTER_S
         with self._watched():
             return await self._store.claim(node_id, pool, wish, None, adopt=adopt)
 
@@ -90,7 +92,9 @@ class QueueService:
         try:
             yield
         except UnavailableError:
-            self._answered_since = None
+            self._answered_s = float("-inf")
             raise
-        if self._answered_since is None:
-            self._answered_since = self._monotonic()
+        now_s = self._monotonic()
+        if now_s - self._answered_s > SILENT_S:
+            self._answered_since_s = now_s
+        self._answered_s = now_s

@@ -242,6 +242,17 @@ async def test_a_lease_that_lives_is_renewed_and_one_that_ended_stores_nothing(
     assert await fetch(migrated_database, "SELECT 1 FROM postroad.messages") == []
 
 
+async def test_mail_of_an_account_that_is_gone_is_told_apart_from_that_of_others(
+    holder: Holder, migrated_database: Database
+) -> None:
+    await add_account(migrated_database, "gone")
+    await execute(migrated_database, "DELETE FROM postroad.accounts WHERE account = 'gone'")
+    # What the node takes for a reason to ask for each message alone.
+    with pytest.raises(BadQueueRequestError):
+        await holder.store_all([queued(message_id(), account="gone"), queued(message_id())])
+    await holder.store_all([queued(message_id())])
+
+
 async def test_a_refused_spool_gets_no_lease(holder: Holder, migrated_database: Database) -> None:
     await execute(migrated_database, "UPDATE postroad.spools SET accepted = false")
     with pytest.raises(LeaseLostError):

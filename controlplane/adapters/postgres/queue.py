@@ -190,7 +190,8 @@ class PostgresQueue:
             await _check_lease(connection, node_id, spool, epoch)
             accounts = list({row[1] for row in rows.messages})
             if await connection.fetchval(_OF_POOL, accounts, pool) < len(accounts):
-                raise LeaseLostError("an account is not of the node's pool")
+                # Of several messages the node asks again one by one, so that others' mail is stored.
+                raise BadQueueRequestError("an account is not of the node's pool, or gone")
             try:
                 repeated = await _find_repeated(connection, rows)
                 if repeated:
