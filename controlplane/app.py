@@ -49,6 +49,7 @@ from controlplane.adapters.postgres.database import PostgresDatabase, open_api_p
 from controlplane.adapters.postgres.feed import ChangeFeed
 from controlplane.adapters.postgres.fleet import PostgresFleet
 from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase, open_pool
+from controlplane.adapters.postgres.handovers import PostgresHandovers
 from controlplane.adapters.postgres.leader import PostgresJobs, PostgresLeadership
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.migrate import load_migrations, schema_problems
@@ -68,6 +69,7 @@ from controlplane.ports_fleet import Duplicate
 from controlplane.services.auditing import Auditor
 from controlplane.services.compile import POOL_KEY_PLACE
 from controlplane.services.enrollment import EnrollmentService
+from controlplane.services.handovers import Handovers
 from controlplane.services.ingest import IngestService
 from controlplane.services.limit_states import NoLiveLimits
 from controlplane.services.queue import QueueService
@@ -278,6 +280,15 @@ class _ControlPlane:
             self._fleet_repository, self._hub, _now, f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
         )
 
+        self._handovers = Handovers(
+            PostgresHandovers(self._fleet_database),
+            _now,
+            ended=lambda node: self._log.info("node.drained", node=node),
+            given=self._given,
+            counted=self._metrics.handovers_counted,
+            failed=lambda error: self._log.warning("handover.failed", error=f"{type(error).__name__}: {error}"),
+        )
+
     def _open_redis(self, stack: AsyncExitStack, what: str) -> RedisFunctions | None:
         url = self._settings.redis.url
         if url is None:
@@ -335,7 +346,13 @@ class _ControlPlane:
             report=self._job_failed,
             leading=self._leading,
         )
-        work = {"feed": feed.run(), "signal": self._signal.run(), "leader": leader.run(), "sampler": self._sample()}
+        work = {
+            "feed": feed.run(),
+            "signal": self._signal.run(),
+            "leader": leader.run(),
+            "handovers": self._handovers.run(),
+            "sampler": self._sample(),
+        }
         return [group.create_task(one, name=name) for name, one in work.items()]
 
     async def start_servers(self) -> tuple[int, int]:
@@ -368,7 +385,12 @@ class _ControlPlane:
             concluded=self._compared,
         )
         self._ledger = NodeLedgerServicer(
-            IngestService(store, _now, self._metrics.records_ingested), auditor, self._fleet, _now, self._note
+            IngestService(store, _now, self._metrics.records_ingested),
+            auditor,
+            self._handovers,
+            self._fleet,
+            _now,
+            self._note,
         )
         self._nodes.add_generic_rpc_handlers((self._config.handler(),))
         ledger_service_pb2_grpc.add_LedgerServiceServicer_to_server(self._ledger, self._nodes)
@@ -446,6 +468,10 @@ class _ControlPlane:
 
     def _note_reject(self, spool: str, reason: str, detail: str) -> None:
         self._log.warning("ledger.rejected", spool=spool, reason=reason, detail=detail)
+
+    def _given(self, node: str, spool: str, count: int) -> None:
+        self._metrics.handed_over(count)
+        self._log.info("handover.given", node=node, spool=spool, count=count)
 
     def _not_compared(self, spool: str, reason: str) -> None:
         self._log.warning("audit.not_compared", spool=spool, reason=reason)

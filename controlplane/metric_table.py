@@ -40,6 +40,11 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("audit_age_seconds", "gauge", "Since a spool was last compared; told by the leader", ("spool",)),
     MetricSpec("ledger_duplicates_total", "counter", "Messages that two spools stored under one Idempotency-Key"),
     MetricSpec("replicated_queue_changes_total", "counter", "What became of mail in the replicated queue", ("change",)),
+    MetricSpec(
+        "handover_given_total", "counter", "Messages of draining nodes that were given to a spool, again included"
+    ),
+    MetricSpec("handover_waiting", "gauge", "Messages that their node gave up and no other one has yet"),
+    MetricSpec("handover_oldest_age_seconds", "gauge", "Since the first of them was given up; 0 for none"),
     MetricSpec("leader", "gauge", "1 while this process runs the jobs"),
     MetricSpec("job_errors_total", "counter", "Runs of jobs that failed", ("job",)),
     MetricSpec("tls_cert_expiry_days", "gauge", "Days until the first certificate of this process ends"),

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 from controlplane.domain.access import EVERY_ACCOUNT, Caller
 from controlplane.domain.books import Book, StoredFinding
+from controlplane.domain.drains import Drain
 from controlplane.domain.etags import Etag
 from controlplane.domain.limits import Limit, Look
 from controlplane.domain.messages import Command, CommandOrder, Event, Message, MessageQuery, Position
@@ -278,6 +279,21 @@ class Nodes(Protocol):
 
     async def move_spool(self, spool: str, node: str) -> None:
         """Make it the node's; nodes hear of it."""
+
+    async def has_taker(self, node: Node) -> bool:
+        """Whether another node of the pool is connected that takes mail."""
+
+    async def has_mail(self, node: str) -> bool:
+        """Whether mail waits in the node's spools, as far as the ledger knows."""
+
+    async def start_drain(self, node: str) -> str:
+        """Tell it to drain; returns the id of the drain."""
+
+    async def end_drain(self, node: str) -> None:
+        """Let it take mail again; a drain that was not over has ended with that."""
+
+    async def get_drain(self, drain: str) -> Drain:
+        """With what has become of it. NotFoundError."""
 
     async def get_pool(self, node_pool: str) -> NodePool:
         """NotFoundError."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from enum import IntEnum
 from typing import NamedTuple, Protocol
+from uuid import UUID
 
 from controlplane.domain.books import Comparison, Finding, FindingKind, LedgerSide
 from dataplane.core.waiting import Tally, Waiting
@@ -173,13 +174,14 @@ class NodeState(IntEnum):
 
 
 class NodeRecord(NamedTuple):
-    """What the node port must know of a node. `stream` is the newest stream's id, empty for none."""
+    """What the node port must know of a node. `stream` is the newest one's id, empty for none; `drains`: it shall."""
 
     node_id: str
     pool: str
     state: NodeState
     certificate_serial: str
     stream: str
+    drains: bool = False
 
 
 class NodeHello(NamedTuple):
@@ -191,13 +193,15 @@ class NodeHello(NamedTuple):
 
 
 class NodeHealth(NamedTuple):
-    """What a node says of itself with each heartbeat."""
+    """What a node says of itself with each heartbeat; see postroad.node.v1.StatusReport."""
 
     digest: bytes
     draining: bool
     queue_depth: int
     oldest_age_s: float
     clock_skew_s: float
+    told_to_drain: bool = False
+    closed: bool = False
 
 
 class CertificateRecord(NamedTuple):
@@ -624,4 +628,53 @@ class QueueStore(Protocol):
         self, node_id: str, spool: str, epoch: int, claim_id: str, message_ids: Sequence[bytes]
     ) -> list[bytes]:
         """Begin to send what was claimed; returns which of it is still the lease's."""
+        ...
+
+
+# --- hand-over -----------------------------------------------------------------------------------------------------
+
+NO_SPOOL = UUID(int=0)
+"""Stands in `messages` and `commands` for the spool of mail that nobody has."""
+
+
+class Handover(NamedTuple):
+    """A message on its way to a spool; `what` is a serialised postroad.node.v1.HandedOver."""
+
+    message_id: bytes
+    account: str
+    what: bytes
+    content_bytes: int
+
+
+class HandoverCounts(NamedTuple):
+    """Messages that nobody has, and how long the first of them has been waiting."""
+
+    message_count: int
+    oldest_age_s: float
+
+
+class HandoverStore(Protocol):
+    """Mail that one spool gave up and no other one has yet."""
+
+    async def invited(self, spools: Sequence[str]) -> list[str]:
+        """Which of these spools may take something."""
+        ...
+
+    async def take(self, node_id: str, spool: str, after_record: int) -> list[Handover]:
+        """What is the spool's from now on, or was before and is not in its records up to `after_record`.
+
+        Nothing for a spool of another node, a refused one, and one of which that record is not stored.
+        """
+        ...
+
+    async def piece(self, message_id: bytes, piece: int) -> bytes | None:
+        """A piece of the content; None when there is none, or no more."""
+        ...
+
+    async def end_drains(self, now: datetime) -> list[str]:
+        """End the drains of nodes on which nothing waits, and all of whose mail has a new owner; returns whose."""
+        ...
+
+    async def sweep(self, now: datetime) -> HandoverCounts:
+        """Remove pieces of contents that nobody waits for, and count what is between two spools."""
         ...

@@ -30,7 +30,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from controlplane.domain.books import FindingKind
 from controlplane.metric_table import HTTP_VERBS, METRICS, MetricSpec
-from controlplane.ports_fleet import BookHealth
+from controlplane.ports_fleet import BookHealth, HandoverCounts
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -166,6 +166,15 @@ class Metrics:
         self._gauges["audit_age_seconds"].clear()
         for spool, age_s in health.ages_s.items():
             self._gauges["audit_age_seconds"].labels(spool).set(age_s)
+
+    def handed_over(self, count: int) -> None:
+        """So many messages were given to a spool."""
+        self._counters["handover_given_total"].inc(count)
+
+    def handovers_counted(self, counts: HandoverCounts) -> None:
+        """How much mail nobody has."""
+        self._gauges["handover_waiting"].set(counts.message_count)
+        self._gauges["handover_oldest_age_seconds"].set(counts.oldest_age_s)
 
     def duplicate_found(self) -> None:
         """Two spools stored messages with one Idempotency-Key."""

@@ -88,8 +88,8 @@ class CommandRunner:
         self._spools = spools
         self._tools = tools
         self._results: OrderedDict[str, CommandResult] = OrderedDict()
-        # Two commands must not change one message at once.
-        self._turn = asyncio.Lock()
+        # Two commands must not change one message at once, and neither must a command and a hand-over.
+        self.turn = asyncio.Lock()
 
     async def run(self, command: RunCommand) -> None:
         """Do it and write its result. SpoolError leaves it undone, or partly done, to be asked for again.
@@ -134,11 +134,11 @@ class CommandRunner:
         return await self._change_last(run, MessageId(last))
 
     async def _change_batch(self, run: _Run, message_ids: list[MessageId]) -> None:
-        async with self._turn:
+        async with self.turn:
             await run.change_all(message_ids)
 
     async def _change_last(self, run: _Run, message_id: MessageId) -> CommandResult:
-        async with self._turn:
+        async with self.turn:
             return await run.change_last(message_id)
 
     async def _walk(self, spool: Spool, run: _Run, wanted: Filter) -> CommandResult:

@@ -1,14 +1,15 @@
 """What the agent and the workers of a node say to each other over `run/agent.sock`.
 
 A frame is a length (4 bytes, big endian, of what follows), a type (1 byte) and a payload: JSON for the rare
-messages, packed bytes for ledger records, which nobody on the way looks into. `FrameDecoder` and `encode`
+messages, packed bytes for ledger records and mail, which nobody on the way looks into. `FrameDecoder` and `encode`
 know no socket; `LinkProtocol` carries them over one. The worker calls, the agent listens; the socket's folder
 is closed to other users.
 
     worker -> agent     WorkerHello first, then ConfigApplied, DenialsApplied, LedgerRecords, LedgerStatement,
-                        QueueCall, WorkerStatus
-    agent -> worker     ConfigChanged, DenialsChanged, ContactTime, LedgerPull, LedgerPause, LedgerCursor,
-                        LedgerQuestion, QueueAnswer, RunCommand, SpoolVerdict, StatusRequest
+                        LedgerTake, QueueCall, WorkerStatus
+    agent -> worker     ConfigChanged, DenialsChanged, ContactTime, DrainNode, LedgerPull, LedgerPause, LedgerCursor,
+                        LedgerQuestion, LedgerInvitation, LedgerHandover, QueueAnswer, RunCommand, SpoolVerdict,
+                        StatusRequest
 
 Records are pulled: a worker sends one LedgerRecords for each LedgerPull, as soon as there is a record behind
 `after`, so that what the agent holds is bounded by what it asked for. Nothing here is durable: a side that
@@ -30,6 +31,8 @@ from dataplane.core.ids import MessageId
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 SOCKET_PATH = "run/agent.sock"
+UNASKED = 0
+"""Number of a status that nobody has asked for; requests count from 1."""
 
 _LENGTH = struct.Struct(">I")
 _RECORDS_HEAD = struct.Struct(">36sqqI")
@@ -147,6 +150,32 @@ class LedgerStatement(NamedTuple):
     statement: bytes
 
 
+class LedgerInvitation(NamedTuple):
+    """Mail waits that this spool may take over: answer with a LedgerTake when it can."""
+
+    spool: str
+
+
+class LedgerTake(NamedTuple):
+    """A spool takes mail over; the fields are those of postroad.node.v1.LedgerTake."""
+
+    spool: str
+    number: int
+    after_record: int
+
+
+class LedgerHandover(NamedTuple):
+    """A serialised postroad.node.v1.LedgerHandover."""
+
+    part: bytes
+
+
+class DrainNode(NamedTuple):
+    """Whether to take no mail and to hand over what waits."""
+
+    wanted: bool
+
+
 class RunCommand(NamedTuple):
     """A command for a spool; its result goes by the ledger. `verb` is the number in postroad.node.v1.
 
@@ -216,7 +245,7 @@ class Sample(NamedTuple):
 
 
 class WorkerStatus(NamedTuple):
-    """How a worker is now."""
+    """How a worker is now; `closed`: it was told to drain, and no session is left."""
 
     number: int
     draining: bool
@@ -224,6 +253,7 @@ class WorkerStatus(NamedTuple):
     oldest_accepted_ms: int
     spools: tuple[SpoolState, ...]
     samples: tuple[Sample, ...]
+    closed: bool = False
 
 
 Message: TypeAlias = (
@@ -241,6 +271,10 @@ Message: TypeAlias = (
     | LedgerStatement
     | QueueCall
     | QueueAnswer
+    | LedgerInvitation
+    | LedgerTake
+    | LedgerHandover
+    | DrainNode
     | RunCommand
     | SpoolVerdict
     | StatusRequest
@@ -276,12 +310,12 @@ def _read_question(fields: list[Any]) -> LedgerQuestion:
 
 
 def _read_status(fields: list[Any]) -> WorkerStatus:
-    *plain, spools, samples = fields
+    *plain, spools, samples, closed = fields
     read = tuple(
         Sample(metric, tuple(labels), tuple(value) if isinstance(value, list) else value)
         for metric, labels, value in samples
     )
-    return WorkerStatus._make([*plain, _spools(spools), read])
+    return WorkerStatus._make([*plain, _spools(spools), read, closed])
 
 
 # The numbers are what travels; both ends are of one release, since the supervisor starts both.
@@ -301,10 +335,14 @@ _READERS: dict[int, Callable[[list[Any]], Message]] = {
     14: _read_status,
     15: _read_question,
     16: lambda fields: LedgerStatement(bytes.fromhex(fields[0])),
+    19: lambda fields: LedgerInvitation(*fields),
+    20: lambda fields: LedgerTake(*fields),
+    22: lambda fields: DrainNode(*fields),
 }
 _RECORDS_TYPE = 9
 _CALL_TYPE = 17
 _ANSWER_TYPE = 18
+_HANDOVER_TYPE = 21
 _TYPES: dict[type[Message], int] = {
     WorkerHello: 1,
     ConfigChanged: 2,
@@ -324,6 +362,10 @@ _TYPES: dict[type[Message], int] = {
     LedgerStatement: 16,
     QueueCall: _CALL_TYPE,
     QueueAnswer: _ANSWER_TYPE,
+    LedgerInvitation: 19,
+    LedgerTake: 20,
+    LedgerHandover: _HANDOVER_TYPE,
+    DrainNode: 22,
 }
 
 
@@ -335,6 +377,8 @@ def encode(message: Message) -> bytes:
         payload = _CALL_HEAD.pack(*message[:3]) + message.payload
     elif isinstance(message, QueueAnswer):
         payload = _ANSWER_HEAD.pack(*message[:2]) + message.payload
+    elif isinstance(message, LedgerHandover):
+        payload = message.part
     else:
         fields: list[Any] = list(message)
         if isinstance(message, RunCommand):
@@ -379,6 +423,8 @@ def _decode(frame_type: int, payload: memoryview) -> Message:
         if frame_type == _ANSWER_TYPE:
             number, status = _ANSWER_HEAD.unpack_from(payload)
             return QueueAnswer(number, status, bytes(payload[_ANSWER_HEAD.size :]))
+        if frame_type == _HANDOVER_TYPE:
+            return LedgerHandover(bytes(payload))
         return _READERS[frame_type](json.loads(bytes(payload)))
     except (KeyError, ValueError, TypeError, IndexError, struct.error) as error:
         raise LinkError(f"a frame of type {frame_type} that is no message") from error

@@ -102,6 +102,7 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("spools_quarantined", "Spools set aside until the node starts again"),
     _gauge("ledger_unacknowledged_records", "Records that the control plane has not stored"),
     _gauge("ledger_lag_seconds", "Age of the oldest record that the control plane has not stored", merge="max"),
+    _counter("handover_messages_total", "Messages handed over at a drain", "direction", ("given", "taken")),
     _counter("ledger_records_alone_total", "Acceptances that were recorded before any outcome"),
     # REPLICATED mail
     _gauge("replicated_lease_seconds", "Seconds that the shortest lease of the workers is good for", merge="min"),

@@ -5,6 +5,7 @@ spools alone; agent, control plane, PostgreSQL and Redis may all be away. What i
 
     SIGTERM                 takes no more connections; lets sessions, then deliveries come to an end, all within
                             `drain_timeout_s`; waits while the agent still takes records; closes the spools; exit 0
+    DRAIN                   answers 421 and takes no mail, and hands over what waits, until told otherwise (`handover`)
     second SIGTERM          goes to the end of the above at once
     SIGHUP                  takes over what of the settings may change; nobody's session ends
     the spool failed        ends at once with WorkerError: the next start salvages it
@@ -31,6 +32,7 @@ from typing import Any
 
 from dataplane.adapters.claims_redis import RedisClaims
 from dataplane.adapters.config_view import MappedConfigView
+from dataplane.adapters.handover_codec import decode_part, encode_given, encode_taken
 from dataplane.adapters.ledger_codec import encode_record, encode_statement
 from dataplane.adapters.limiter_link import Server
 from dataplane.adapters.limiter_local import LocalLimiter
@@ -51,6 +53,7 @@ from dataplane.delivery.engine import DeliveryEngine, Surroundings
 from dataplane.delivery.limits import DeliveryLimits
 from dataplane.descriptors import connection_room, descriptor_limit, open_descriptors
 from dataplane.forwarding import RecordForwarder
+from dataplane.handover import Giver, HandoverTools, Taker
 from dataplane.ingress.address_counts import AddressCounts
 from dataplane.ingress.admission import Admission
 from dataplane.ingress.counters import IngressCounters
@@ -129,6 +132,7 @@ class _Worker:
         self._resuming: set[asyncio.Task[None]] = set()
         self._words: dict[str, asyncio.Event] = {}  # of spools whose mail waits until the control plane knows them
         self._unconfirmed: set[asyncio.Task[None]] = set()
+        self._ingress: Ingress | None = None
         self._counters = IngressCounters()
         self._limits: RedisLimiter | None = None
         self._queue: LinkedQueue | None = None
@@ -234,6 +238,12 @@ class _Worker:
     def _restart(self, reason: str) -> None:
         if not self._ended.done():
             self._ended.set_exception(WorkerError(reason))
+
+    def _close_to_mail(self, wanted: bool) -> None:  # noqa: FBT001 - the part's signature
+        if self._ingress is not None:
+            self._ingress.close_to_mail(wanted=wanted)
+        if self._queue is not None:
+            (self._queue.stop if wanted else self._queue.go_on)()
 
     def _deliver_from(self, name: str) -> bool:
         """Send from a spool that was refused; False when the worker has no other one and answers 451."""
@@ -363,6 +373,8 @@ class _Worker:
             restart=self._restart,
             deliver_from=self._deliver_from,
             known=self._known,
+            close_to_mail=self._close_to_mail,
+            is_closed=lambda: self._ingress is not None and self._ingress.service.active == 0,
             log=self._log,
             queue=self._queue,
         )
@@ -370,7 +382,9 @@ class _Worker:
         link = AgentLink(Path(SOCKET_PATH), side.hello, side.received, side.agent_lost, random.random, self._log)
         forwarder = RecordForwarder(self._spools, link.send, self._log)
         runner = CommandRunner(self._spools, Tools(self._engines, encode_record, self._clock, self._log))
-        side.attach(link, forwarder, runner)
+        handover = HandoverTools(self._engines, encode_given, encode_taken, decode_part, self._log)
+        giver = Giver(self._spools, handover, runner.turn, forwarder.is_served)
+        side.attach(link, forwarder, runner, giver, Taker(self._spools, handover, link.send))
         if self._queue is not None:
             self._queue.attach(self._engines[self._primary()], link.send)
         return side
@@ -430,6 +444,7 @@ class _Worker:
         )
         ingress = Ingress(submission, self._tls(), timeouts_of(bounds))
         live.attach(admission, ingress.service)
+        self._ingress = ingress
         sockets = [socket.socket(fileno=descriptor) for descriptor in listener_fds]
         modes = [Mode(listener.mode) for listener in self._settings.listeners]
         ingress.start(list(zip(sockets, modes, strict=True)))

@@ -22,14 +22,19 @@ from dataplane.agent_link import AgentLink
 from dataplane.commands import CommandRunner
 from dataplane.core.waiting import WaitingQuestion, WaitingStatement
 from dataplane.forwarding import RecordForwarder
+from dataplane.handover import Giver, Taker
 from dataplane.ledger_lag import LedgerLag
 from dataplane.link import (
+    UNASKED,
     ConfigApplied,
     ConfigChanged,
     ContactTime,
     DenialsApplied,
     DenialsChanged,
+    DrainNode,
     LedgerCursor,
+    LedgerHandover,
+    LedgerInvitation,
     LedgerPause,
     LedgerPull,
     LedgerQuestion,
@@ -50,7 +55,6 @@ from dataplane.telemetry import SampleRow
 
 FLUSH_LOOK_S = 0.02
 LEDGER_LOOK_S = 1.0
-_UNASKED = 0  # number of a status that nobody has asked for; requests count from 1
 
 
 class SwappableView(ConfigView, Protocol):
@@ -111,7 +115,8 @@ class WorkerParts:
     """The worker. `books` are the same spools as they answer for themselves; `samples` is what it counts, beside its
     spools; `config_changed` is told of a new configuration before the agent hears that it is in use; `restart` ends
     the worker, to be started anew; `deliver_from` begins to send from a spool that was refused, and says whether that
-    could be done without a restart; `known` hears that the control plane takes the spool for the newest.
+    could be done without a restart; `known` hears that the control plane takes the spool for the newest;
+    `close_to_mail` ends sessions and begins none, or takes mail again, and `is_closed` says whether none is left.
     """
 
     index: int
@@ -126,6 +131,8 @@ class WorkerParts:
     restart: Callable[[str], None]
     deliver_from: Callable[[str], bool]
     known: Callable[[str], None]
+    close_to_mail: Callable[[bool], None]
+    is_closed: Callable[[], bool]
     log: EventLog
     queue: QueueCaller | None = None
 
@@ -138,6 +145,8 @@ class WorkerSide:
         self._link: AgentLink
         self._forwarder: RecordForwarder
         self._runner: CommandRunner
+        self._giver: Giver
+        self._taker: Taker
         self._config_news = asyncio.Event()
         self._denials_news = asyncio.Event()
         self._commands: asyncio.Queue[RunCommand] = asyncio.Queue()
@@ -148,9 +157,16 @@ class WorkerSide:
         self._questions: asyncio.Queue[LedgerQuestion] = asyncio.Queue()
         self._lags = {name: LedgerLag() for name in parts.spools}
         self.draining = False
+        self._told_to_drain = False
+        self._emptied = False
 
-    def attach(self, link: AgentLink, forwarder: RecordForwarder, runner: CommandRunner) -> None:
+    def attach(
+        self, link: AgentLink, forwarder: RecordForwarder, runner: CommandRunner, giver: Giver, taker: Taker
+    ) -> None:
         """Hand over what was made with this object; before anything runs."""
+        self._giver = giver
+        self._taker = taker
+        giver.looked = self._look_whether_empty
         self._link = link
         self._forwarder = forwarder
         self._runner = runner
@@ -167,6 +183,8 @@ class WorkerSide:
             self._report_status(),
             self._answer_questions(),
             self._watch_ledger(),
+            self._giver.run(),
+            self._taker.run(),
         ]
 
     # --- from the agent --------------------------------------------------------------------------------------
@@ -204,10 +222,21 @@ class WorkerSide:
             case QueueAnswer():
                 if self._parts.queue is not None:
                     self._parts.queue.answered(message)
+            case LedgerInvitation() | LedgerHandover() | DrainNode():
+                self._received_of_drain(message)
             case StatusRequest():
                 self._status_requests.put_nowait(message.number)
             case _:
                 self._parts.log.warning("agent.unexpected", kind=type(message).__name__)
+
+    def _received_of_drain(self, message: LedgerInvitation | LedgerHandover | DrainNode) -> None:
+        match message:
+            case LedgerInvitation():
+                self._taker.invited(message.spool)
+            case LedgerHandover():
+                self._taker.arrived(message.part)
+            case DrainNode():
+                self._drain_node(wanted=message.wanted)
 
     def agent_lost(self) -> None:
         """The agent is gone."""
@@ -225,9 +254,27 @@ class WorkerSide:
                 return
             self._parts.log.info("spool.accepted", spool=verdict.spool)
             # What the agent knows of it must not be older than what is sent from it.
-            self._status_requests.put_nowait(_UNASKED)
+            self._status_requests.put_nowait(UNASKED)
             if not self._parts.deliver_from(verdict.spool):
                 self._parts.restart(f"the control plane accepted spool {verdict.spool}")
+
+    def _drain_node(self, *, wanted: bool) -> None:
+        if wanted == self._told_to_drain or self.draining:
+            return
+        self._told_to_drain = wanted
+        self._emptied = False
+        self._parts.log.info("node.closed_to_mail" if wanted else "node.open_to_mail")
+        self._parts.close_to_mail(wanted)
+        self._giver.tell(wanted=wanted)
+        self._status_requests.put_nowait(UNASKED)
+
+    async def _look_whether_empty(self) -> None:
+        """Tell the agent when the last session and the last recipient are gone, or there are some again."""
+        waiting = [(await spool.stats()).waiting_count for spool in self._parts.spools.values()]
+        emptied = self._parts.is_closed() and not any(waiting)
+        if emptied != self._emptied:
+            self._emptied = emptied
+            self._status_requests.put_nowait(UNASKED)
 
     # --- lanes -----------------------------------------------------------------------------------------------
 
@@ -301,7 +348,8 @@ class WorkerSide:
     def begin_draining(self) -> None:
         """Tell the agent, without being asked, that this worker takes no more mail."""
         self.draining = True
-        self._status_requests.put_nowait(_UNASKED)
+        self._giver.tell(wanted=False)
+        self._status_requests.put_nowait(UNASKED)
 
     # --- to the agent ----------------------------------------------------------------------------------------
 
@@ -317,13 +365,14 @@ class WorkerSide:
         depths = await asyncio.gather(*(spool.depth() for spool in self._parts.spools.values()))
         return WorkerStatus(
             number=number,
-            draining=self.draining,
+            draining=self.draining or self._told_to_drain,
             waiting_count=sum(each.waiting_count for each in stats.values()),
             oldest_accepted_ms=min(
                 (each.oldest_accepted_ms for each in stats.values() if each.oldest_accepted_ms), default=0
             ),
             spools=tuple(self._state(name, each) for name, each in stats.items()),
             samples=tuple(self._samples(list(stats.values()), depths)),
+            closed=self._told_to_drain and self._parts.is_closed(),
         )
 
     def _state(self, name: str, stats: SpoolStats) -> SpoolState:
@@ -339,6 +388,8 @@ class WorkerSide:
         yield Sample("spool_bytes", ("database",), sum(each.database_bytes for each in stats))
         yield Sample("spool_bytes", ("wal",), sum(each.wal_bytes for each in stats))
         yield Sample("spool_commits_total", (), sum(each.commits for each in stats))
+        yield Sample("handover_messages_total", ("given",), self._giver.given_count)
+        yield Sample("handover_messages_total", ("taken",), self._taker.taken_count)
         yield Sample("config_stale", (), float(self._parts.view.stale))
         now_s = asyncio.get_running_loop().time()
         yield Sample("ledger_lag_seconds", (), max((lag.age_s(now_s) for lag in self._lags.values()), default=0.0))

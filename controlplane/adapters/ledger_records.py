@@ -75,6 +75,25 @@ class CommandProgress(NamedTuple):
     position: UUID | None = None
 
 
+class GivenRow(NamedTuple):
+    """A message that the spool gave up; `what` is a serialised HandedOver, its content came in so many pieces."""
+
+    message_id: UUID
+    account: str
+    what: bytes
+    piece_count: int
+    content_bytes: int
+
+
+class PieceRow(NamedTuple):
+    """A piece of the content of a message that the spool gives up."""
+
+    message_id: UUID
+    account: str
+    piece: int
+    data: bytes
+
+
 Key = tuple[bytes, int]
 """A recipient: message id, position in the envelope."""
 
@@ -106,6 +125,11 @@ class RecordRows:
         self.results: dict[str, CommandProgress] = {}
         # What concerns the replicated queue; only the newest of a recipient counts there.
         self.reports: dict[Key, QueueReport] = {}
+        # Message id and account of what the spool took over, before anything else is said of it.
+        self.taken: list[tuple[UUID, str]] = []
+        self.pieces: list[PieceRow] = []
+        # After all else that is said of it.
+        self.given: list[GivenRow] = []
 
     def add(self, raw: bytes) -> None:
         """Take one record; RecordError leaves everything as it was."""
@@ -124,6 +148,10 @@ class RecordRows:
         return {_id_ms(row[0].bytes) // DAY_MS for row in self.messages}
 
     def _add_message(self, record: LedgerRecord) -> None:
+        handover = record.WhichOneof("handover")
+        if handover is not None:
+            # There for code that does not know what follows.
+            del record.recipients[:]
         self._check(record)
         message_id, account = UUID(record.message_id), record.account[len(_ACCOUNT_PREFIX) :]
         last_event: dict[int, AttemptEvent] = {}
@@ -144,6 +172,20 @@ class RecordRows:
                 self.reports[(record.message_id, index)] = QueueReport(
                     *(message_id, index, record.epoch, update.state, update.attempts, update.next_attempt_ms, uncertain)
                 )
+        if handover is not None:
+            self._add_handover(message_id, account, record)
+
+    def _add_handover(self, message_id: UUID, account: str, record: LedgerRecord) -> None:
+        match record.WhichOneof("handover"):
+            case "taken_over":
+                self.taken.append((message_id, account))
+            case "handover_content":
+                piece = record.handover_content
+                self.pieces.append(PieceRow(message_id, account, piece.piece, piece.data))
+            case _:
+                what = record.handed_over
+                given = (what.SerializeToString(), what.piece_count, what.content_bytes)
+                self.given.append(GivenRow(message_id, account, *given))
 
     def _check(self, record: LedgerRecord) -> None:
         raw_id = record.message_id

@@ -74,7 +74,7 @@ _NEEDED: dict[str, dict[Scope, tuple[str, ...]]] = {
     f"{_CONTROL}.NodeService": {
         Scope.OPERATOR: (
             *("CreateNode", "GetNode", "ListNodes", "UpdateNode", "DeleteNode"),
-            *("ResetNodeEnrollment", "RevokeNode", "AcceptSpool", "AttachSpool"),
+            *("ResetNodeEnrollment", "RevokeNode", "AcceptSpool", "AttachSpool", "DrainNode", "UndrainNode"),
             *("CreateNodePool", "GetNodePool", "ListNodePools", "UpdateNodePool", "DeleteNodePool"),
         ),
     },

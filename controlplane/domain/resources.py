@@ -324,6 +324,7 @@ class Node:
     config_error: str = ""
     denials_version: int = 0
     spools: tuple[Spool, ...] = ()
+    drain: str = ""
     meta: Meta = Meta()
 
 
@@ -333,6 +334,6 @@ NODE_FIELDS = Fields(
     | {
         *("state", "enrollment_token", "enrollment_expire_time", "certificate_not_before", "certificate_not_after"),
         *("connected", "last_seen_time", "software_version", "config_status", "config_error", "denials_version"),
-        "spools",
+        *("spools", "drain_operation"),
     },
 )

@@ -6,7 +6,8 @@ reader that does not take them. Watches are bounded in number, also for each acc
 from its last position.
 A command is stored, for each spool that it goes to, and brought there by the fleet's side; its Operation is done when
 every result is in. One with a filter for every account is operators' alone. What waits in the replicated queue can be
-cancelled by message, and by nothing else: a filter says what it left alone there.
+cancelled by message, and by nothing else: a filter says what it left alone there. Among the operations of every account
+are the drains of nodes; they are not listed: the node names its own.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from datetime import timedelta
 
 from controlplane.domain import names
 from controlplane.domain.access import Caller
+from controlplane.domain.drains import Drain
 from controlplane.domain.errors import (
     FailedPreconditionError,
+    NotFoundError,
     Reason,
     ResourceExhaustedError,
     UnavailableError,
@@ -182,13 +185,18 @@ class OperationsService:
         self._signal = signal
         self._monotonic = monotonic
 
-    async def get(self, caller: Caller, account: str, command: str) -> Command:
+    async def get(self, caller: Caller, account: str, command: str) -> Command | Drain:
         """Return one operation."""
         caller.require_account(account)
         async with self._database.transaction(scope_of(caller)) as work:
-            return await work.messages.get_command(account, command)
+            try:
+                return await work.messages.get_command(account, command)
+            except NotFoundError:
+                if account != EVERY_ACCOUNT:
+                    raise
+                return await work.nodes.get_drain(command)
 
-    async def wait(self, caller: Caller, account: str, command: str, timeout_s: float | None) -> Command:
+    async def wait(self, caller: Caller, account: str, command: str, timeout_s: float | None) -> Command | Drain:
         """Return the operation when it is done, or as it is when the time is over (at most a minute)."""
         ends = self._monotonic() + min(_MAX_WAIT_S if timeout_s is None else timeout_s, _MAX_WAIT_S)
         while True:

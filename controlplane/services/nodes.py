@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 
 from controlplane.domain import names, secrets
 from controlplane.domain.access import Caller
+from controlplane.domain.drains import Drain
 from controlplane.domain.errors import FailedPreconditionError, NotFoundError, Reason
 from controlplane.domain.etags import parse_etag
 from controlplane.domain.masks import merge
@@ -110,7 +111,9 @@ class NodesService:
                 if allow_missing:
                     return
                 raise
-            if stored.connected or any(spool.waiting_count for spool in stored.spools):
+            reported = any(spool.waiting_count for spool in stored.spools)
+            # What it gave up and the ledger has not heard of is in no count of its own.
+            if stored.connected or reported or await work.nodes.has_mail(node):
                 name = names.format_name(names.NODE, node)
                 raise FailedPreconditionError(
                     Reason.NODE_IN_USE, f"{name} is connected or its spools hold mail", subject=name
@@ -167,6 +170,37 @@ class NodesService:
             former = await work.nodes.get(await work.nodes.lock_spool(spool))
             _check_move(spool, former, taker, await work.now(), force=force)
             await work.nodes.move_spool(spool, node)
+            return await work.nodes.get(node)
+
+        return await mutate(self._database, caller, mutation, action)
+
+    async def drain(self, caller: Caller, mutation: Mutation[Drain], node: str) -> Drain | Replay:
+        """Tell a node to take no mail and to hand over what it has; the drain that there is, if there is one."""
+        caller.require_operator()
+
+        async def action(work: Work) -> Drain:
+            stored = await work.nodes.get(node)
+            name = names.format_name(names.NODE, node)
+            if stored.state is NodeState.REVOKED:
+                raise FailedPreconditionError(Reason.NODE_REVOKED, f"{name} is revoked", subject=name)
+            if stored.drain:
+                return await work.nodes.get_drain(stored.drain)
+            if not await work.nodes.has_taker(stored):
+                text = f"no other node of the pool of {name} is connected and takes mail"
+                raise FailedPreconditionError(Reason.NODE_ALONE, text, subject=name)
+            return await work.nodes.get_drain(await work.nodes.start_drain(node))
+
+        return await mutate(self._database, caller, mutation, action)
+
+    async def undrain(self, caller: Caller, mutation: Mutation[Node], node: str) -> Node | Replay:
+        """Let a node take mail again."""
+        caller.require_operator()
+
+        async def action(work: Work) -> Node:
+            if not (await work.nodes.get(node)).drain:
+                name = names.format_name(names.NODE, node)
+                raise FailedPreconditionError(Reason.NODE_NOT_DRAINED, f"{name} is not drained", subject=name)
+            await work.nodes.end_drain(node)
             return await work.nodes.get(node)
 
         return await mutate(self._database, caller, mutation, action)

@@ -48,6 +48,8 @@ class FleetService:
         self._anew = False
         self._denials_version = 0
         self._reported: dict[Slot, ConfigReport] = {}
+        # Whose nodes shall drain.
+        self._drains: dict[Slot, bool] = {}
 
     # --- a stream -------------------------------------------------------------------------------------------------
 
@@ -62,6 +64,7 @@ class FleetService:
         """Open the node's slot; NotAdmittedError, TooManyStreamsError. To be followed by `leave`, whatever happens."""
         node = await self.check(node_id, certificate_serial)
         slot = Slot(node_id, node.pool, certificate_serial, Session(f"nodes/{node_id}"), wake)
+        self._drains[slot] = node.drains
         self._hub.attach(slot)
         return slot
 
@@ -76,6 +79,8 @@ class FleetService:
             refused = await self._repository.open_stream(slot.node_id, stream, greeting, now)
             slot.stream = stream
             slot.session.receive_hello(hello, refused)
+            slot.told_to_drain = hello.told_to_drain
+            self._hub.drain_node(slot, wanted=self._drains.get(slot, False))
             self._hub.take_spools(slot, hello.spools)
             self._hub.refuse_spools(slot, refused_spools(slot.spools, own))
             await self._give_commands([slot])
@@ -95,10 +100,13 @@ class FleetService:
                 await self._give_commands([slot])
                 slot.session.repeat_commands(anew)
                 slot.wake()
+            slot.told_to_drain = health.told_to_drain
+            self._hub.drain_node(slot, wanted=self._drains.get(slot, False))
             now = self._clock()
-            await self._repository.report_health(slot.node_id, slot.stream, health, now)
+            # The spools first: when it is known that no more mail comes, how much there is must be known, too.
             judgement_count = slot.judgement_count
             own = await self._repository.report_spools(slot.node_id, slot.believed(spools), now)
+            await self._repository.report_health(slot.node_id, slot.stream, health, now)
             self._hub.take_spools(slot, spools)
             if slot.judgement_count == judgement_count:
                 self._hub.refuse_spools(slot, refused_spools(slot.spools, own))
@@ -116,6 +124,7 @@ class FleetService:
         """The stream ended; never raises but UnavailableError, and the slot is gone in any case."""
         self._hub.detach(slot)
         self._reported.pop(slot, None)
+        self._drains.pop(slot, None)
         if slot.stream:
             await self._repository.close_stream(slot.node_id, slot.stream, self._clock())
 
@@ -184,8 +193,11 @@ class FleetService:
                 close(slot, CloseCode.UNAUTHENTICATED, "the node's certificate is refused")
             elif node.stream != slot.stream:
                 close(slot, CloseCode.ABORTED, "a newer stream of this node took over")
-            elif node.pool != slot.pool:
-                self._hub.move(slot, node.pool)
+            else:
+                if node.pool != slot.pool:
+                    self._hub.move(slot, node.pool)
+                self._drains[slot] = node.drains
+                self._hub.drain_node(slot, wanted=node.drains)
 
     async def _give_commands(self, slots: list[Slot]) -> None:
         # Before whose they are is read: what a node reports from now on may be registered after that.

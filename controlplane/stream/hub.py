@@ -24,6 +24,7 @@ class Slot:
     `spools` is what is believed of them, `refused_spools` those of which the node knows that it must not send, and
     `let_send` those that it was let send from on this stream: what it says of holding them back is older than that.
     `judgement_count` tells who reads whose spools these are that somebody else has judged them meanwhile.
+    `told_to_drain`: what it knows of that.
     """
 
     node_id: str
@@ -36,6 +37,7 @@ class Slot:
     refused_spools: frozenset[str] = frozenset()
     let_send: frozenset[str] = frozenset()
     judgement_count: int = 0
+    told_to_drain: bool = False
 
     def believed(self, spools: Iterable[SpoolStatus]) -> list[SpoolStatus]:
         """The node's words, but for those that were overtaken by ours."""
@@ -118,6 +120,13 @@ class Hub:
         slot.refused_spools = spools
         slot.spools = {status.spool: status for status in slot.believed(slot.spools.values())}
         slot.wake()
+
+    def drain_node(self, slot: Slot, *, wanted: bool) -> None:
+        """Whether the node shall drain; said when that is not what it knows."""
+        if slot.told_to_drain != wanted:
+            slot.session.direct(Directive(Action.DRAIN if wanted else Action.RESUME))
+            slot.told_to_drain = wanted
+            slot.wake()
 
     def publish_denials(self, denials: DenialSet) -> None:
         """The denials are these now."""

@@ -63,6 +63,7 @@ class Hello(NamedTuple):
     denials_version: int
     spools: tuple[SpoolStatus, ...]
     features: frozenset[str] = frozenset()
+    told_to_drain: bool = False
 
 
 class Ack(NamedTuple):
@@ -119,9 +120,14 @@ class Progress(NamedTuple):
 class Action(IntEnum):
     """What a Directive asks for; the numbers are those of postroad.node.v1."""
 
+    DRAIN = 1
+    RESUME = 2
     RECONNECT = 3
     REFUSE_SPOOL = 5
     ACCEPT_SPOOL = 6
+
+
+_OPPOSITES = ((Action.DRAIN, Action.RESUME), (Action.REFUSE_SPOOL, Action.ACCEPT_SPOOL))
 
 
 class Directive(NamedTuple):
@@ -227,9 +233,10 @@ class Session:
 
     def direct(self, directive: Directive) -> None:
         """Something for the node to do; the same one twice is sent once."""
-        if directive.action in {Action.REFUSE_SPOOL, Action.ACCEPT_SPOOL}:
-            for action in (Action.REFUSE_SPOOL, Action.ACCEPT_SPOOL):
-                self._directives.pop(Directive(action, directive.spool), None)
+        for pair in _OPPOSITES:
+            if directive.action in pair:
+                for action in pair:
+                    self._directives.pop(Directive(action, directive.spool), None)
         self._directives[directive] = None
 
     def tick(self) -> None:

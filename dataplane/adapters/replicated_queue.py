@@ -214,6 +214,11 @@ class LinkedQueue:
         """Claim no more; the lease goes on while deliveries do."""
         self._stopping = True
 
+    def go_on(self) -> None:
+        """Claim again after `stop`."""
+        self._stopping = False
+        self._claim_now.set()
+
     async def keep_lease(self) -> None:
         """Renew the lease until cancelled."""
         while True:

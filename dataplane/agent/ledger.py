@@ -15,6 +15,8 @@ import grpc.aio
 from dataplane.agent.channel import why_ended
 from dataplane.agent.ledger_machine import (
     Ask,
+    Deliver,
+    Invite,
     LedgerAction,
     LedgerMachine,
     Pause,
@@ -24,7 +26,7 @@ from dataplane.agent.ledger_machine import (
     Stored,
 )
 from dataplane.backoff import Backoff
-from dataplane.link import LedgerQuestion, LedgerRecords, LedgerStatement, SpoolState
+from dataplane.link import LedgerHandover, LedgerQuestion, LedgerRecords, LedgerStatement, LedgerTake, SpoolState
 from dataplane.ports import Clock, EventLog
 from postroad.node.v1.ledger_service_pb2 import ReportLedgerRequest
 from postroad.node.v1.ledger_service_pb2_grpc import LedgerServiceStub
@@ -51,6 +53,14 @@ class SpoolSide(Protocol):
 
     def ask(self, question: LedgerQuestion) -> None:
         """Ask which recipients wait."""
+        ...
+
+    def invite(self, spool: str) -> None:
+        """Mail waits that the spool may take over."""
+        ...
+
+    def deliver(self, spool: str, handover: LedgerHandover) -> None:
+        """A part of what the spool takes over."""
         ...
 
 
@@ -105,6 +115,10 @@ class LedgerStream:
         """A worker answered a question."""
         self._do(self._machine.statement(statement))
 
+    def take_asked(self, take: LedgerTake) -> None:
+        """A worker's spool takes mail over."""
+        self._do(self._machine.take(take))
+
     async def _serve_one(self) -> str:
         self._outgoing = asyncio.Queue()
         try:
@@ -150,9 +164,18 @@ class LedgerStream:
                     self._spools.pause(action.spool)
                 case Stored():
                     self._spools.stored(action.spool, action.cursor)
-                case Ask():
-                    self._spools.ask(action.question)
+                case Ask() | Invite() | Deliver():
+                    self._pass_on(action)
                 case Refused():
                     self._log.info("ledger.refused", spool=action.spool, detail=action.detail)
                     if action.halts:
                         self._spools.give_verdict(action.spool, refused=True)
+
+    def _pass_on(self, action: Ask | Invite | Deliver) -> None:
+        match action:
+            case Ask():
+                self._spools.ask(action.question)
+            case Invite():
+                self._spools.invite(action.spool)
+            case Deliver():
+                self._spools.deliver(action.spool, action.handover)

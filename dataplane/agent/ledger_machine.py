@@ -11,7 +11,8 @@ State of a spool while a stream is open:
 Records are bytes that nobody looks into. What is sent and not answered is bounded in batches per spool and in
 bytes over all; a pull that would exceed it waits for a Cursor. After a Cursor that goes back, and after a new
 stream, records are pulled again from there: the spool keeps them until a Cursor passes them. Questions go to the
-spool's worker as they come, and its statements back; those that a stream does not live to see are lost.
+spool's worker as they come, and its statements back; those that a stream does not live to see are lost. The same
+goes for invitations to take mail over, and for what follows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple, TypeAlias
 
-from dataplane.link import LedgerQuestion, LedgerRecords, LedgerStatement, SpoolState
+from dataplane.link import LedgerHandover, LedgerQuestion, LedgerRecords, LedgerStatement, LedgerTake, SpoolState
 from postroad.node.v1.ledger_service_pb2 import (
     LedgerBatch,
     LedgerCursor,
@@ -32,6 +33,7 @@ from postroad.node.v1.ledger_service_pb2 import (
     ReportLedgerResponse,
 )
 from postroad.node.v1.ledger_service_pb2 import LedgerStatement as StatementMessage
+from postroad.node.v1.ledger_service_pb2 import LedgerTake as TakeMessage
 
 MAX_UNANSWERED = 8
 MAX_UNANSWERED_BYTES = 32 * 1024 * 1024
@@ -80,7 +82,20 @@ class Ask(NamedTuple):
     question: LedgerQuestion
 
 
-LedgerAction: TypeAlias = SendLedger | Pull | Pause | Stored | Refused | Ask
+class Invite(NamedTuple):
+    """Tell the worker that mail waits which the spool may take over."""
+
+    spool: str
+
+
+class Deliver(NamedTuple):
+    """Give the worker a part of what its spool takes over."""
+
+    spool: str
+    handover: LedgerHandover
+
+
+LedgerAction: TypeAlias = SendLedger | Pull | Pause | Stored | Refused | Ask | Invite | Deliver
 
 
 class _Phase(Enum):
@@ -180,6 +195,10 @@ class LedgerMachine:
         """A worker answered a question."""
         return [SendLedger(ReportLedgerRequest(statement=StatementMessage.FromString(message.statement)))]
 
+    def take(self, message: LedgerTake) -> list[LedgerAction]:
+        """A worker's spool takes mail over."""
+        return [SendLedger(ReportLedgerRequest(take=TakeMessage(**message._asdict())))]
+
     def receive(self, response: ReportLedgerResponse) -> list[LedgerAction]:
         """A message of the control plane."""
         match response.WhichOneof("message"):
@@ -191,6 +210,11 @@ class LedgerMachine:
                 one = response.question
                 asked = LedgerQuestion(one.spool, one.number, one.as_of_record, one.account, tuple(one.buckets))
                 return [Ask(asked)]
+            case "invitation":
+                return [Invite(response.invitation.spool)]
+            case "handover":
+                part = response.handover
+                return [Deliver(part.spool, LedgerHandover(part.SerializeToString()))]
             case _:
                 return []
 

@@ -21,12 +21,16 @@ from dataplane.link import (
     ConfigChanged,
     ContactTime,
     DenialsChanged,
+    DrainNode,
     LedgerCursor,
+    LedgerHandover,
+    LedgerInvitation,
     LedgerPause,
     LedgerPull,
     LedgerQuestion,
     LedgerRecords,
     LedgerStatement,
+    LedgerTake,
     QueueCall,
     RunCommand,
     SpoolVerdict,
@@ -72,6 +76,8 @@ class NodeAgent:
             self._hub.send(hello.worker, DenialsChanged(self._machine.denials.version))
         if self._config.last_contact_ms:
             self._hub.send(hello.worker, ContactTime(self._config.last_contact_ms))
+        if self._machine.told_to_drain:
+            self._hub.send(hello.worker, DrainNode(wanted=True))
         for state in hello.spools:
             self._ledger.spool_opened(state)
         if any(state.refused or state.lost_count or state.unnamed_losses for state in hello.spools):
@@ -108,6 +114,14 @@ class NodeAgent:
         """Make the call, and give the worker the answer."""
         self._queue.call(call, lambda answer: self._hub.send(index, answer))
 
+    def take_asked(self, take: LedgerTake) -> None:
+        """Send it on."""
+        self._ledger.take_asked(take)
+
+    def status_changed(self) -> None:
+        """A worker told what nobody had asked for: the control plane waits for it."""
+        self._config.report_soon()
+
     # --- for the configuration stream ------------------------------------------------------------------------
 
     def tell_config(self, digest: str) -> None:
@@ -122,6 +136,10 @@ class NodeAgent:
     def tell_contact(self, wall_ms: int) -> None:
         """Tell the workers."""
         self._hub.broadcast(ContactTime(wall_ms))
+
+    def tell_drain(self, *, wanted: bool) -> None:
+        """Tell the workers."""
+        self._hub.broadcast(DrainNode(wanted=wanted))
 
     def run_command(self, command: Command) -> None:
         """Hand the command to the spool's worker, or keep it until one is there."""
@@ -160,6 +178,7 @@ class NodeAgent:
             draining=any(status.draining for status in statuses),
             queue_depth=sum(status.waiting_count for status in statuses),
             spools=self.spool_statuses(),
+            closed=bool(statuses) and all(status.closed for status in statuses),
         )
         oldest_ms = oldest_accepted_ms(statuses)
         if oldest_ms:
@@ -183,6 +202,14 @@ class NodeAgent:
     def ask(self, question: LedgerQuestion) -> None:
         """Ask the spool's worker which recipients wait; one that is not there leaves it unanswered."""
         self._hub.send_to_owner(question.spool, question)
+
+    def invite(self, spool: str) -> None:
+        """Tell the spool's worker."""
+        self._hub.send_to_owner(spool, LedgerInvitation(spool))
+
+    def deliver(self, spool: str, handover: LedgerHandover) -> None:
+        """Give it to the spool's worker; one that is not there asks again."""
+        self._hub.send_to_owner(spool, handover)
 
     def give_verdict(self, spool: str, *, refused: bool) -> None:
         """Tell the spool's worker whether it may send; what may be sent is reported, too."""

@@ -23,6 +23,7 @@ from dataplane.agent.stream_machine import (
     Action,
     Check,
     Contact,
+    Drain,
     Reconnect,
     RunCommand,
     Send,
@@ -66,6 +67,10 @@ class NodeSide(Protocol):
 
     def give_verdict(self, spool: str, *, refused: bool) -> None:
         """The control plane refuses the spool, or takes it again."""
+        ...
+
+    def tell_drain(self, *, wanted: bool) -> None:
+        """Whether the node drains."""
         ...
 
     def look_for_absent(self) -> None:
@@ -198,6 +203,7 @@ class ConfigStream:
             report = await self._node.status_report()
             report.digest = self._machine.config.digest
             report.denials_version = self._machine.denials_in_force
+            report.told_to_drain = self._machine.told_to_drain
             report.node_time.CopyFrom(_timestamp(self._clock.wall_ms()))
             self._send(StreamConfigRequest(status_report=report))
 
@@ -232,7 +238,7 @@ class ConfigStream:
                 self._start(self._store_config(action.config))
             case StoreDenials():
                 self._start(self._store_denials(action.denials))
-            case TellConfig() | TellDenials():
+            case TellConfig() | TellDenials() | Drain():
                 self._announce(action)
             case Contact():
                 self._start(self._note_contact())
@@ -243,8 +249,12 @@ class ConfigStream:
             case Verdict():
                 self._node.give_verdict(action.spool, refused=action.refused)
 
-    def _announce(self, action: TellConfig | TellDenials) -> None:
-        if isinstance(action, TellConfig):
+    def _announce(self, action: TellConfig | TellDenials | Drain) -> None:
+        if isinstance(action, Drain):
+            self._log.info("node.told_to_drain" if action.wanted else "node.told_to_resume")
+            self._node.tell_drain(wanted=action.wanted)
+            self.report_soon()
+        elif isinstance(action, TellConfig):
             self._node.tell_config(self._machine.config.digest.hex())
         else:
             self._node.tell_denials(self._machine.denials.version)

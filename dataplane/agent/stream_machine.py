@@ -131,8 +131,25 @@ class Reconnect:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Tell every worker whether to take no mail and to hand over what waits."""
+
+    wanted: bool
+
+
 Action: TypeAlias = (
-    Send | Check | StoreConfig | StoreDenials | TellConfig | TellDenials | Contact | RunCommand | Verdict | Reconnect
+    Send
+    | Check
+    | StoreConfig
+    | StoreDenials
+    | TellConfig
+    | TellDenials
+    | Contact
+    | RunCommand
+    | Verdict
+    | Drain
+    | Reconnect
 )
 
 
@@ -172,7 +189,10 @@ class NodeFacts:
 
 
 class StreamMachine:
-    """See the module. `config` and `denials` are what the node's disk held at the start."""
+    """See the module. `config` and `denials` are what the node's disk held at the start.
+
+    `told_to_drain` is forgotten with the process, and said again.
+    """
 
     def __init__(self, facts: NodeFacts, config: HeldConfig, denials: DenialSet, workers: WorkerTable) -> None:
         self.config = config
@@ -180,6 +200,7 @@ class StreamMachine:
         self.workers = workers
         self.denials_in_force = 0
         self.refusal_count = 0
+        self.told_to_drain = False
         self._facts = facts
         self._chunks: _Chunks | None = None
         self._config_answer: _ConfigAnswer | None = None
@@ -205,6 +226,7 @@ class StreamMachine:
             client_features=FEATURES,
             denials_version=self.denials_in_force,
             spools=spools,
+            told_to_drain=self.told_to_drain,
         )
         return [Send(StreamConfigRequest(hello=hello))]
 
@@ -401,6 +423,9 @@ class StreamMachine:
 
     def _directive(self, directive: Directive) -> list[Action]:
         match directive.action:
+            case Directive.ACTION_DRAIN | Directive.ACTION_RESUME:
+                self.told_to_drain = directive.action == Directive.ACTION_DRAIN
+                return [Drain(self.told_to_drain)]
             case Directive.ACTION_RECONNECT:
                 after_s = directive.after.seconds + directive.after.nanos / 1e9
                 jitter_s = directive.jitter.seconds + directive.jitter.nanos / 1e9

@@ -19,10 +19,12 @@ from typing import Protocol
 from dataplane.agent.applied import WorkerTable
 from dataplane.agent.totals import WorkerTotals
 from dataplane.link import (
+    UNASKED,
     ConfigApplied,
     DenialsApplied,
     LedgerRecords,
     LedgerStatement,
+    LedgerTake,
     LinkError,
     LinkProtocol,
     Message,
@@ -62,6 +64,14 @@ class WorkerObserver(Protocol):
 
     def queue_called(self, index: int, call: QueueCall) -> None:
         """A worker asks the replicated queue."""
+        ...
+
+    def take_asked(self, take: LedgerTake) -> None:
+        """A worker's spool takes mail over."""
+        ...
+
+    def status_changed(self) -> None:
+        """A worker told how it is without being asked."""
         ...
 
 
@@ -154,7 +164,7 @@ class WorkerHub:
 
     @property
     def draining(self) -> bool:
-        """Whether no worker takes mail any more because they were told to end; one alone is renewed, others serve."""
+        """Whether no worker takes mail because they were told to end, or the node to drain; one alone is renewed."""
         said = [self._statuses.get(index) for index in self._links]
         return bool(said) and all(status is not None and status.draining for status in said)
 
@@ -190,6 +200,8 @@ class WorkerHub:
                 self._observer.statement_arrived(message)
             case QueueCall():
                 self._observer.queue_called(index, message)
+            case LedgerTake():
+                self._observer.take_asked(message)
             case WorkerStatus():
                 self._status(index, message)
             case _:
@@ -219,6 +231,8 @@ class WorkerHub:
         self.totals.told(index, status.samples)
         for state in status.spools:
             self._spools[state.spool] = (index, state)
+        if status.number == UNASKED:
+            self._observer.status_changed()
         if status.number in self._waiting:
             missing, answered = self._waiting[status.number]
             missing.discard(index)

@@ -2,8 +2,9 @@
 
 Contract. `Ingress.start` takes bound sockets with their modes and serves until `drain`. Before a session exists the
 total and per-address caps, the address's bucket and a client that talks before the greeting are dealt with, on the bare
-socket. Addresses of networks that are bound to an account are bound by the total cap only. When descriptors or memory
-run out, accepting pauses for a second: the kernel's queue waits, nobody is told a lie.
+socket; so is everybody while the node is closed to mail. Addresses of networks that are bound to an account are bound
+by the total cap only. When descriptors or memory run out, accepting pauses for a second: the kernel's queue waits,
+nobody is told a lie.
 
     mode      TLS                       AUTH             without AUTH
     starttls  after STARTTLS            under TLS only   clients of an account's networks
@@ -62,6 +63,13 @@ class Ingress:
         for acceptor in self._acceptors:
             acceptor.stop()
         await self.service.drain(deadline_s)
+
+    def close_to_mail(self, *, wanted: bool) -> None:
+        """Answer everybody 421 and let the sessions that there are come to their end, or serve again."""
+        if wanted:
+            self.service.close_to_mail()
+        else:
+            self.service.draining = False
 
     def held(self) -> Mapping[str, int]:
         """Return what still holds a drain up, by label."""
@@ -125,6 +133,9 @@ class _Acceptor:
 
     def _take(self, connection: socket.socket, address: str) -> None:
         submission = self._service.submission
+        if self._service.draining:
+            self._refuse(connection, address, replies.SHUTTING_DOWN)
+            return
         listed = submission.config.account_of_network(address) is not None
         refusal = submission.admission.admit(address, counted=not listed)
         if refusal is not None:

@@ -142,13 +142,25 @@ class Service:
         """How many sessions there are."""
         return len(self._sessions)
 
-    async def drain(self, deadline_s: float) -> None:
-        """End all sessions; see the module."""
+    def close_to_mail(self) -> None:
+        """The beginning of a drain that nobody waits for, and that may be taken back by `draining`."""
+        self._begin_draining()
+        asyncio.get_running_loop().call_later(_MAX_GRACE_S, self._end_idle)
+
+    def _end_idle(self) -> None:
+        if self.draining:
+            self._end([session for session in self._sessions if session.idle])
+
+    def _begin_draining(self) -> None:
         self.draining = True
         if self.turnstile is not None:
             self.turnstile.open()
         for session in list(self._delayed):
             session.answer_delayed()
+
+    async def drain(self, deadline_s: float) -> None:
+        """End all sessions; see the module."""
+        self._begin_draining()
         grace_s = min(_MAX_GRACE_S, deadline_s / 4)
         await self._wait_empty(grace_s)
         self._end([session for session in self._sessions if session.idle])

@@ -3,10 +3,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import grpc
 import pytest
+from google.longrunning.operations_pb2 import GetOperationRequest, Operation
+from google.longrunning.operations_pb2_grpc import OperationsStub
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.rpc import code_pb2
 
 from controlplane.domain.secrets import hash_secret
 from postroad.config.v1 import bundle_pb2
@@ -180,6 +184,72 @@ async def test_a_spool_does_not_move_to_where_its_mail_cannot_go_on(stack: ApiSt
     assert unknown.code is grpc.StatusCode.NOT_FOUND
     no_uuid = await stack.operator.refused(attach(stack, "edge-1", spool="no uuid"))
     assert no_uuid.fields == ["spool"]
+
+
+async def with_takers(stack: ApiStack, *nodes: str) -> None:
+    """Nodes that are enrolled and connected."""
+    for node in nodes:
+        await stack.operator.node("CreateNode", service.CreateNodeRequest(node_id=node))
+        await stack.as_superuser("INSERT INTO postroad.node_status (node, connected) VALUES ($1, true)", node)
+    await stack.as_superuser(
+        "UPDATE postroad.nodes SET state = 2, certificate_not_after = now() + interval '1 day' WHERE state = 1"
+    )
+
+
+def drain_of(operation: Operation) -> service.DrainNodeMetadata:
+    metadata = service.DrainNodeMetadata()
+    assert operation.metadata.Unpack(metadata)
+    return metadata
+
+
+async def drain(stack: ApiStack, node: str = "edge-1") -> Operation:
+    answer: Operation = await stack.operator.node("DrainNode", service.DrainNodeRequest(name=f"nodes/{node}"))
+    return answer
+
+
+async def test_a_drain_is_an_operation_that_says_how_far_it_is(stack: ApiStack) -> None:
+    await with_takers(stack, "edge-1", "edge-2")
+    await stack.as_superuser(
+        "INSERT INTO postroad.spools (spool, node, waiting_count) VALUES ($1, 'edge-1', 5)", UUID(SPOOL)
+    )
+    operation = await drain(stack)
+    assert operation.name.startswith("accounts/-/operations/")
+    assert (await drain(stack)).name == operation.name
+    node = await stack.operator.node("GetNode", service.GetNodeRequest(name="nodes/edge-1"))
+    assert node.drain_operation == operation.name
+    found = drain_of(operation)
+    assert (found.node, found.closed, found.waiting_count, found.moving_count) == ("nodes/edge-1", False, 5, 0)
+    drain_id = operation.name.rpartition("/")[2]
+    await stack.as_superuser("INSERT INTO postroad.drain_targets VALUES ($1, 'edge-2', 3, 4)", UUID(drain_id))
+    await stack.as_superuser("UPDATE postroad.node_drains SET end_time = now()")
+    done = await stack.operator.call(OperationsStub, "GetOperation", GetOperationRequest(name=operation.name))
+    result = service.DrainNodeResult()
+    assert done.response.Unpack(result)
+    assert [(one.node, one.message_count, one.recipient_count) for one in result.targets] == [("nodes/edge-2", 3, 4)]
+
+
+async def test_an_undrained_node_ends_its_operation(stack: ApiStack) -> None:
+    await with_takers(stack, "edge-1", "edge-2")
+    undrain = service.UndrainNodeRequest(name="nodes/edge-1")
+    assert (await stack.operator.refused(stack.operator.node("UndrainNode", undrain))).reason == "NODE_NOT_DRAINED"
+    operation = await drain(stack)
+    assert (await stack.operator.node("UndrainNode", undrain)).drain_operation == ""
+    ended = await stack.operator.call(OperationsStub, "GetOperation", GetOperationRequest(name=operation.name))
+    assert (ended.done, ended.error.code) == (True, code_pb2.CANCELLED)
+    assert (await drain(stack)).name != operation.name
+
+
+async def test_a_node_that_is_alone_or_revoked_is_not_drained(stack: ApiStack) -> None:
+    await with_takers(stack, "edge-1", "edge-2")
+    await drain(stack, "edge-2")
+    assert (await stack.operator.refused(drain(stack))).reason == "NODE_ALONE"
+    await stack.operator.node("UndrainNode", service.UndrainNodeRequest(name="nodes/edge-2"))
+    await stack.as_superuser("UPDATE postroad.node_status SET connected = false WHERE node = 'edge-2'")
+    assert (await stack.operator.refused(drain(stack))).reason == "NODE_ALONE"
+    await stack.operator.node("RevokeNode", service.RevokeNodeRequest(name="nodes/edge-1"))
+    assert (await stack.operator.refused(drain(stack))).reason == "NODE_REVOKED"
+    unknown = await stack.operator.refused(drain(stack, "nobody"))
+    assert unknown.code is grpc.StatusCode.NOT_FOUND
 
 
 async def test_what_a_spool_lost_is_named(stack: ApiStack) -> None:

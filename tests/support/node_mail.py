@@ -63,14 +63,24 @@ async def configure(plane: ControlPlane, sink: Sink) -> Stream:
 
 
 class Sink:
-    """An SMTP server that takes everything; once `open` is clear, it leaves the final dot without an answer."""
+    """An SMTP server that takes everything; once `open` is clear, it leaves the final dot without an answer.
+
+    While it is `refusing` it defers everybody.
+    """
 
     def __init__(self) -> None:
         self.received: asyncio.Queue[bytes] = asyncio.Queue()
         self.port = 0
         self.reply = "250 taken"
+        self.refusing = False
         self.open = asyncio.Event()
         self.open.set()
+
+    async def handle_MAIL(self, server: Any, session: Any, envelope: Any, address: str, options: list[str]) -> str:
+        if self.refusing:
+            return "451 4.3.2 later"
+        envelope.mail_from = address
+        return "250 OK"
 
     async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
         self.received.put_nowait(envelope.content)

@@ -28,10 +28,12 @@ from controlplane.adapters.postgres.books import PostgresBooks
 from controlplane.adapters.postgres.feed import ChangeFeed
 from controlplane.adapters.postgres.fleet import PostgresFleet
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.handovers import PostgresHandovers
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.queue import PostgresQueue
 from controlplane.domain.books import Comparison
 from controlplane.services.auditing import Auditor
+from controlplane.services.handovers import Handovers
 from controlplane.services.ingest import IngestService
 from controlplane.services.queue import QueueService
 from controlplane.stream.fleet import FleetService
@@ -132,7 +134,9 @@ async def nodes_port(
             report=lambda spool, reason: report("audit.not_compared", spool=spool, reason=reason),
             concluded=compared.put_nowait,
         )
-        ledger = NodeLedgerServicer(IngestService(store, now), auditor, fleet, now, report, look_back_s=0.2)
+        handovers = Handovers(PostgresHandovers(fleet_database), now)
+        ingest = IngestService(store, now)
+        ledger = NodeLedgerServicer(ingest, auditor, handovers, fleet, now, report, look_back_s=0.2)
         server = grpc.aio.server(options=NODE_OPTIONS)
         server.add_generic_rpc_handlers((config.handler(),))
         add_LedgerServiceServicer_to_server(ledger, server)

@@ -45,10 +45,10 @@ def fail_test(failure: SpoolFailedError) -> None:
     raise failure
 
 
-async def open_durable(folder: Path, clock: Clock, **options: Any) -> SqliteSpool:
-    """Open a durable spool for node-1; a failure raises unless the test says what it does."""
+async def open_durable(folder: Path, clock: Clock, node: str = "node-1", **options: Any) -> SqliteSpool:
+    """Open a durable spool; a failure raises unless the test says what it does."""
     options.setdefault("on_failed", fail_test)
-    return await SqliteSpool.open(folder, "node-1", clock, **options)
+    return await SqliteSpool.open(folder, node, clock, **options)
 
 
 def copy_as_it_lies(source: Path, target: Path) -> None:

@@ -1,10 +1,11 @@
 """Carries LedgerService: what spools report goes to the ingest service, cursors go back.
 
 Contract. Requests are answered in order. While one transaction runs, what comes next gathers, and batches that follow
-each other are stored together. Beside that the node is asked who waits in its spools, see `services.auditing`, and told
-of spools whose records a PostgreSQL that failed over has lost. A stream ends UNAVAILABLE while PostgreSQL is away (the
-node comes back and sends what the cursor does not cover), UNAUTHENTICATED when the node was revoked meanwhile. Another
-node's spool is refused; the stream goes on for the others.
+each other are stored together. Beside that the node is asked who waits in its spools (`services.auditing`), told of
+spools whose records a PostgreSQL that failed over has lost, and its spools are given mail that other nodes gave up
+(`services.handovers`). A stream ends UNAVAILABLE while PostgreSQL is away (the node comes back and sends what the
+cursor does not cover), UNAUTHENTICATED when the node was revoked meanwhile. Another node's spool is refused; the stream
+goes on for the others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from controlplane.adapters.pki import NodeIdentity, PkiError
 from controlplane.domain.errors import UnavailableError
 from controlplane.ports_fleet import Cursor, RawBatch, Refusal, SpoolOpening
 from controlplane.services.auditing import Auditor, Comparer
+from controlplane.services.handovers import HandoverPart, Handovers, Receiver, Take
 from controlplane.services.ingest import IngestService, Told
 from controlplane.stream.fleet import FleetService, NotAdmittedError
 from dataplane.core.waiting import Tally, Waiting, WaitingQuestion, WaitingStatement
@@ -48,6 +50,7 @@ class NodeLedgerServicer(LedgerServiceServicer):
         self,
         ingest: IngestService,
         auditor: Auditor,
+        handovers: Handovers,
         fleet: FleetService,
         clock: Callable[[], datetime],
         report: Report,
@@ -56,6 +59,7 @@ class NodeLedgerServicer(LedgerServiceServicer):
         self._look_back_s = look_back_s
         self._ingest = ingest
         self._auditor = auditor
+        self._handovers = handovers
         self._fleet = fleet
         self._clock = clock
         self._report = report
@@ -94,12 +98,18 @@ class NodeLedgerServicer(LedgerServiceServicer):
         comparer = self._auditor.attend(identity.node_id, lambda one: write(_question(one)))
         comparing = asyncio.create_task(comparer.run())
         comparing.add_done_callback(self._comparer_ended)
+        receiver = self._handovers.attend(
+            identity.node_id, lambda spool: write(_invitation(spool)), lambda part: write(_handover(part))
+        )
+        giving = asyncio.create_task(receiver.run())
+        giving.add_done_callback(self._giver_ended)
         told = Told()
 
         async def answer(answers: Sequence[Cursor | Refusal]) -> None:
             for one in answers:
                 told.note(one)
                 comparer.reports(one.spool, taken=isinstance(one, Cursor))
+                receiver.reports(one.spool, taken=isinstance(one, Cursor))
                 await write(self._response(identity.node_id, one))
 
         looking = asyncio.create_task(self._look_back(told, answer))
@@ -109,11 +119,12 @@ class NodeLedgerServicer(LedgerServiceServicer):
                 if checked is None or self._clock() - checked > _CHECK_AGAIN:
                     await self._fleet.check(identity.node_id, identity.serial)
                     checked = self._clock()
-                await answer(await self._answers(identity.node_id, requests, comparer))
+                await answer(await self._answers(identity.node_id, requests, comparer, receiver))
         finally:
-            for task in (reader, draining, comparing, looking):
+            self._handovers.leave(receiver)
+            for task in (reader, draining, comparing, looking, giving):
                 task.cancel()
-            await asyncio.gather(reader, draining, comparing, looking, return_exceptions=True)
+            await asyncio.gather(reader, draining, comparing, looking, giving, return_exceptions=True)
 
     async def _look_back(self, told: Told, answer: Callable[[Sequence[Cursor | Refusal]], Awaitable[None]]) -> None:
         while True:
@@ -126,8 +137,13 @@ class NodeLedgerServicer(LedgerServiceServicer):
         if not task.cancelled() and (error := task.exception()) is not None:
             self._report("audit.failed", spool="", error=f"{type(error).__name__}: {error}")
 
+    def _giver_ended(self, task: asyncio.Task[None]) -> None:
+        # Records go on being stored; the node's next stream is given what waits.
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._report("handover.failed", error=f"{type(error).__name__}: {error}")
+
     async def _answers(
-        self, node_id: str, requests: list[pb.ReportLedgerRequest], comparer: Comparer
+        self, node_id: str, requests: list[pb.ReportLedgerRequest], comparer: Comparer, receiver: Receiver
     ) -> list[Cursor | Refusal]:
         answers: list[Cursor | Refusal] = []
         batches: list[RawBatch] = []
@@ -141,6 +157,9 @@ class NodeLedgerServicer(LedgerServiceServicer):
                     answers.append(await self._ingest.open_spool(node_id, _opening(request.open)))
                 case "statement":
                     comparer.answered(_statement(request.statement))
+                case "take":
+                    take = request.take
+                    receiver.asked(Take(uuid_text(take.spool), take.number, take.after_record))
                 case _:
                     raise BadMessageError("a message says nothing")
         return answers + await self._ingest.store(node_id, batches)
@@ -205,6 +224,21 @@ def _question(question: WaitingQuestion) -> pb.ReportLedgerResponse:
         buckets=question.buckets,
     )
     return pb.ReportLedgerResponse(question=message)
+
+
+def _invitation(spool: str) -> pb.ReportLedgerResponse:
+    return pb.ReportLedgerResponse(invitation=pb.LedgerInvitation(spool=spool))
+
+
+def _handover(part: HandoverPart) -> pb.ReportLedgerResponse:
+    message = pb.LedgerHandover(
+        spool=part.take.spool, number=part.take.number, message_id=part.message_id, content=part.content, last=part.last
+    )
+    if part.message_id:
+        message.account = f"{_ACCOUNTS}{part.account}"
+    if part.what is not None:
+        message.handed_over.ParseFromString(part.what)
+    return pb.ReportLedgerResponse(handover=message)
 
 
 def _statement(message: pb.LedgerStatement) -> WaitingStatement:

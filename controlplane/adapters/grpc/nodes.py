@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from google.longrunning import operations_pb2
 from google.protobuf.empty_pb2 import Empty
 
 from controlplane.adapters.grpc import convert
 from controlplane.adapters.grpc.context import caller
+from controlplane.adapters.grpc.operations import drain_name, write_drain
 from controlplane.domain import names
 from controlplane.domain.resources import NODE_FIELDS, NODE_POOL_FIELDS, Node, NodePool, SubmissionLimits
 from controlplane.services.nodes import NodePoolsService, NodesService
@@ -82,6 +84,18 @@ class NodeHandlers(service_grpc.NodeServiceServicer):
         result = await self._nodes.attach_spool(
             caller(), mutation, _node_id(request.name), request.spool, force=request.force
         )
+        return convert.answer(result, pb.Node, write_node)
+
+    async def DrainNode(self, request: service_pb.DrainNodeRequest, context: Any) -> operations_pb2.Operation:
+        """As the proto says."""
+        mutation = convert.mutation("DrainNode", request, write_drain)
+        result = await self._nodes.drain(caller(), mutation, _node_id(request.name))
+        return convert.answer(result, operations_pb2.Operation, write_drain)
+
+    async def UndrainNode(self, request: service_pb.UndrainNodeRequest, context: Any) -> pb.Node:
+        """As the proto says."""
+        mutation = convert.mutation("UndrainNode", request, write_node)
+        result = await self._nodes.undrain(caller(), mutation, _node_id(request.name))
         return convert.answer(result, pb.Node, write_node)
 
     async def CreateNodePool(self, request: service_pb.CreateNodePoolRequest, context: Any) -> pb.NodePool:
@@ -159,6 +173,7 @@ def write_node(node: Node) -> pb.Node:
             )
             for spool in node.spools
         ],
+        drain_operation=drain_name(node.drain) if node.drain else "",
     )
     convert.write_meta(message, node.meta)
     return message

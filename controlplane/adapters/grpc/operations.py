@@ -1,5 +1,5 @@
 """google.longrunning.Operations for `accounts/*/operations/*`: commands to spools, as long-running operations. Those on
-the mail of every account lie under `accounts/-`.
+the mail of every account lie under `accounts/-`, and so do the drains of nodes.
 
 GetOperation, WaitOperation and ListOperations are offered; an operation can be neither deleted nor cancelled
 (UNIMPLEMENTED): what a command did, it did.
@@ -10,17 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 from google.longrunning import operations_pb2, operations_pb2_grpc
-from google.rpc.code_pb2 import FAILED_PRECONDITION
+from google.rpc.code_pb2 import CANCELLED, FAILED_PRECONDITION
 from google.rpc.status_pb2 import Status
 
 from controlplane.adapters.grpc import convert
 from controlplane.adapters.grpc.context import caller
 from controlplane.domain import names
+from controlplane.domain.drains import Drain, DrainTarget
 from controlplane.domain.errors import invalid
-from controlplane.domain.messages import Command, MessageFilter, SpoolProgress
+from controlplane.domain.messages import EVERY_ACCOUNT, Command, MessageFilter, SpoolProgress
 from controlplane.services.messages import OperationsService
 from postroad.control.v1 import message_pb2 as message_pb
 from postroad.control.v1 import message_service_pb2 as service_pb
+from postroad.control.v1 import node_service_pb2 as node_service_pb
 
 _PENDING_LIMIT = 100
 _RESULT_LIMIT = 1_000
@@ -34,14 +36,14 @@ class OperationHandlers(operations_pb2_grpc.OperationsServicer):
 
     async def GetOperation(self, request: operations_pb2.GetOperationRequest, context: Any) -> operations_pb2.Operation:
         """Return an operation as it is. NOT_FOUND."""
-        return write_operation(await self._operations.get(caller(), *names.parse_operation(request.name)))
+        return _write(await self._operations.get(caller(), *names.parse_operation(request.name)))
 
     async def WaitOperation(
         self, request: operations_pb2.WaitOperationRequest, context: Any
     ) -> operations_pb2.Operation:
         """Return an operation when it is done, or as it is after `timeout`, a minute at most. NOT_FOUND."""
         timeout_s = convert.from_duration(request, "timeout")
-        return write_operation(await self._operations.wait(caller(), *names.parse_operation(request.name), timeout_s))
+        return _write(await self._operations.wait(caller(), *names.parse_operation(request.name), timeout_s))
 
     async def ListOperations(
         self, request: operations_pb2.ListOperationsRequest, context: Any
@@ -54,6 +56,43 @@ class OperationHandlers(operations_pb2_grpc.OperationsServicer):
         return operations_pb2.ListOperationsResponse(
             operations=[write_operation(command) for command in found], next_page_token=more
         )
+
+
+def _write(found: Command | Drain) -> operations_pb2.Operation:
+    return write_drain(found) if isinstance(found, Drain) else write_operation(found)
+
+
+def drain_name(drain: str) -> str:
+    """Return the name of a drain's operation."""
+    return names.format_name(names.OPERATION, EVERY_ACCOUNT, drain)
+
+
+def write_drain(drain: Drain) -> operations_pb2.Operation:
+    """Return the operation of a drain."""
+    targets = [_write_target(target) for target in drain.targets]
+    metadata = node_service_pb.DrainNodeMetadata(
+        node=names.format_name(names.NODE, drain.node),
+        create_time=convert.to_timestamp(drain.create_time),
+        closed=drain.closed,
+        waiting_count=drain.waiting_count,
+        moving_count=drain.moving_count,
+        targets=targets,
+    )
+    operation = operations_pb2.Operation(name=drain_name(drain.drain), done=drain.is_done)
+    operation.metadata.Pack(metadata)
+    if drain.undrained:
+        operation.error.CopyFrom(Status(code=CANCELLED, message="the node takes mail again"))
+    elif drain.is_done:
+        operation.response.Pack(node_service_pb.DrainNodeResult(targets=targets))
+    return operation
+
+
+def _write_target(target: DrainTarget) -> node_service_pb.DrainTarget:
+    return node_service_pb.DrainTarget(
+        node=names.format_name(names.NODE, target.node),
+        message_count=target.message_count,
+        recipient_count=target.recipient_count,
+    )
 
 
 def write_operation(command: Command) -> operations_pb2.Operation:

@@ -50,6 +50,7 @@ def hello_of(message: pb.Hello) -> session.Hello:
         message.denials_version,
         spools_of(message.spools),
         frozenset(message.client_features),
+        message.told_to_drain,
     )
 
 
@@ -76,7 +77,8 @@ def health_of(message: pb.StatusReport, now: datetime) -> NodeHealth:
     if message.HasField("node_time"):
         skew_s = message.node_time.ToDatetime(UTC).timestamp() - now.timestamp()
     oldest_age_s = message.oldest_age.ToTimedelta().total_seconds()
-    return NodeHealth(message.digest, message.draining, message.queue_depth, oldest_age_s, skew_s)
+    drain = (message.told_to_drain, message.closed)
+    return NodeHealth(message.digest, message.draining, message.queue_depth, oldest_age_s, skew_s, *drain)
 
 
 def spools_of(messages: Iterable[pb.SpoolStatus]) -> tuple[SpoolStatus, ...]:

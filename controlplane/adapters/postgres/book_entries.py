@@ -50,8 +50,17 @@ class Entered:
         """Recipients that had not ended were changed, some of them to their end."""
         return self._count(written, new=False)
 
+    def moved(self, written: Written, sign: int) -> int:
+        """Recipients that wait came from another spool (1), or went to one (-1), as if they had been accepted there."""
+        total = 0
+        for row in written:
+            total += row["count"]
+            self._counts[row["account"], row["day"], _ACCEPTED] += sign * row["count"]
+        return total
+
     def add(self, other: Entered) -> None:
         """What another part of the transaction did."""
+        # Not `+`, which forgets what is below 0.
         self._counts.update(other._counts)
 
     def columns(self) -> list[list[Any]]:

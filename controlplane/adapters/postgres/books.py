@@ -19,7 +19,7 @@ import asyncpg
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.session import Connection
 from controlplane.domain.books import MOST_NAMED, Comparison, Entries, Finding, FindingKind, LedgerSide
-from controlplane.ports_fleet import BookHealth, LedgerBooks, SilentSpool
+from controlplane.ports_fleet import NO_SPOOL, BookHealth, LedgerBooks, SilentSpool
 from dataplane.core.waiting import Tally, Waiting, tally_of_sum
 
 MOST_NAMES = 20_000
@@ -63,7 +63,7 @@ SELECT spool, account, sum(accepted)::bigint AS accepted, sum(sent)::bigint AS s
 FROM postroad.book_entries LEFT JOIN ({_OWN_DAYS}) AS o USING (account)
 WHERE spool = ANY($1::uuid[]) AND day >= greatest($2, o.first_day) GROUP BY spool, account
 """
-# Whoever's spool it was: one that the fleet knows no more is silent, too.
+# Whoever's spool it was: one that the fleet knows no more is silent, too. So is mail that changes hands for too long.
 _SILENT = f"""
 SELECT * FROM (
     SELECT m.spool, m.node, r.account, r.message_id, r.recipient_index,
@@ -71,6 +71,9 @@ SELECT * FROM (
         row_number() OVER (PARTITION BY m.spool, r.account ORDER BY r.message_id, r.recipient_index) AS number
     FROM postroad.recipients AS r CROSS JOIN LATERAL ({_MESSAGE}) AS m
     WHERE r.state < 6
+        AND NOT (m.spool = '{NO_SPOOL}' AND EXISTS (
+            SELECT FROM postroad.handovers AS h WHERE h.message_id = r.message_id AND h.create_time >= $1
+        ))
         AND NOT EXISTS (SELECT FROM postroad.book_comparisons AS c WHERE c.spool = m.spool AND c.compare_time >= $1)
         AND NOT EXISTS (SELECT FROM postroad.spools AS s WHERE s.spool = m.spool AND s.create_time >= $1)
 ) AS numbered WHERE number <= {MOST_NAMED}

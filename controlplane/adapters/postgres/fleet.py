@@ -49,7 +49,8 @@ SELECT t.node, n.node_pool FROM postroad.enrollment_tokens t JOIN postroad.nodes
 WHERE t.token_sha256 = $1 AND t.use_time IS NULL AND t.expire_time > $2
 """
 _NODES = """
-SELECT n.node, n.node_pool, n.state, coalesce(n.certificate_serial, '') AS serial, coalesce(s.replica, '') AS stream
+SELECT n.node, n.node_pool, n.state, coalesce(n.certificate_serial, '') AS serial, coalesce(s.replica, '') AS stream,
+    n.drain IS NOT NULL AS drains
 FROM postroad.nodes n LEFT JOIN postroad.node_status s USING (node)
 WHERE n.node = ANY ($1::text[])
 """
@@ -126,7 +127,9 @@ class PostgresFleet:
         async with self._database.transaction("nodes_get") as connection:
             rows = await connection.fetch(_NODES, list(node_ids))
         return [
-            NodeRecord(row["node"], row["node_pool"], NodeState(row["state"]), row["serial"], row["stream"])
+            NodeRecord(
+                row["node"], row["node_pool"], NodeState(row["state"]), row["serial"], row["stream"], row["drains"]
+            )
             for row in rows
         ]
 
@@ -211,7 +214,7 @@ class PostgresFleet:
                 """
                 UPDATE postroad.node_status
                 SET config_digest = $3, draining = $4, queue_depth = $5, oldest_age_s = $6, clock_skew_s = $7,
-                    last_seen_time = $8, connected = true
+                    last_seen_time = $8, connected = true, closed = $9
                 WHERE node = $1 AND replica = $2
                 """,
                 node_id,
@@ -222,6 +225,7 @@ class PostgresFleet:
                 health.oldest_age_s,
                 health.clock_skew_s,
                 now,
+                health.closed,
             )
 
     async def report_spools(self, node_id: str, spools: Sequence[SpoolStatus], now: datetime) -> list[SpoolOwner]:

@@ -14,9 +14,10 @@ UnavailableError leaves everything as it was.
     newer incarnation                       stored: the worker was restarted
     another node's spool                    refused: NOT_OWNED
 
-A spool speaks of messages that it accepted itself, or that move between spools (REPLICATED): what it says of others'
-is set aside, whoever's they are. What it says of mail that it holds under a lease changes the replicated queue in the
-same transaction.
+A spool speaks of messages that are its own, or that move between spools (REPLICATED): what it says of others' is set
+aside, whoever's they are. It has those that it accepted and those that it took over, and has them no more once it gave
+them up (`handovers`). What it says of mail that it holds under a lease changes the replicated queue in the same
+transaction.
 A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
 What was accepted and what ended is entered into the spool's books by the statement that moves the cursor; REPLICATED
 mail is in no book.
@@ -46,6 +47,7 @@ from controlplane.adapters.ledger_records import (
 )
 from controlplane.adapters.postgres.book_entries import BY_DAY, ENTER, Entered
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.handover_records import NotAssignedError, store_given, store_pieces, store_taken
 from controlplane.adapters.postgres.queue_reports import apply_reports
 from controlplane.adapters.postgres.session import Connection
 from controlplane.ports_fleet import (
@@ -441,6 +443,7 @@ class _Writer:
     async def _write_rows(self, rows: RecordRows) -> Entered:
         connection, entered = self._connection, Entered()
         new: set[tuple[Any, ...]] = set()
+        await self._take_over(rows, entered)
         if rows.messages:
             own = (self._node_id, self._spool, False)
             answer = await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 14), *own)
@@ -459,6 +462,7 @@ class _Writer:
             await connection.execute(_INSERT_EVENTS, *columns(events, 18), self._node_id, self._spool)
         if rows.reports:
             await apply_reports(connection, self._spool, list(rows.reports.values()))
+        await self._give_up(rows, entered)
         if rows.results:
             progress = columns(rows.results.values(), 6)
             await connection.execute(_UPDATE_COMMANDS, *progress, self._spool, self._now)
@@ -474,10 +478,26 @@ class _Writer:
         moving = [row for key, row in rows.changed.items() if key in rows.reports]
         return [(changed, into) for changed, into in ((local, entered), (moving, Entered())) if changed]
 
+    async def _give_up(self, rows: RecordRows, entered: Entered) -> None:
+        if rows.pieces:
+            await store_pieces(self._connection, rows.pieces)
+        if rows.given:
+            # Before results of commands: what was given up has left them to its next owner.
+            await store_given(self._connection, self._node_id, self._spool, rows.given, entered)
+
+    async def _take_over(self, rows: RecordRows, entered: Entered) -> None:
+        if not rows.taken:
+            return
+        try:
+            await store_taken(self._connection, self._node_id, self._spool, rows.taken, entered)
+        except NotAssignedError as error:
+            raise _UnknownRecipientError(str(error)) from error
+
     async def _check_own(self, rows: RecordRows, new: set[tuple[Any, ...]]) -> None:
         """Refuse what is said of messages that this spool did not accept; `new` are those that it accepted just now."""
         named = {row[:2] for row in rows.messages}
         named |= {(row[0], row[2]) for row in (*rows.changed.values(), *rows.events)}
+        named |= {row[:2] for row in (*rows.pieces, *rows.given)}
         named -= new
         if not named:
             return

@@ -1,7 +1,8 @@
 """Nodes, node pools and what hangs on them.
 
 Contract. Implements `controlplane.ports.Nodes`. What a node reports of itself is written by the fleet's side into
-`node_status` and `spools`, and only read here, but for AcceptSpool and AttachSpool.
+`node_status` and `spools`, and only read here, but for AcceptSpool and AttachSpool. Drains are asked for here, and
+ended here or by the fleet's side, which also counts who took what.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncpg
 from controlplane.adapters.postgres.rows import meta_of, rows_changed
 from controlplane.adapters.postgres.session import Session
 from controlplane.domain import names
+from controlplane.domain.drains import Drain, DrainTarget
 from controlplane.domain.errors import FailedPreconditionError, NotFoundError, Reason
 from controlplane.domain.etags import Etag
 from controlplane.domain.resources import Node, NodePool, NodeState, Spool, SubmissionLimits
@@ -40,6 +42,30 @@ SELECT n.*, s.connected, s.last_seen_time, s.software_version, s.config_status, 
     SELECT max(t.expire_time) FROM postroad.enrollment_tokens t WHERE t.node = n.node AND t.use_time IS NULL
 ) AS enrollment_expire_time
 FROM postroad.nodes n LEFT JOIN postroad.node_status s ON s.node = n.node
+"""
+
+
+_TAKER = """
+SELECT EXISTS (
+    SELECT FROM postroad.nodes n JOIN postroad.node_status s USING (node)
+    WHERE n.node_pool = $1 AND n.node <> $2 AND n.state = $3 AND n.drain IS NULL AND s.connected
+)
+"""
+_HAS_MAIL = """
+SELECT EXISTS (
+    SELECT FROM postroad.recipients r JOIN postroad.messages m USING (message_id)
+    WHERE r.state < 6 AND NOT m.replicated AND m.spool IN (SELECT p.spool FROM postroad.spools p WHERE p.node = $1)
+)
+"""
+_DRAIN = """
+SELECT d.*, coalesce(s.closed, false) AND n.drain = d.drain AS closed, (
+    SELECT coalesce(sum(p.waiting_count), 0)::bigint FROM postroad.spools p WHERE p.node = d.node
+) AS waiting_count, (
+    SELECT count(*) FROM postroad.handovers h WHERE h.drain = d.drain
+) AS moving_count
+FROM postroad.node_drains d
+LEFT JOIN postroad.nodes n ON n.node = d.node LEFT JOIN postroad.node_status s ON s.node = d.node
+WHERE d.drain = $1
 """
 
 
@@ -151,6 +177,58 @@ class NodesRepository:
         )
         # Both nodes: the one that may send now, and the one that may not.
         await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, node)
+
+    async def has_taker(self, node: Node) -> bool:
+        """As the port says."""
+        found: bool = await self._session.value("node_taker", _TAKER, *(node.node_pool, node.node, NodeState.ENROLLED))
+        return found
+
+    async def has_mail(self, node: str) -> bool:
+        """As the port says."""
+        found: bool = await self._session.value("node_mail", _HAS_MAIL, node)
+        return found
+
+    async def start_drain(self, node: str) -> str:
+        """As the port says."""
+        drain = await self._session.value(
+            "drain_insert", "INSERT INTO postroad.node_drains (node) VALUES ($1) RETURNING drain", node
+        )
+        await self._session.run("node_drain", "UPDATE postroad.nodes SET drain = $2 WHERE node = $1", node, drain)
+        await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, node)
+        return str(drain)
+
+    async def end_drain(self, node: str) -> None:
+        """As the port says."""
+        await self._session.run(
+            "drain_end",
+            """
+            UPDATE postroad.node_drains d SET end_time = transaction_timestamp(), undrained = true
+            FROM postroad.nodes n WHERE n.node = $1 AND d.drain = n.drain AND d.end_time IS NULL
+            """,
+            node,
+        )
+        await self._session.run("node_undrain", "UPDATE postroad.nodes SET drain = NULL WHERE node = $1", node)
+        await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, node)
+
+    async def get_drain(self, drain: str) -> Drain:
+        """As the port says."""
+        row = await self._session.row("drain_get", _DRAIN, drain)
+        if row is None:
+            raise NotFoundError(names.format_name(names.OPERATION, "-", drain))
+        targets = await self._session.rows(
+            "drain_targets", "SELECT * FROM postroad.drain_targets WHERE drain = $1 ORDER BY node", drain
+        )
+        return Drain(
+            drain=str(row["drain"]),
+            node=row["node"],
+            create_time=row["create_time"],
+            end_time=row["end_time"],
+            undrained=row["undrained"],
+            closed=bool(row["closed"]),
+            waiting_count=row["waiting_count"],
+            moving_count=row["moving_count"],
+            targets=tuple(DrainTarget(one["node"], one["message_count"], one["recipient_count"]) for one in targets),
+        )
 
     async def get_pool(self, node_pool: str) -> NodePool:
         """As the port says."""
@@ -334,6 +412,7 @@ def _node(row: asyncpg.Record) -> Node:
         config_error=row["config_error"] or "",
         denials_version=row["denials_version"] or 0,
         spools=tuple(_spool(one) for one in json.loads(row["spools"])),
+        drain=str(row["drain"] or ""),
         meta=meta_of(row),
     )
 

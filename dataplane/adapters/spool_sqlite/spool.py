@@ -46,9 +46,11 @@ from dataplane.adapters.spool_sqlite.transaction import (
     Accept,
     Acknowledge,
     ForgetKeys,
+    Give,
     Operation,
     Quarantine,
     Settle,
+    Take,
     WriteRecord,
 )
 from dataplane.core.envelope import Envelope, RecipientRow
@@ -216,11 +218,17 @@ class SqliteSpool:
     def _make_accept(
         self, future: asyncio.Future[None], envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]
     ) -> Accept:
+        row, rows = self._rows(envelope, content, recipients)
+        return Accept(future, row, rows, encode_key(envelope))
+
+    def _rows(
+        self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]
+    ) -> tuple[tuple[MessageId, int, int, bytes, bytes | None], list[Recipient]]:
         message_id = envelope.message_id
         encoded, rows = self._encode(envelope, recipients, len(content))
         checksum = message_checksum(message_id, encoded, content)
         inline = content if len(content) <= self._limits.inline_bytes else None
-        return Accept(future, (message_id, checksum, len(content), encoded, inline), rows, encode_key(envelope))
+        return (message_id, checksum, len(content), encoded, inline), rows
 
     def _encode(
         self, envelope: Envelope, recipients: Sequence[RecipientRow], unwritten_bytes: int
@@ -261,6 +269,39 @@ class SqliteSpool:
         """Move the mark and trim the tail with the next commit."""
         future: asyncio.Future[None] = self._loop.create_future()
         self._submit(Acknowledge(future, number))
+        return future
+
+    def give(
+        self, message_id: MessageId, recipients: Sequence[RecipientRow], records: Sequence[bytes]
+    ) -> asyncio.Future[int]:
+        """Give a message up: it leaves the queue, and the records that hold it are written, with one commit.
+
+        The result is the number of the last record; 0, and nothing is done, unless these are all recipients that it
+        has, each with this attempt and none of them being sent. SpoolError.
+        """
+        future: asyncio.Future[int] = self._loop.create_future()
+        self._submit(Give(future, message_id, [(row.index, row.attempt) for row in recipients], records))
+        return future
+
+    def take(
+        self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow], record: bytes
+    ) -> asyncio.Future[int]:
+        """Store a message that another spool gave up, and the record that says so, with one commit; that one's number.
+
+        The same contract as `accept`, but for a submission key that another message has: then this one goes without.
+        """
+        future: asyncio.Future[int] = self._loop.create_future()
+        try:
+            row, rows = self._rows(envelope, content, recipients)
+        except SpoolError as error:
+            future.set_exception(error)
+            return future
+        operation = Take(future, row, rows, encode_key(envelope), record)
+        self._room.promise(len(content))
+        if operation.has_file:
+            self._store_content(operation, content)
+        else:
+            self._commits.submit(operation)
         return future
 
     def _submit(self, operation: Operation) -> None:

@@ -134,17 +134,24 @@ def _turns(connection: apsw.Connection, as_of_record: int) -> Mapping[_Key, _Tur
             continue
         for index, waits in _said(record):
             key = record.message_id, index
-            # Who is told of as new was not in the ledger; who is only changed waited there until now.
-            waited = turns[key].waited if key in turns else not record.HasField("accepted")
+            # Who is told of as new or as taken over was not in the ledger; who is only changed waited until now.
+            is_new = record.HasField("accepted") or record.HasField("taken_over")
+            waited = turns[key].waited if key in turns else not is_new
             turns[key] = _Turn(record.account, waited, waits)
     return turns
 
 
 def _said(record: LedgerRecord) -> Iterator[tuple[int, bool]]:
-    states = {update.index: State(update.state) for update in record.recipients}
+    is_handover = record.WhichOneof("handover") is not None
+    updates = () if is_handover else record.recipients
+    states = {update.index: State(update.state) for update in updates}
     indexes = range(len(record.accepted.recipients)) if record.HasField("accepted") else states
     for index in indexes:
         yield index, states.get(index, State.QUEUED) not in TERMINAL
+    for index in record.taken_over.indexes:
+        yield index, True
+    for recipient in record.handed_over.recipients:
+        yield recipient.index, False
 
 
 def _records(connection: apsw.Connection, first: int) -> Iterator[bytes]:

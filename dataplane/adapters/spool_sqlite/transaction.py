@@ -52,6 +52,8 @@ _INSERT_RECIPIENT = (
 _INSERT_KEY = (
     "INSERT INTO submission_key (key_hash, content_hash, message_id, time_ms, checksum) VALUES (?, ?, ?, ?, ?)"
 )
+# Another message may have had the key here: the ledger knows of that.
+_INSERT_TAKEN_KEY = _INSERT_KEY.replace("INSERT", "INSERT OR IGNORE")
 _DELETE_AGED_KEY = "DELETE FROM submission_key WHERE key_hash = ? AND time_ms <= ?"
 _DELETE_AGED_KEYS = (
     "DELETE FROM submission_key WHERE time_ms <= ?2 "
@@ -60,6 +62,8 @@ _DELETE_AGED_KEYS = (
 _INSERT_UNREPORTED = "INSERT INTO unreported (message_id) VALUES (?)"
 _DELETE_UNREPORTED = "DELETE FROM unreported WHERE message_id = ?"
 _ATTEMPTS = "SELECT idx, attempt FROM recipient WHERE message_id = ?"
+# One that is being sent has no number here that anybody would name.
+_WAITING = "SELECT idx, CASE state WHEN 3 THEN -1 ELSE attempt END FROM recipient WHERE message_id = ?"
 _DELETE_RECIPIENT = "DELETE FROM recipient WHERE message_id = ? AND idx = ? AND attempt = ?"
 _UPDATE_RECIPIENT = (
     "UPDATE recipient SET state = ?, attempt = ?, due_ms = ?, incarnation = ?, checksum = ?, queue_key = ? "
@@ -153,6 +157,30 @@ class Accept(Operation):
 
 
 @dataclass(slots=True, eq=False)
+class Take(Accept):
+    """A message that another spool gave up, and the record that says that it is here; the result is its number."""
+
+    record: bytes = b""
+
+
+@dataclass(slots=True, eq=False)
+class Give(Operation):
+    """A message that goes to another spool: index and attempt of all its recipients, and the records that hold it.
+
+    The result is the number of the last record, 0 when the recipients are not these, or one is being sent.
+    """
+
+    message_id: MessageId
+    recipients: Sequence[tuple[int, int]]
+    records: Sequence[bytes]
+
+    @property
+    def size_bytes(self) -> int:
+        """The records."""
+        return sum(map(len, self.records))
+
+
+@dataclass(slots=True, eq=False)
 class Settle(Operation):
     """A settlement."""
 
@@ -240,9 +268,9 @@ class Transaction:
     def together(self, operations: Sequence[Operation], *, vacuum: bool) -> Iterator[None]:
         """Run a batch; raises what apsw raises, and the caller rolls back."""
         self._execute("BEGIN IMMEDIATE")
-        accepts = [operation for operation in operations if isinstance(operation, Accept)]
+        accepts = [operation for operation in operations if type(operation) is Accept]
         yield from self._store(accepts)
-        others = [operation for operation in operations if not isinstance(operation, Accept)]
+        others = [operation for operation in operations if type(operation) is not Accept]
         for is_plain, run in groupby(others, _is_plain):
             while part := list(islice(run, _SLICE_ROWS if is_plain else _SLICE_SETTLEMENTS)):
                 if is_plain:
@@ -301,6 +329,10 @@ class Transaction:
         match operation:
             case Settle():
                 operation.result = self._settle(operation.settlement)
+            case Give():
+                operation.result = self._give(operation)
+            case Take():
+                operation.result = self._take(operation)
             case Accept():
                 for _ in self._store([operation]):
                     pass
@@ -361,6 +393,31 @@ class Transaction:
         if record is not None:
             self._records.append(record)
         return changed
+
+    # --- hand-over ---
+
+    def _give(self, operation: Give) -> int:
+        """Take the message out of the queue and put it into the outbox: from this commit on nobody here sends it."""
+        message_id = operation.message_id
+        present = fetch(self._connection, _WAITING, (message_id,))
+        if sorted(present) != sorted(operation.recipients):
+            return 0
+        self._execute(_DELETE_RECIPIENTS, (message_id,))
+        self._waiting_count -= self._connection.changes()
+        self._remove(message_id)
+        self._execute(_DELETE_UNREPORTED, (message_id,))
+        self._records += operation.records
+        return self._last + len(self._records)
+
+    def _take(self, operation: Take) -> int:
+        """Put the message into the queue, and the record that says so into the outbox."""
+        self._execute(_INSERT_MESSAGE, operation.row)
+        self._connection.executemany(_INSERT_RECIPIENT, operation.recipients)
+        if operation.key is not None:
+            self._execute(_INSERT_TAKEN_KEY, operation.key)
+        self._waiting_count += len(operation.recipients)
+        self._records.append(operation.record)
+        return self._last + len(self._records)
 
     def _are_present(self, message_id: MessageId, changes: Sequence[RecipientChange]) -> bool:
         present: dict[int, int] = dict(fetch(self._connection, _ATTEMPTS, (message_id,)))

@@ -31,6 +31,10 @@ MESSAGES: list[link.Message] = [
     link.LedgerStatement(b"\x00\xff statement"),
     link.QueueCall(5, link.QueueMethod.STORE_MESSAGES, 20_000, b"\x00\xff" * 300),
     link.QueueAnswer(5, 14, b"away"),
+    link.LedgerInvitation(SPOOL),
+    link.LedgerTake(SPOOL, 4, 17),
+    link.LedgerHandover(b"\x00\xff part"),
+    link.DrainNode(wanted=True),
     link.RunCommand("c1", SPOOL, 1, "accounts/demo", (b"\x01" * 16, b"\x02" * 16)),
     link.RunCommand(
         *("c2", SPOOL, 6, "accounts/-", (), "providers/new"),
@@ -45,6 +49,7 @@ MESSAGES: list[link.Message] = [
         oldest_accepted_ms=5,
         spools=(STATE,),
         samples=(link.Sample("smtp_connections_total", ("accepted",), 3),),
+        closed=True,
     ),
 ]
 STREAM = b"".join(map(link.encode, MESSAGES))

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from postroad.cli.drains import add_drain
 from postroad.cli.output import Column, enum_text, short, time_text
 from postroad.cli.resources import Kind, Name, add_standard, add_verb, call, changed, create, show, update
 from postroad.cli.session import session_of
@@ -22,7 +23,7 @@ NODE = Kind(
     columns=(
         Column("NODE", lambda one: short(one.name)),
         Column("POOL", lambda one: short(one.node_pool)),
-        Column("STATE", lambda one: enum_text(one, "state")),
+        Column("STATE", lambda one: "drained" if one.drain_operation else enum_text(one, "state")),
         Column("CONNECTED", lambda one: "yes" if one.connected else "no"),
         Column("CONFIG", lambda one: enum_text(one, "config_status")),
         Column("WAITING", lambda one: str(sum(spool.waiting_count for spool in one.spools))),
@@ -62,6 +63,8 @@ POOL = Kind(
 nodes_app = typer.Typer(no_args_is_help=True, help="Nodes: the machines that accept and deliver. Operators only.")
 add_standard(nodes_app, NODE)
 add_verb(nodes_app, NODE, "Revoke", "Refuse the node's certificate from now on and close its stream.")
+add_drain(nodes_app)
+add_verb(nodes_app, NODE, "Undrain", "Let a node that was drained take mail again.")
 pools_app = typer.Typer(
     no_args_is_help=True, help="Node pools: nodes that serve the same accounts with the same settings. Operators only."
 )

@@ -63,6 +63,7 @@ ADVICE: Mapping[str, str] = {
     "NODE_IN_USE": "Stop the node and let its spools run empty first, or `postroad nodes revoke` it",
     "NODE_REVOKED": "Choose another node, or enrol it again: `postroad nodes reset-enrollment …`",
     "SPOOL_IN_USE": "Stop the node and wait until 90 s passed, or `postroad nodes revoke` it; `--force` does not wait",
+    "NODE_ALONE": "Connect another node of its pool, or undrain one: `postroad nodes list`",
     "SPOOL_POOL_DIFFERS": "Choose a node of the same pool: others do not have its accounts",
     "PROVIDER_MISSING": "Create the provider first: `postroad providers create …`",
     "PROVIDER_IN_USE": "Remove it from the routing rules first: `postroad rules list`",

@@ -183,6 +183,8 @@ BY_REASON: Mapping[str, type[PostroadError]] = {
     "SPOOL_IN_USE": FailedPreconditionError,
     "SPOOL_POOL_DIFFERS": FailedPreconditionError,
     "MESSAGE_REPLICATED": FailedPreconditionError,
+    "NODE_ALONE": FailedPreconditionError,
+    "NODE_NOT_DRAINED": FailedPreconditionError,
     "PROVIDER_MISSING": FailedPreconditionError,
     "PROVIDER_IN_USE": FailedPreconditionError,
     "PROVIDER_SUSPENDED": FailedPreconditionError,

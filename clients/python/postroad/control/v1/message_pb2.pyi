@@ -213,7 +213,9 @@ class Message(_message.Message):
     node: _builtins.str
     """`nodes/{node}` that accepted the message."""
     spool: _builtins.str
-    """UUID of the spool that owns the message."""
+    """UUID of the spool that owns the message; all zeros while it is between two
+    nodes, one of which is drained.
+    """
     duplicate_of: _builtins.str
     """`accounts/{account}/messages/{message}` that another spool had stored in
     the 24 hours before or after under the same Idempotency-Key, as far as the

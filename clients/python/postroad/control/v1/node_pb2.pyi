@@ -159,6 +159,7 @@ class Node(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    DRAIN_OPERATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`nodes/{node}`."""
     uid: _builtins.str
@@ -185,6 +186,10 @@ class Node(_message.Message):
     """Version of the denials that the node enforces."""
     etag: _builtins.str
     """Required on Update and Delete; a mismatch is ABORTED."""
+    drain_operation: _builtins.str
+    """`accounts/-/operations/{operation}` of the drain that keeps the node from
+    taking mail; empty when nobody drains it.
+    """
     @_builtins.property
     def enrollment_expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the token ends."""
@@ -235,10 +240,11 @@ class Node(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        drain_operation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["certificate_not_after", b"certificate_not_after", "certificate_not_before", b"certificate_not_before", "create_time", b"create_time", "enrollment_expire_time", b"enrollment_expire_time", "last_seen_time", b"last_seen_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_not_after", b"certificate_not_after", "certificate_not_before", b"certificate_not_before", "config_error", b"config_error", "config_status", b"config_status", "connected", b"connected", "create_time", b"create_time", "denials_version", b"denials_version", "display_name", b"display_name", "enrollment_expire_time", b"enrollment_expire_time", "enrollment_token", b"enrollment_token", "etag", b"etag", "last_seen_time", b"last_seen_time", "name", b"name", "node_pool", b"node_pool", "software_version", b"software_version", "spools", b"spools", "state", b"state", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_not_after", b"certificate_not_after", "certificate_not_before", b"certificate_not_before", "config_error", b"config_error", "config_status", b"config_status", "connected", b"connected", "create_time", b"create_time", "denials_version", b"denials_version", "display_name", b"display_name", "drain_operation", b"drain_operation", "enrollment_expire_time", b"enrollment_expire_time", "enrollment_token", b"enrollment_token", "etag", b"etag", "last_seen_time", b"last_seen_time", "name", b"name", "node_pool", b"node_pool", "software_version", b"software_version", "spools", b"spools", "state", b"state", "uid", b"uid", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,12 +26,14 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.api import client_pb2 as google_dot_api_dot_client__pb2
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
+from google.longrunning import operations_pb2 as google_dot_longrunning_dot_operations__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from postroad.control.v1 import node_pb2 as postroad_dot_control_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&postroad/control/v1/node_service.proto\x12\x13postroad.control.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1epostroad/control/v1/node.proto\"\x84\x01\n\x11\x43reateNodeRequest\x12\x15\n\x07node_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12-\n\x04node\x18\x02 \x01(\x0b\x32\x19.postroad.control.v1.NodeB\x04\xe2\x41\x01\x02\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"6\n\x0eGetNodeRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x11ListNodesResponse\x12(\n\x05nodes\x18\x01 \x03(\x0b\x32\x19.postroad.control.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x9e\x01\n\x11UpdateNodeRequest\x12-\n\x04node\x18\x01 \x01(\x0b\x32\x19.postroad.control.v1.NodeB\x04\xe2\x41\x01\x02\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"x\n\x11\x44\x65leteNodeRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x12\n\x04\x65tag\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"V\n\x1aResetNodeEnrollmentRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"M\n\x11RevokeNodeRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"c\n\x12\x41\x63\x63\x65ptSpoolRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x13\n\x05spool\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"r\n\x12\x41ttachSpoolRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x13\n\x05spool\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x96\x01\n\x15\x43reateNodePoolRequest\x12\x1a\n\x0cnode_pool_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x36\n\tnode_pool\x18\x02 \x01(\x0b\x32\x1d.postroad.control.v1.NodePoolB\x04\xe2\x41\x01\x02\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\">\n\x12GetNodePoolRequest\x12(\n\x04name\x18\x01 \x01(\tB\x1a\xe2\x41\x01\x02\xfa\x41\x13\n\x11postroad/NodePool\"=\n\x14ListNodePoolsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"c\n\x15ListNodePoolsResponse\x12\x31\n\nnode_pools\x18\x01 \x03(\x0b\x32\x1d.postroad.control.v1.NodePool\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xab\x01\n\x15UpdateNodePoolRequest\x12\x36\n\tnode_pool\x18\x01 \x01(\x0b\x32\x1d.postroad.control.v1.NodePoolB\x04\xe2\x41\x01\x02\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"\x80\x01\n\x15\x44\x65leteNodePoolRequest\x12(\n\x04name\x18\x01 \x01(\tB\x1a\xe2\x41\x01\x02\xfa\x41\x13\n\x11postroad/NodePool\x12\x12\n\x04\x65tag\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t2\x83\x0f\n\x0bNodeService\x12{\n\nCreateNode\x12&.postroad.control.v1.CreateNodeRequest\x1a\x19.postroad.control.v1.Node\"*\xda\x41\x0cnode,node_id\x82\xd3\xe4\x93\x02\x15\"\r/api/v1/nodes:\x04node\x12p\n\x07GetNode\x12#.postroad.control.v1.GetNodeRequest\x1a\x19.postroad.control.v1.Node\"%\xda\x41\x04name\x82\xd3\xe4\x93\x02\x18\x12\x16/api/v1/{name=nodes/*}\x12q\n\tListNodes\x12%.postroad.control.v1.ListNodesRequest\x1a&.postroad.control.v1.ListNodesResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\x12\r/api/v1/nodes\x12\x8d\x01\n\nUpdateNode\x12&.postroad.control.v1.UpdateNodeRequest\x1a\x19.postroad.control.v1.Node\"<\xda\x41\x10node,update_mask\x82\xd3\xe4\x93\x02#2\x1b/api/v1/{node.name=nodes/*}:\x04node\x12s\n\nDeleteNode\x12&.postroad.control.v1.DeleteNodeRequest\x1a\x16.google.protobuf.Empty\"%\xda\x41\x04name\x82\xd3\xe4\x93\x02\x18*\x16/api/v1/{name=nodes/*}\x12\x9b\x01\n\x13ResetNodeEnrollment\x12/.postroad.control.v1.ResetNodeEnrollmentRequest\x1a\x19.postroad.control.v1.Node\"8\xda\x41\x04name\x82\xd3\xe4\x93\x02+\"&/api/v1/{name=nodes/*}:resetEnrollment:\x01*\x12\x80\x01\n\nRevokeNode\x12&.postroad.control.v1.RevokeNodeRequest\x1a\x19.postroad.control.v1.Node\"/\xda\x41\x04name\x82\xd3\xe4\x93\x02\"\"\x1d/api/v1/{name=nodes/*}:revoke:\x01*\x12\x87\x01\n\x0b\x41\x63\x63\x65ptSpool\x12\'.postroad.control.v1.AcceptSpoolRequest\x1a\x19.postroad.control.v1.Node\"4\xda\x41\x04name\x82\xd3\xe4\x93\x02\'\"\"/api/v1/{name=nodes/*}:acceptSpool:\x01*\x12\x8d\x01\n\x0b\x41ttachSpool\x12\'.postroad.control.v1.AttachSpoolRequest\x1a\x19.postroad.control.v1.Node\":\xda\x41\nname,spool\x82\xd3\xe4\x93\x02\'\"\"/api/v1/{name=nodes/*}:attachSpool:\x01*\x12\x9a\x01\n\x0e\x43reateNodePool\x12*.postroad.control.v1.CreateNodePoolRequest\x1a\x1d.postroad.control.v1.NodePool\"=\xda\x41\x16node_pool,node_pool_id\x82\xd3\xe4\x93\x02\x1e\"\x11/api/v1/nodePools:\tnode_pool\x12\x80\x01\n\x0bGetNodePool\x12\'.postroad.control.v1.GetNodePoolRequest\x1a\x1d.postroad.control.v1.NodePool\")\xda\x41\x04name\x82\xd3\xe4\x93\x02\x1c\x12\x1a/api/v1/{name=nodePools/*}\x12\x81\x01\n\rListNodePools\x12).postroad.control.v1.ListNodePoolsRequest\x1a*.postroad.control.v1.ListNodePoolsResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/api/v1/nodePools\x12\xac\x01\n\x0eUpdateNodePool\x12*.postroad.control.v1.UpdateNodePoolRequest\x1a\x1d.postroad.control.v1.NodePool\"O\xda\x41\x15node_pool,update_mask\x82\xd3\xe4\x93\x02\x31\x32$/api/v1/{node_pool.name=nodePools/*}:\tnode_pool\x12\x7f\n\x0e\x44\x65leteNodePool\x12*.postroad.control.v1.DeleteNodePoolRequest\x1a\x16.google.protobuf.Empty\")\xda\x41\x04name\x82\xd3\xe4\x93\x02\x1c*\x1a/api/v1/{name=nodePools/*}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&postroad/control/v1/node_service.proto\x12\x13postroad.control.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a#google/longrunning/operations.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1epostroad/control/v1/node.proto\"\x84\x01\n\x11\x43reateNodeRequest\x12\x15\n\x07node_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12-\n\x04node\x18\x02 \x01(\x0b\x32\x19.postroad.control.v1.NodeB\x04\xe2\x41\x01\x02\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"6\n\x0eGetNodeRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x11ListNodesResponse\x12(\n\x05nodes\x18\x01 \x03(\x0b\x32\x19.postroad.control.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x9e\x01\n\x11UpdateNodeRequest\x12-\n\x04node\x18\x01 \x01(\x0b\x32\x19.postroad.control.v1.NodeB\x04\xe2\x41\x01\x02\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"x\n\x11\x44\x65leteNodeRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x12\n\x04\x65tag\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"V\n\x1aResetNodeEnrollmentRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"M\n\x11RevokeNodeRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"c\n\x12\x41\x63\x63\x65ptSpoolRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x13\n\x05spool\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"r\n\x12\x41ttachSpoolRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x13\n\x05spool\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"L\n\x10\x44rainNodeRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"N\n\x12UndrainNodeRequest\x12$\n\x04name\x18\x01 \x01(\tB\x16\xe2\x41\x01\x02\xfa\x41\x0f\n\rpostroad/Node\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\xc2\x01\n\x11\x44rainNodeMetadata\x12\x0c\n\x04node\x18\x01 \x01(\t\x12/\n\x0b\x63reate_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x63losed\x18\x03 \x01(\x08\x12\x15\n\rwaiting_count\x18\x04 \x01(\x03\x12\x14\n\x0cmoving_count\x18\x05 \x01(\x03\x12\x31\n\x07targets\x18\x06 \x03(\x0b\x32 .postroad.control.v1.DrainTarget\"D\n\x0f\x44rainNodeResult\x12\x31\n\x07targets\x18\x01 \x03(\x0b\x32 .postroad.control.v1.DrainTarget\"K\n\x0b\x44rainTarget\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x15\n\rmessage_count\x18\x02 \x01(\x03\x12\x17\n\x0frecipient_count\x18\x03 \x01(\x03\"\x96\x01\n\x15\x43reateNodePoolRequest\x12\x1a\n\x0cnode_pool_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x36\n\tnode_pool\x18\x02 \x01(\x0b\x32\x1d.postroad.control.v1.NodePoolB\x04\xe2\x41\x01\x02\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\">\n\x12GetNodePoolRequest\x12(\n\x04name\x18\x01 \x01(\tB\x1a\xe2\x41\x01\x02\xfa\x41\x13\n\x11postroad/NodePool\"=\n\x14ListNodePoolsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"c\n\x15ListNodePoolsResponse\x12\x31\n\nnode_pools\x18\x01 \x03(\x0b\x32\x1d.postroad.control.v1.NodePool\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xab\x01\n\x15UpdateNodePoolRequest\x12\x36\n\tnode_pool\x18\x01 \x01(\x0b\x32\x1d.postroad.control.v1.NodePoolB\x04\xe2\x41\x01\x02\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"\x80\x01\n\x15\x44\x65leteNodePoolRequest\x12(\n\x04name\x18\x01 \x01(\tB\x1a\xe2\x41\x01\x02\xfa\x41\x13\n\x11postroad/NodePool\x12\x12\n\x04\x65tag\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t2\xb4\x11\n\x0bNodeService\x12{\n\nCreateNode\x12&.postroad.control.v1.CreateNodeRequest\x1a\x19.postroad.control.v1.Node\"*\xda\x41\x0cnode,node_id\x82\xd3\xe4\x93\x02\x15\"\r/api/v1/nodes:\x04node\x12p\n\x07GetNode\x12#.postroad.control.v1.GetNodeRequest\x1a\x19.postroad.control.v1.Node\"%\xda\x41\x04name\x82\xd3\xe4\x93\x02\x18\x12\x16/api/v1/{name=nodes/*}\x12q\n\tListNodes\x12%.postroad.control.v1.ListNodesRequest\x1a&.postroad.control.v1.ListNodesResponse\"\x15\x82\xd3\xe4\x93\x02\x0f\x12\r/api/v1/nodes\x12\x8d\x01\n\nUpdateNode\x12&.postroad.control.v1.UpdateNodeRequest\x1a\x19.postroad.control.v1.Node\"<\xda\x41\x10node,update_mask\x82\xd3\xe4\x93\x02#2\x1b/api/v1/{node.name=nodes/*}:\x04node\x12s\n\nDeleteNode\x12&.postroad.control.v1.DeleteNodeRequest\x1a\x16.google.protobuf.Empty\"%\xda\x41\x04name\x82\xd3\xe4\x93\x02\x18*\x16/api/v1/{name=nodes/*}\x12\x9b\x01\n\x13ResetNodeEnrollment\x12/.postroad.control.v1.ResetNodeEnrollmentRequest\x1a\x19.postroad.control.v1.Node\"8\xda\x41\x04name\x82\xd3\xe4\x93\x02+\"&/api/v1/{name=nodes/*}:resetEnrollment:\x01*\x12\x80\x01\n\nRevokeNode\x12&.postroad.control.v1.RevokeNodeRequest\x1a\x19.postroad.control.v1.Node\"/\xda\x41\x04name\x82\xd3\xe4\x93\x02\"\"\x1d/api/v1/{name=nodes/*}:revoke:\x01*\x12\x87\x01\n\x0b\x41\x63\x63\x65ptSpool\x12\'.postroad.control.v1.AcceptSpoolRequest\x1a\x19.postroad.control.v1.Node\"4\xda\x41\x04name\x82\xd3\xe4\x93\x02\'\"\"/api/v1/{name=nodes/*}:acceptSpool:\x01*\x12\x8d\x01\n\x0b\x41ttachSpool\x12\'.postroad.control.v1.AttachSpoolRequest\x1a\x19.postroad.control.v1.Node\":\xda\x41\nname,spool\x82\xd3\xe4\x93\x02\'\"\"/api/v1/{name=nodes/*}:attachSpool:\x01*\x12\xa8\x01\n\tDrainNode\x12%.postroad.control.v1.DrainNodeRequest\x1a\x1d.google.longrunning.Operation\"U\xca\x41$\n\x0f\x44rainNodeResult\x12\x11\x44rainNodeMetadata\xda\x41\x04name\x82\xd3\xe4\x93\x02!\"\x1c/api/v1/{name=nodes/*}:drain:\x01*\x12\x83\x01\n\x0bUndrainNode\x12\'.postroad.control.v1.UndrainNodeRequest\x1a\x19.postroad.control.v1.Node\"0\xda\x41\x04name\x82\xd3\xe4\x93\x02#\"\x1e/api/v1/{name=nodes/*}:undrain:\x01*\x12\x9a\x01\n\x0e\x43reateNodePool\x12*.postroad.control.v1.CreateNodePoolRequest\x1a\x1d.postroad.control.v1.NodePool\"=\xda\x41\x16node_pool,node_pool_id\x82\xd3\xe4\x93\x02\x1e\"\x11/api/v1/nodePools:\tnode_pool\x12\x80\x01\n\x0bGetNodePool\x12\'.postroad.control.v1.GetNodePoolRequest\x1a\x1d.postroad.control.v1.NodePool\")\xda\x41\x04name\x82\xd3\xe4\x93\x02\x1c\x12\x1a/api/v1/{name=nodePools/*}\x12\x81\x01\n\rListNodePools\x12).postroad.control.v1.ListNodePoolsRequest\x1a*.postroad.control.v1.ListNodePoolsResponse\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/api/v1/nodePools\x12\xac\x01\n\x0eUpdateNodePool\x12*.postroad.control.v1.UpdateNodePoolRequest\x1a\x1d.postroad.control.v1.NodePool\"O\xda\x41\x15node_pool,update_mask\x82\xd3\xe4\x93\x02\x31\x32$/api/v1/{node_pool.name=nodePools/*}:\tnode_pool\x12\x7f\n\x0e\x44\x65leteNodePool\x12*.postroad.control.v1.DeleteNodePoolRequest\x1a\x16.google.protobuf.Empty\")\xda\x41\x04name\x82\xd3\xe4\x93\x02\x1c*\x1a/api/v1/{name=nodePools/*}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -62,6 +64,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTACHSPOOLREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\017\n\rpostroad/Node'
   _globals['_ATTACHSPOOLREQUEST'].fields_by_name['spool']._loaded_options = None
   _globals['_ATTACHSPOOLREQUEST'].fields_by_name['spool']._serialized_options = b'\342A\001\002'
+  _globals['_DRAINNODEREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_DRAINNODEREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\017\n\rpostroad/Node'
+  _globals['_UNDRAINNODEREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_UNDRAINNODEREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\017\n\rpostroad/Node'
   _globals['_CREATENODEPOOLREQUEST'].fields_by_name['node_pool_id']._loaded_options = None
   _globals['_CREATENODEPOOLREQUEST'].fields_by_name['node_pool_id']._serialized_options = b'\342A\001\002'
   _globals['_CREATENODEPOOLREQUEST'].fields_by_name['node_pool']._loaded_options = None
@@ -92,6 +98,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODESERVICE'].methods_by_name['AcceptSpool']._serialized_options = b'\332A\004name\202\323\344\223\002\'\"\"/api/v1/{name=nodes/*}:acceptSpool:\001*'
   _globals['_NODESERVICE'].methods_by_name['AttachSpool']._loaded_options = None
   _globals['_NODESERVICE'].methods_by_name['AttachSpool']._serialized_options = b'\332A\nname,spool\202\323\344\223\002\'\"\"/api/v1/{name=nodes/*}:attachSpool:\001*'
+  _globals['_NODESERVICE'].methods_by_name['DrainNode']._loaded_options = None
+  _globals['_NODESERVICE'].methods_by_name['DrainNode']._serialized_options = b'\312A$\n\017DrainNodeResult\022\021DrainNodeMetadata\332A\004name\202\323\344\223\002!\"\034/api/v1/{name=nodes/*}:drain:\001*'
+  _globals['_NODESERVICE'].methods_by_name['UndrainNode']._loaded_options = None
+  _globals['_NODESERVICE'].methods_by_name['UndrainNode']._serialized_options = b'\332A\004name\202\323\344\223\002#\"\036/api/v1/{name=nodes/*}:undrain:\001*'
   _globals['_NODESERVICE'].methods_by_name['CreateNodePool']._loaded_options = None
   _globals['_NODESERVICE'].methods_by_name['CreateNodePool']._serialized_options = b'\332A\026node_pool,node_pool_id\202\323\344\223\002\036\"\021/api/v1/nodePools:\tnode_pool'
   _globals['_NODESERVICE'].methods_by_name['GetNodePool']._loaded_options = None
@@ -102,38 +112,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODESERVICE'].methods_by_name['UpdateNodePool']._serialized_options = b'\332A\025node_pool,update_mask\202\323\344\223\00212$/api/v1/{node_pool.name=nodePools/*}:\tnode_pool'
   _globals['_NODESERVICE'].methods_by_name['DeleteNodePool']._loaded_options = None
   _globals['_NODESERVICE'].methods_by_name['DeleteNodePool']._serialized_options = b'\332A\004name\202\323\344\223\002\034*\032/api/v1/{name=nodePools/*}'
-  _globals['_CREATENODEREQUEST']._serialized_start=274
-  _globals['_CREATENODEREQUEST']._serialized_end=406
-  _globals['_GETNODEREQUEST']._serialized_start=408
-  _globals['_GETNODEREQUEST']._serialized_end=462
-  _globals['_LISTNODESREQUEST']._serialized_start=464
-  _globals['_LISTNODESREQUEST']._serialized_end=521
-  _globals['_LISTNODESRESPONSE']._serialized_start=523
-  _globals['_LISTNODESRESPONSE']._serialized_end=609
-  _globals['_UPDATENODEREQUEST']._serialized_start=612
-  _globals['_UPDATENODEREQUEST']._serialized_end=770
-  _globals['_DELETENODEREQUEST']._serialized_start=772
-  _globals['_DELETENODEREQUEST']._serialized_end=892
-  _globals['_RESETNODEENROLLMENTREQUEST']._serialized_start=894
-  _globals['_RESETNODEENROLLMENTREQUEST']._serialized_end=980
-  _globals['_REVOKENODEREQUEST']._serialized_start=982
-  _globals['_REVOKENODEREQUEST']._serialized_end=1059
-  _globals['_ACCEPTSPOOLREQUEST']._serialized_start=1061
-  _globals['_ACCEPTSPOOLREQUEST']._serialized_end=1160
-  _globals['_ATTACHSPOOLREQUEST']._serialized_start=1162
-  _globals['_ATTACHSPOOLREQUEST']._serialized_end=1276
-  _globals['_CREATENODEPOOLREQUEST']._serialized_start=1279
-  _globals['_CREATENODEPOOLREQUEST']._serialized_end=1429
-  _globals['_GETNODEPOOLREQUEST']._serialized_start=1431
-  _globals['_GETNODEPOOLREQUEST']._serialized_end=1493
-  _globals['_LISTNODEPOOLSREQUEST']._serialized_start=1495
-  _globals['_LISTNODEPOOLSREQUEST']._serialized_end=1556
-  _globals['_LISTNODEPOOLSRESPONSE']._serialized_start=1558
-  _globals['_LISTNODEPOOLSRESPONSE']._serialized_end=1657
-  _globals['_UPDATENODEPOOLREQUEST']._serialized_start=1660
-  _globals['_UPDATENODEPOOLREQUEST']._serialized_end=1831
-  _globals['_DELETENODEPOOLREQUEST']._serialized_start=1834
-  _globals['_DELETENODEPOOLREQUEST']._serialized_end=1962
-  _globals['_NODESERVICE']._serialized_start=1965
-  _globals['_NODESERVICE']._serialized_end=3888
+  _globals['_CREATENODEREQUEST']._serialized_start=344
+  _globals['_CREATENODEREQUEST']._serialized_end=476
+  _globals['_GETNODEREQUEST']._serialized_start=478
+  _globals['_GETNODEREQUEST']._serialized_end=532
+  _globals['_LISTNODESREQUEST']._serialized_start=534
+  _globals['_LISTNODESREQUEST']._serialized_end=591
+  _globals['_LISTNODESRESPONSE']._serialized_start=593
+  _globals['_LISTNODESRESPONSE']._serialized_end=679
+  _globals['_UPDATENODEREQUEST']._serialized_start=682
+  _globals['_UPDATENODEREQUEST']._serialized_end=840
+  _globals['_DELETENODEREQUEST']._serialized_start=842
+  _globals['_DELETENODEREQUEST']._serialized_end=962
+  _globals['_RESETNODEENROLLMENTREQUEST']._serialized_start=964
+  _globals['_RESETNODEENROLLMENTREQUEST']._serialized_end=1050
+  _globals['_REVOKENODEREQUEST']._serialized_start=1052
+  _globals['_REVOKENODEREQUEST']._serialized_end=1129
+  _globals['_ACCEPTSPOOLREQUEST']._serialized_start=1131
+  _globals['_ACCEPTSPOOLREQUEST']._serialized_end=1230
+  _globals['_ATTACHSPOOLREQUEST']._serialized_start=1232
+  _globals['_ATTACHSPOOLREQUEST']._serialized_end=1346
+  _globals['_DRAINNODEREQUEST']._serialized_start=1348
+  _globals['_DRAINNODEREQUEST']._serialized_end=1424
+  _globals['_UNDRAINNODEREQUEST']._serialized_start=1426
+  _globals['_UNDRAINNODEREQUEST']._serialized_end=1504
+  _globals['_DRAINNODEMETADATA']._serialized_start=1507
+  _globals['_DRAINNODEMETADATA']._serialized_end=1701
+  _globals['_DRAINNODERESULT']._serialized_start=1703
+  _globals['_DRAINNODERESULT']._serialized_end=1771
+  _globals['_DRAINTARGET']._serialized_start=1773
+  _globals['_DRAINTARGET']._serialized_end=1848
+  _globals['_CREATENODEPOOLREQUEST']._serialized_start=1851
+  _globals['_CREATENODEPOOLREQUEST']._serialized_end=2001
+  _globals['_GETNODEPOOLREQUEST']._serialized_start=2003
+  _globals['_GETNODEPOOLREQUEST']._serialized_end=2065
+  _globals['_LISTNODEPOOLSREQUEST']._serialized_start=2067
+  _globals['_LISTNODEPOOLSREQUEST']._serialized_end=2128
+  _globals['_LISTNODEPOOLSRESPONSE']._serialized_start=2130
+  _globals['_LISTNODEPOOLSRESPONSE']._serialized_end=2229
+  _globals['_UPDATENODEPOOLREQUEST']._serialized_start=2232
+  _globals['_UPDATENODEPOOLREQUEST']._serialized_end=2403
+  _globals['_DELETENODEPOOLREQUEST']._serialized_start=2406
+  _globals['_DELETENODEPOOLREQUEST']._serialized_end=2534
+  _globals['_NODESERVICE']._serialized_start=2537
+  _globals['_NODESERVICE']._serialized_end=4765
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from google.longrunning import operations_pb2 as google_dot_longrunning_dot_operations__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from postroad.control.v1 import node_pb2 as postroad_dot_control_dot_v1_dot_node__pb2
 from postroad.control.v1 import node_service_pb2 as postroad_dot_control_dot_v1_dot_node__service__pb2
@@ -80,6 +81,16 @@ class NodeServiceStub:
         self.AttachSpool = channel.unary_unary(
                 '/postroad.control.v1.NodeService/AttachSpool',
                 request_serializer=postroad_dot_control_dot_v1_dot_node__service__pb2.AttachSpoolRequest.SerializeToString,
+                response_deserializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
+                _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/postroad.control.v1.NodeService/DrainNode',
+                request_serializer=postroad_dot_control_dot_v1_dot_node__service__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
+        self.UndrainNode = channel.unary_unary(
+                '/postroad.control.v1.NodeService/UndrainNode',
+                request_serializer=postroad_dot_control_dot_v1_dot_node__service__pb2.UndrainNodeRequest.SerializeToString,
                 response_deserializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
                 _registered_method=True)
         self.CreateNodePool = channel.unary_unary(
@@ -185,6 +196,28 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainNode(self, request, context):
+        """Tells a node to take no more mail and to hand what waits on it over to the
+        other nodes of its pool. The Operation is done when nothing waits on the node
+        and all of it has a new owner; its metadata says how far that is. The node
+        takes no mail until UndrainNode, also when the Operation is done. A node that
+        is drained already answers with the Operation that there is.
+        FAILED_PRECONDITION with reason NODE_ALONE when no other node of the pool is
+        connected that could take the mail, NODE_REVOKED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndrainNode(self, request, context):
+        """Lets a node take mail again. What it has given up goes to its new owners all
+        the same, of which it is one again. The Operation of the drain, if it was not
+        done, ends as CANCELLED. FAILED_PRECONDITION with reason NODE_NOT_DRAINED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateNodePool(self, request, context):
         """Creates a pool.
         """
@@ -267,6 +300,16 @@ def add_NodeServiceServicer_to_server(servicer, server):
             'AttachSpool': grpc.unary_unary_rpc_method_handler(
                     servicer.AttachSpool,
                     request_deserializer=postroad_dot_control_dot_v1_dot_node__service__pb2.AttachSpoolRequest.FromString,
+                    response_serializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_node__service__pb2.DrainNodeRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
+            'UndrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndrainNode,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_node__service__pb2.UndrainNodeRequest.FromString,
                     response_serializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.SerializeToString,
             ),
             'CreateNodePool': grpc.unary_unary_rpc_method_handler(
@@ -538,6 +581,60 @@ class NodeService:
             target,
             '/postroad.control.v1.NodeService/AttachSpool',
             postroad_dot_control_dot_v1_dot_node__service__pb2.AttachSpoolRequest.SerializeToString,
+            postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.NodeService/DrainNode',
+            postroad_dot_control_dot_v1_dot_node__service__pb2.DrainNodeRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.NodeService/UndrainNode',
+            postroad_dot_control_dot_v1_dot_node__service__pb2.UndrainNodeRequest.SerializeToString,
             postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
             options,
             channel_credentials,

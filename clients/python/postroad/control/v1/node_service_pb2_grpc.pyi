@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from google.longrunning import operations_pb2 as _operations_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
 from grpc import aio as _aio
 from postroad.control.v1 import node_pb2 as _node_pb2
@@ -66,6 +67,20 @@ class NodeServiceStub:
     the last 90 s and was not revoked (`force` overrides that), SPOOL_POOL_DIFFERS
     when the nodes are of different pools, NODE_REVOKED.
     """
+    DrainNode: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.DrainNodeRequest, _operations_pb2.Operation]
+    """Tells a node to take no more mail and to hand what waits on it over to the
+    other nodes of its pool. The Operation is done when nothing waits on the node
+    and all of it has a new owner; its metadata says how far that is. The node
+    takes no mail until UndrainNode, also when the Operation is done. A node that
+    is drained already answers with the Operation that there is.
+    FAILED_PRECONDITION with reason NODE_ALONE when no other node of the pool is
+    connected that could take the mail, NODE_REVOKED.
+    """
+    UndrainNode: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.UndrainNodeRequest, _node_pb2.Node]
+    """Lets a node take mail again. What it has given up goes to its new owners all
+    the same, of which it is one again. The Operation of the drain, if it was not
+    done, ends as CANCELLED. FAILED_PRECONDITION with reason NODE_NOT_DRAINED.
+    """
     CreateNodePool: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.CreateNodePoolRequest, _node_pb2.NodePool]
     """Creates a pool."""
     GetNodePool: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.GetNodePoolRequest, _node_pb2.NodePool]
@@ -114,6 +129,20 @@ class NodeServiceAsyncStub(NodeServiceStub):
     node's already, SPOOL_IN_USE while its node is connected or was heard of in
     the last 90 s and was not revoked (`force` overrides that), SPOOL_POOL_DIFFERS
     when the nodes are of different pools, NODE_REVOKED.
+    """
+    DrainNode: _aio.UnaryUnaryMultiCallable[_node_service_pb2.DrainNodeRequest, _operations_pb2.Operation]  # type: ignore[assignment]
+    """Tells a node to take no more mail and to hand what waits on it over to the
+    other nodes of its pool. The Operation is done when nothing waits on the node
+    and all of it has a new owner; its metadata says how far that is. The node
+    takes no mail until UndrainNode, also when the Operation is done. A node that
+    is drained already answers with the Operation that there is.
+    FAILED_PRECONDITION with reason NODE_ALONE when no other node of the pool is
+    connected that could take the mail, NODE_REVOKED.
+    """
+    UndrainNode: _aio.UnaryUnaryMultiCallable[_node_service_pb2.UndrainNodeRequest, _node_pb2.Node]  # type: ignore[assignment]
+    """Lets a node take mail again. What it has given up goes to its new owners all
+    the same, of which it is one again. The Operation of the drain, if it was not
+    done, ends as CANCELLED. FAILED_PRECONDITION with reason NODE_NOT_DRAINED.
     """
     CreateNodePool: _aio.UnaryUnaryMultiCallable[_node_service_pb2.CreateNodePoolRequest, _node_pb2.NodePool]  # type: ignore[assignment]
     """Creates a pool."""
@@ -214,6 +243,32 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         node's already, SPOOL_IN_USE while its node is connected or was heard of in
         the last 90 s and was not revoked (`force` overrides that), SPOOL_POOL_DIFFERS
         when the nodes are of different pools, NODE_REVOKED.
+        """
+
+    @_abc_1.abstractmethod
+    def DrainNode(
+        self,
+        request: _node_service_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
+        """Tells a node to take no more mail and to hand what waits on it over to the
+        other nodes of its pool. The Operation is done when nothing waits on the node
+        and all of it has a new owner; its metadata says how far that is. The node
+        takes no mail until UndrainNode, also when the Operation is done. A node that
+        is drained already answers with the Operation that there is.
+        FAILED_PRECONDITION with reason NODE_ALONE when no other node of the pool is
+        connected that could take the mail, NODE_REVOKED.
+        """
+
+    @_abc_1.abstractmethod
+    def UndrainNode(
+        self,
+        request: _node_service_pb2.UndrainNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.Node, _abc.Awaitable[_node_pb2.Node]]:
+        """Lets a node take mail again. What it has given up goes to its new owners all
+        the same, of which it is one again. The Operation of the drain, if it was not
+        done, ends as CANCELLED. FAILED_PRECONDITION with reason NODE_NOT_DRAINED.
         """
 
     @_abc_1.abstractmethod

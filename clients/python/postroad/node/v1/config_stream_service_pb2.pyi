@@ -139,6 +139,7 @@ class Hello(_message.Message):
     BUNDLES_FIELD_NUMBER: _builtins.int
     DENIALS_VERSION_FIELD_NUMBER: _builtins.int
     SPOOLS_FIELD_NUMBER: _builtins.int
+    TOLD_TO_DRAIN_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """`nodes/{node}`; must be the certificate's."""
     boot_id: _builtins.str
@@ -147,6 +148,8 @@ class Hello(_message.Message):
     """Version of the node's software."""
     denials_version: _builtins.int
     """Denials in force, 0 for none."""
+    told_to_drain: _builtins.bool
+    """Whether the node was told ACTION_DRAIN, and not ACTION_RESUME since."""
     @_builtins.property
     def client_features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the node understands beyond the first release: the sender uses only
@@ -172,10 +175,11 @@ class Hello(_message.Message):
         bundles: _abc.Iterable[Global___BundleVersion] | None = ...,
         denials_version: _builtins.int = ...,
         spools: _abc.Iterable[Global___SpoolStatus] | None = ...,
+        told_to_drain: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "bundles", b"bundles", "client_features", b"client_features", "denials_version", b"denials_version", "node", b"node", "software_version", b"software_version", "spools", b"spools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "bundles", b"bundles", "client_features", b"client_features", "denials_version", b"denials_version", "node", b"node", "software_version", b"software_version", "spools", b"spools", "told_to_drain", b"told_to_drain"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -392,6 +396,8 @@ class StatusReport(_message.Message):
     OLDEST_AGE_FIELD_NUMBER: _builtins.int
     NODE_TIME_FIELD_NUMBER: _builtins.int
     SPOOLS_FIELD_NUMBER: _builtins.int
+    TOLD_TO_DRAIN_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     """Digest as in Nack."""
     denials_version: _builtins.int
@@ -400,6 +406,10 @@ class StatusReport(_message.Message):
     """Whether the node drains."""
     queue_depth: _builtins.int
     """Recipients that wait, over all spools."""
+    told_to_drain: _builtins.bool
+    """As in Hello."""
+    closed: _builtins.bool
+    """Whether the node drains by that and no session is left that could bring mail."""
     @_builtins.property
     def oldest_age(self) -> _duration_pb2.Duration:
         """Age of the oldest waiting recipient."""
@@ -422,10 +432,12 @@ class StatusReport(_message.Message):
         oldest_age: _duration_pb2.Duration | None = ...,
         node_time: _timestamp_pb2.Timestamp | None = ...,
         spools: _abc.Iterable[Global___SpoolStatus] | None = ...,
+        told_to_drain: _builtins.bool = ...,
+        closed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node_time", b"node_time", "oldest_age", b"oldest_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["denials_version", b"denials_version", "digest", b"digest", "draining", b"draining", "node_time", b"node_time", "oldest_age", b"oldest_age", "queue_depth", b"queue_depth", "spools", b"spools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed", b"closed", "denials_version", b"denials_version", "digest", b"digest", "draining", b"draining", "node_time", b"node_time", "oldest_age", b"oldest_age", "queue_depth", b"queue_depth", "spools", b"spools", "told_to_drain", b"told_to_drain"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -738,9 +750,13 @@ class Directive(_message.Message):
         ACTION_UNSPECIFIED: Directive._Action.ValueType  # 0
         """A node ignores it."""
         ACTION_DRAIN: Directive._Action.ValueType  # 1
-        """Finish and hand over; not used yet."""
+        """Take no more mail, and hand over what waits. Said again for as long as a
+        report says otherwise.
+        """
         ACTION_RESUME: Directive._Action.ValueType  # 2
-        """Undo DRAIN; not used yet."""
+        """Undo DRAIN: take mail again, hand nothing over that was not begun. Said
+        again likewise.
+        """
         ACTION_RECONNECT: Directive._Action.ValueType  # 3
         """Close the stream and come back, at the earliest after `after`, spread
         over `jitter`.
@@ -763,9 +779,13 @@ class Directive(_message.Message):
     ACTION_UNSPECIFIED: Directive.Action.ValueType  # 0
     """A node ignores it."""
     ACTION_DRAIN: Directive.Action.ValueType  # 1
-    """Finish and hand over; not used yet."""
+    """Take no more mail, and hand over what waits. Said again for as long as a
+    report says otherwise.
+    """
     ACTION_RESUME: Directive.Action.ValueType  # 2
-    """Undo DRAIN; not used yet."""
+    """Undo DRAIN: take mail again, hand nothing over that was not begun. Said
+    again likewise.
+    """
     ACTION_RECONNECT: Directive.Action.ValueType  # 3
     """Close the stream and come back, at the earliest after `after`, spread
     over `jitter`.

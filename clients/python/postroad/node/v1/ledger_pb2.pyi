@@ -166,6 +166,9 @@ class LedgerRecord(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     COMMAND_RESULT_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    HANDED_OVER_FIELD_NUMBER: _builtins.int
+    HANDOVER_CONTENT_FIELD_NUMBER: _builtins.int
+    TAKEN_OVER_FIELD_NUMBER: _builtins.int
     message_id: _builtins.bytes
     """UUIDv7, 16 bytes; empty on a pure command result."""
     account: _builtins.str
@@ -191,6 +194,21 @@ class LedgerRecord(_message.Message):
     def command_result(self) -> Global___CommandResult:
         """Result of a command."""
 
+    @_builtins.property
+    def handed_over(self) -> Global___HandedOver:
+        """The spool gave the message up: it is the control plane's from the moment
+        at which this is stored, and nobody sends it before another spool has it.
+        Comes after the pieces of the content.
+        """
+
+    @_builtins.property
+    def handover_content(self) -> Global___HandoverContent:
+        """A piece of the content of a message that is handed over."""
+
+    @_builtins.property
+    def taken_over(self) -> Global___TakenOver:
+        """The spool took the message over, and sends it."""
+
     def __init__(
         self,
         *,
@@ -201,14 +219,143 @@ class LedgerRecord(_message.Message):
         events: _abc.Iterable[Global___AttemptEvent] | None = ...,
         command_result: Global___CommandResult | None = ...,
         epoch: _builtins.int = ...,
+        handed_over: Global___HandedOver | None = ...,
+        handover_content: Global___HandoverContent | None = ...,
+        taken_over: Global___TakenOver | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "command_result", b"command_result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "command_result", b"command_result", "handed_over", b"handed_over", "handover", b"handover", "handover_content", b"handover_content", "taken_over", b"taken_over"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "account", b"account", "command_result", b"command_result", "epoch", b"epoch", "events", b"events", "message_id", b"message_id", "recipients", b"recipients"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "account", b"account", "command_result", b"command_result", "epoch", b"epoch", "events", b"events", "handed_over", b"handed_over", "handover", b"handover", "handover_content", b"handover_content", "message_id", b"message_id", "recipients", b"recipients", "taken_over", b"taken_over"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_handover: _TypeAlias = _typing.Literal["handed_over", "handover_content", "taken_over"]  # noqa: Y015
+    _WhichOneofArgType_handover: _TypeAlias = _typing.Literal["handover", b"handover"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_handover) -> _WhichOneofReturnType_handover | None: ...
+
+Global___LedgerRecord: _TypeAlias = LedgerRecord  # noqa: Y015
+
+@_typing.final
+class HandedOver(_message.Message):
+    """A message as one spool gives it to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    RECIPIENTS_FIELD_NUMBER: _builtins.int
+    PIECE_COUNT_FIELD_NUMBER: _builtins.int
+    CONTENT_BYTES_FIELD_NUMBER: _builtins.int
+    envelope: _builtins.bytes
+    """The envelope as spools write it."""
+    piece_count: _builtins.int
+    """Pieces of content before this."""
+    content_bytes: _builtins.int
+    """Bytes in them."""
+    @_builtins.property
+    def recipients(self) -> _containers.RepeatedCompositeFieldContainer[Global___HandoverRecipient]:
+        """Every recipient that is not terminal."""
+
+    def __init__(
+        self,
+        *,
+        envelope: _builtins.bytes = ...,
+        recipients: _abc.Iterable[Global___HandoverRecipient] | None = ...,
+        piece_count: _builtins.int = ...,
+        content_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_bytes", b"content_bytes", "envelope", b"envelope", "piece_count", b"piece_count", "recipients", b"recipients"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___LedgerRecord: _TypeAlias = LedgerRecord  # noqa: Y015
+Global___HandedOver: _TypeAlias = HandedOver  # noqa: Y015
+
+@_typing.final
+class HandoverRecipient(_message.Message):
+    """A recipient as it waited."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    DUE_MS_FIELD_NUMBER: _builtins.int
+    QUEUE_KEY_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Position in the envelope."""
+    state: Global___RecipientState.ValueType
+    """One that waits: scheduled, queued, deferred or held."""
+    attempt: _builtins.int
+    """Number of the attempt, as spools count it."""
+    due_ms: _builtins.int
+    """When it is due, in milliseconds since 1970."""
+    queue_key: _builtins.str
+    """What it waits for, as spools write it."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        state: Global___RecipientState.ValueType = ...,
+        attempt: _builtins.int = ...,
+        due_ms: _builtins.int = ...,
+        queue_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "due_ms", b"due_ms", "index", b"index", "queue_key", b"queue_key", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandoverRecipient: _TypeAlias = HandoverRecipient  # noqa: Y015
+
+@_typing.final
+class HandoverContent(_message.Message):
+    """A piece of a content."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIECE_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    piece: _builtins.int
+    """Its place, from 0 without gaps."""
+    data: _builtins.bytes
+    """At most 256 KiB."""
+    def __init__(
+        self,
+        *,
+        piece: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "piece", b"piece"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandoverContent: _TypeAlias = HandoverContent  # noqa: Y015
+
+@_typing.final
+class TakenOver(_message.Message):
+    """Who was taken over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEXES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def indexes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Positions of the recipients that wait."""
+
+    def __init__(
+        self,
+        *,
+        indexes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indexes", b"indexes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakenOver: _TypeAlias = TakenOver  # noqa: Y015
 
 @_typing.final
 class AcceptedMessage(_message.Message):

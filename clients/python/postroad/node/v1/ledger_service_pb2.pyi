@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from postroad.node.v1 import ledger_pb2 as _ledger_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -28,6 +29,7 @@ class ReportLedgerRequest(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
     STATEMENT_FIELD_NUMBER: _builtins.int
+    TAKE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___LedgerOpen:
         """Before the first Batch of a spool."""
@@ -40,18 +42,23 @@ class ReportLedgerRequest(_message.Message):
     def statement(self) -> Global___LedgerStatement:
         """Answer to a Question."""
 
+    @_builtins.property
+    def take(self) -> Global___LedgerTake:
+        """Answer to an Invitation, and to the last Handover of a Take."""
+
     def __init__(
         self,
         *,
         open: Global___LedgerOpen | None = ...,
         batch: Global___LedgerBatch | None = ...,
         statement: Global___LedgerStatement | None = ...,
+        take: Global___LedgerTake | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "message", b"message", "open", b"open", "statement", b"statement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "message", b"message", "open", b"open", "statement", b"statement", "take", b"take"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "message", b"message", "open", b"open", "statement", b"statement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "message", b"message", "open", b"open", "statement", b"statement", "take", b"take"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "batch", "statement"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "batch", "statement", "take"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -66,6 +73,8 @@ class ReportLedgerResponse(_message.Message):
     CURSOR_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     QUESTION_FIELD_NUMBER: _builtins.int
+    INVITATION_FIELD_NUMBER: _builtins.int
+    HANDOVER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def cursor(self) -> Global___LedgerCursor:
         """Records up to here are stored."""
@@ -78,18 +87,28 @@ class ReportLedgerResponse(_message.Message):
     def question(self) -> Global___LedgerQuestion:
         """Which recipients wait?"""
 
+    @_builtins.property
+    def invitation(self) -> Global___LedgerInvitation:
+        """Mail waits for a new owner."""
+
+    @_builtins.property
+    def handover(self) -> Global___LedgerHandover:
+        """Mail for a Take."""
+
     def __init__(
         self,
         *,
         cursor: Global___LedgerCursor | None = ...,
         refusal: Global___LedgerRefusal | None = ...,
         question: Global___LedgerQuestion | None = ...,
+        invitation: Global___LedgerInvitation | None = ...,
+        handover: Global___LedgerHandover | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "message", b"message", "question", b"question", "refusal", b"refusal"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "handover", b"handover", "invitation", b"invitation", "message", b"message", "question", b"question", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "message", b"message", "question", b"question", "refusal", b"refusal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "handover", b"handover", "invitation", b"invitation", "message", b"message", "question", b"question", "refusal", b"refusal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["cursor", "refusal", "question"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["cursor", "refusal", "question", "invitation", "handover"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -428,3 +447,112 @@ class WaitingRecipient(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WaitingRecipient: _TypeAlias = WaitingRecipient  # noqa: Y015
+
+@_typing.final
+class LedgerInvitation(_message.Message):
+    """Mail waits that this spool may take over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPOOL_FIELD_NUMBER: _builtins.int
+    spool: _builtins.str
+    """UUID of the spool."""
+    def __init__(
+        self,
+        *,
+        spool: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spool", b"spool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerInvitation: _TypeAlias = LedgerInvitation  # noqa: Y015
+
+@_typing.final
+class LedgerTake(_message.Message):
+    """A spool takes mail over. What it is given is its own from then on, and given
+    again until a record with TakenOver is stored: so it asks only when the records
+    of all that it took are.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPOOL_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    AFTER_RECORD_FIELD_NUMBER: _builtins.int
+    spool: _builtins.str
+    """UUID of the spool."""
+    number: _builtins.int
+    """Of this Take among those of the spool; the Handovers repeat it, and others
+    are passed over.
+    """
+    after_record: _builtins.int
+    """Last record that tells of something taken, or, of a spool that was opened
+    just now, its last record. Nothing is given before it is stored.
+    """
+    def __init__(
+        self,
+        *,
+        spool: _builtins.str = ...,
+        number: _builtins.int = ...,
+        after_record: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_record", b"after_record", "number", b"number", "spool", b"spool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerTake: _TypeAlias = LedgerTake  # noqa: Y015
+
+@_typing.final
+class LedgerHandover(_message.Message):
+    """A piece of what a Take is given: a message begins with `handed_over`, and its
+    content follows in order.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPOOL_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    HANDED_OVER_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    spool: _builtins.str
+    """UUID of the spool."""
+    number: _builtins.int
+    """As in the Take."""
+    message_id: _builtins.bytes
+    """UUIDv7, 16 bytes; empty where nothing is given."""
+    account: _builtins.str
+    """`accounts/{account}`."""
+    content: _builtins.bytes
+    """A piece of the content, at most 256 KiB."""
+    last: _builtins.bool
+    """Whether the Take is answered with this."""
+    @_builtins.property
+    def handed_over(self) -> _ledger_pb2.HandedOver:
+        """The message; in its first piece only."""
+
+    def __init__(
+        self,
+        *,
+        spool: _builtins.str = ...,
+        number: _builtins.int = ...,
+        message_id: _builtins.bytes = ...,
+        account: _builtins.str = ...,
+        handed_over: _ledger_pb2.HandedOver | None = ...,
+        content: _builtins.bytes = ...,
+        last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handed_over", b"handed_over"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "content", b"content", "handed_over", b"handed_over", "last", b"last", "message_id", b"message_id", "number", b"number", "spool", b"spool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerHandover: _TypeAlias = LedgerHandover  # noqa: Y015

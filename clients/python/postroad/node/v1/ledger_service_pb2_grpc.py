@@ -56,8 +56,10 @@ class LedgerServiceServicer:
         acknowledged the node sends again from there. Another node's spool is
         refused, and the stream goes on for the others. Now and then the control
         plane asks with a Question which recipients wait in a spool; the node
-        answers each with a Statement, in its own time. A node that does not know
-        Questions leaves them unanswered.
+        answers each with a Statement, in its own time. While mail of a node that
+        drains waits for a new owner, an Invitation says so to a spool, which answers
+        with Take and is given Handovers. A node that does not know Questions or
+        Invitations leaves them unanswered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,8 +43,10 @@ class LedgerServiceStub:
     acknowledged the node sends again from there. Another node's spool is
     refused, and the stream goes on for the others. Now and then the control
     plane asks with a Question which recipients wait in a spool; the node
-    answers each with a Statement, in its own time. A node that does not know
-    Questions leaves them unanswered.
+    answers each with a Statement, in its own time. While mail of a node that
+    drains waits for a new owner, an Invitation says so to a spool, which answers
+    with Take and is given Handovers. A node that does not know Questions or
+    Invitations leaves them unanswered.
     """
 
 @_typing.type_check_only
@@ -62,8 +64,10 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     acknowledged the node sends again from there. Another node's spool is
     refused, and the stream goes on for the others. Now and then the control
     plane asks with a Question which recipients wait in a spool; the node
-    answers each with a Statement, in its own time. A node that does not know
-    Questions leaves them unanswered.
+    answers each with a Statement, in its own time. While mail of a node that
+    drains waits for a new owner, an Invitation says so to a spool, which answers
+    with Take and is given Handovers. A node that does not know Questions or
+    Invitations leaves them unanswered.
     """
 
 class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -84,8 +88,10 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         acknowledged the node sends again from there. Another node's spool is
         refused, and the stream goes on for the others. Now and then the control
         plane asks with a Question which recipients wait in a spool; the node
-        answers each with a Statement, in its own time. A node that does not know
-        Questions leaves them unanswered.
+        answers each with a Statement, in its own time. While mail of a node that
+        drains waits for a new owner, an Invitation says so to a spool, which answers
+        with Take and is given Handovers. A node that does not know Questions or
+        Invitations leaves them unanswered.
         """
 
 def add_LedgerServiceServicer_to_server(servicer: LedgerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
