@@ -539,13 +539,21 @@ class Lease(NamedTuple):
 
 
 class QueuedMessage(NamedTuple):
-    """A message as it enters the queue; `content` None where `chunks` of it were put before."""
+    """A message as it enters the queue; `content` None where `chunks` of it were put before.
+
+    `next_hops` are the providers that its recipients wait for, in their order; empty where nobody can tell.
+    """
 
     record: bytes
     envelope: bytes
     content: bytes | None
     chunks: int
     sending: bool
+    next_hops: Sequence[str] = ()
+
+    def next_hop(self, index: int) -> str:
+        """What a recipient waits for, empty where nobody can tell."""
+        return self.next_hops[index] if index < len(self.next_hops) else ""
 
 
 class Repeated(NamedTuple):
@@ -568,11 +576,12 @@ class ClaimWish(NamedTuple):
 
 
 class ClaimedRecipient(NamedTuple):
-    """A recipient that is due, and the attempt that may begin."""
+    """A recipient that is due, and the attempt that may begin; `provider` is what a command bound it to."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
     attempt: int
     due_ms: int
+    provider: str = ""
 
 
 class Claimed(NamedTuple):

@@ -99,7 +99,10 @@ Key = tuple[bytes, int]
 
 
 class QueueReport(NamedTuple):
-    """What a spool says of a recipient that it holds under a lease; `uncertain`: nobody saw its attempt end."""
+    """What a spool says of a recipient that it holds under a lease; `uncertain`: nobody saw its attempt end.
+
+    `provider` is whom it was tried with, empty for none.
+    """
 
     message_id: UUID
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a row
@@ -108,6 +111,7 @@ class QueueReport(NamedTuple):
     attempt: int
     due_ms: int
     uncertain: bool
+    provider: str
 
 
 class RecordRows:
@@ -169,9 +173,9 @@ class RecordRows:
             if record.epoch:
                 last = last_event.get(index)
                 uncertain = last is not None and last.type == _UNCERTAIN
-                self.reports[(record.message_id, index)] = QueueReport(
-                    *(message_id, index, record.epoch, update.state, update.attempts, update.next_attempt_ms, uncertain)
-                )
+                provider = self._text(last.provider) if last is not None else ""
+                said = (update.state, update.attempts, update.next_attempt_ms, uncertain, provider)
+                self.reports[(record.message_id, index)] = QueueReport(message_id, index, record.epoch, *said)
         if handover is not None:
             self._add_handover(message_id, account, record)
 

@@ -5,9 +5,9 @@ ledger forward from a position, woken by hints and by a poll, and holds one page
 reader that does not take them. Watches are bounded in number, also for each account, and in length; a reader resumes
 from its last position.
 A command is stored, for each spool that it goes to, and brought there by the fleet's side; its Operation is done when
-every result is in. One with a filter for every account is operators' alone. What waits in the replicated queue can be
-cancelled by message, and by nothing else: a filter says what it left alone there. Among the operations of every account
-are the drains of nodes; they are not listed: the node names its own.
+every result is in. One with a filter for every account is operators' alone. What waits in the replicated queue is
+changed by the control plane, when a node asks for mail: the queue counts as one spool more where there is any. Among
+the operations of every account are the drains of nodes; they are not listed: the node names its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from controlplane.domain import names
 from controlplane.domain.access import Caller
 from controlplane.domain.drains import Drain
 from controlplane.domain.errors import (
-    FailedPreconditionError,
     NotFoundError,
     Reason,
     ResourceExhaustedError,
@@ -161,8 +160,6 @@ class MessagesService:
                 await work.providers.get(*_provider_of(order.provider, order.account, "provider"))
             if order.filter is None:
                 message = await work.messages.get(order.account, order.message_id, since)
-                if message.replicated and order.verb is not Verb.CANCEL:
-                    raise _only_cancelled(message)
                 return await work.messages.add_command(order, message)
             return await work.messages.add_filter_command(order, since)
 
@@ -217,14 +214,6 @@ class OperationsService:
             found = await work.messages.list_commands(account, after[0] if after else "", size + 1)
         more = self._tokens.seal([found[size - 1].command], arguments) if len(found) > size else ""
         return found[:size], more
-
-
-def _only_cancelled(message: Message) -> FailedPreconditionError:
-    return FailedPreconditionError(
-        Reason.MESSAGE_REPLICATED,
-        "the message is in the replicated queue, where it can be cancelled only",
-        subject=names.format_name(names.MESSAGE, message.account, message.message_id),
-    )
 
 
 def _checked(order: CommandOrder) -> CommandOrder:

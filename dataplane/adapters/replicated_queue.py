@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from dataplane.adapters.spool_sqlite.codec import DamagedRowError, decode_envelope, encode_envelope
-from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key
+from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key, split_queue_key
 from dataplane.core.ids import MessageId, format_message_id
 from dataplane.core.lease import Lease
 from dataplane.core.ledger import LedgerRecord
@@ -304,6 +304,7 @@ class LinkedQueue:
         message.record = self._encode(LedgerRecord(envelope.message_id, envelope.account, envelope, addresses))
         message.envelope = encode_envelope(envelope, rows)
         message.sending = rows[0].state is State.SENDING
+        message.next_hops.extend([split_queue_key(row.queue_key)[1] for row in rows])
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Store(message, envelope, content, rows, future))
         if self._storing < STORES_AT_ONCE:
@@ -447,11 +448,10 @@ class LinkedQueue:
             envelope, addresses = decode_envelope(message_id, message.envelope)
             # A spool that stored the message before has its key still.
             envelope = replace(envelope, epoch=epoch, submission_key=None)
-            queue_key = make_queue_key(envelope.account, "", envelope.priority)
             rows = [
                 RecipientRow(
                     *(one.index, addresses[one.index], State.SENDING, one.attempt, one.due_ms, envelope.priority),
-                    queue_key,
+                    make_queue_key(envelope.account, one.provider, envelope.priority, pinned=bool(one.provider)),
                 )
                 for one in message.recipients
             ]

@@ -205,35 +205,30 @@ async def test_an_operation_fails_only_when_no_spool_did_anything(stack: ApiStac
 
 
 @pytest.mark.parametrize("method", VERBS)
-async def test_a_replicated_message_can_be_cancelled_only(stack: ApiStack, client: Client, method: str) -> None:
-    await stack.as_superuser("UPDATE postroad.messages SET replicated = true")
-    if method == "CancelMessage":
-        await client.message(method, request_of(method))
-        (command,) = await commands(stack)
-        assert command["spool"] == QUEUE_SPOOL
-        return
-    refusal = await client.refused(client.message(method, request_of(method)))
-    assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MESSAGE_REPLICATED")
-    assert await commands(stack) == []
-
-
-@pytest.mark.parametrize("verb", VERBS.values())
-async def test_a_filter_says_that_it_left_the_replicated_queue_alone(
-    stack: ApiStack, client: Client, verb: service.CommandVerb.ValueType
+async def test_a_command_on_a_replicated_message_goes_to_the_queue(
+    stack: ApiStack, client: Client, method: str
 ) -> None:
+    await stack.as_superuser("UPDATE postroad.messages SET replicated = true")
+    await client.message(method, request_of(method))
+    (command,) = await commands(stack)
+    assert command["spool"] == QUEUE_SPOOL
+
+
+async def test_a_filter_goes_to_the_queue_where_mail_of_the_account_is_in_it(stack: ApiStack, client: Client) -> None:
     await queue_message(stack, "acme")
-    request = all_of(verb, provider="accounts/acme/providers/relay" if verb == VERBS["RerouteMessage"] else "")
-    operation = await client.message("CommandMessages", request)
+    operation = await client.message("CommandMessages", all_of())
     assert metadata_of(operation).spool_count == 3
     for spool in SPOOLS:
         await progress(stack, spool, 1, 0, done=True)
+    pending = await get(client, operation.name)
+    assert [(one.spool, one.node) for one in metadata_of(pending).pending_spools] == [(str(QUEUE_SPOOL), "")]
+    await progress(stack, str(QUEUE_SPOOL), 5, 0, done=True)
     result = service.CommandResult()
     assert (await get(client, operation.name)).response.Unpack(result)
-    assert result.changed_count == 2
-    assert [one.error for one in result.spools if not one.node] == [repository._LEFT_ALONE]
+    assert result.changed_count == 7
 
 
-async def test_only_mail_that_a_filter_could_mean_is_spoken_of(stack: ApiStack, client: Client) -> None:
+async def test_mail_of_others_in_the_queue_is_not_asked_for(stack: ApiStack, client: Client) -> None:
     await stack.make_account("other")
     await queue_message(stack, "other")
     assert metadata_of(await client.message("CommandMessages", all_of())).spool_count == 2

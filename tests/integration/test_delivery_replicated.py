@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from dataplane.core.config import Denials
-from dataplane.core.envelope import RecipientRow
+from dataplane.core.envelope import RecipientRow, make_queue_key
 from dataplane.core.queue import State
 from dataplane.delivery.dispatch import DENIED_DELAY_MS
 from dataplane.delivery.engine import AHEAD_BYTES
-from support.delivery import ACCOUNT, KEY_A, A, Config, delivery_bench
+from support.delivery import ACCOUNT, CONTENT, KEY_A, A, B, Config, delivery_bench
 from support.next_hop import STALL, Behaviour, next_hop
 from support.spools import ManualClock, make_envelope, open_durable
 
@@ -139,6 +139,21 @@ async def test_no_more_is_wanted_of_accounts_that_are_suspended_or_have_enough_i
         content = b"Subject: large\r\n\r\n" + large * (AHEAD_BYTES // len(large))
         await bench.submit(envelope=bench.envelope(content, epoch=7), content=content)
         assert bench.engine.left_out() == {"accounts/stopped", ACCOUNT}
+
+
+async def test_what_a_command_bound_to_a_provider_goes_there_whatever_the_rules_say() -> None:
+    async with next_hop() as hop, next_hop() as other, delivery_bench(holds=Lease()) as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.add_provider(B, other.port)
+        bench.config.route_to(A)
+        envelope = bench.envelope(epoch=7)
+        bound = RecipientRow(
+            *(0, "b@example.net", State.SENDING, 1, 0, 0), make_queue_key(envelope.account, B, pinned=True)
+        )
+        await bench.spool.accept(envelope, CONTENT, [bound])
+        bench.engine.deliver(envelope, CONTENT, [bound])
+        await bench.events_come(1)
+        assert (len(hop.messages), len(other.messages)) == (0, 1)
 
 
 async def test_whose_mail_was_given_back_is_told_once() -> None:

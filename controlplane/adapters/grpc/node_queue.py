@@ -64,7 +64,10 @@ class NodeQueueServicer(QueueServiceServicer):
     async def StoreMessages(self, request: pb.StoreMessagesRequest, context: Any) -> pb.StoreMessagesResponse:
         """As the proto says."""
         messages = [
-            QueuedMessage(one.record, one.envelope, None if one.chunks else one.content, one.chunks, one.sending)
+            QueuedMessage(
+                *(one.record, one.envelope, None if one.chunks else one.content, one.chunks, one.sending),
+                tuple(one.next_hops),
+            )
             for one in request.messages
         ]
         async with self._node(context) as node:
@@ -142,7 +145,8 @@ def _claimed(one: Claimed) -> pb.ClaimedMessage:
         message_id=one.message_id,
         envelope=one.envelope,
         recipients=[
-            pb.ClaimedRecipient(index=each.index, attempt=each.attempt, due_ms=each.due_ms) for each in one.recipients
+            pb.ClaimedRecipient(index=each.index, attempt=each.attempt, due_ms=each.due_ms, provider=each.provider)
+            for each in one.recipients
         ],
         has_content=one.content is not None,
         content=one.content or b"",

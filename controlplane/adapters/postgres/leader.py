@@ -17,6 +17,7 @@ import asyncpg
 
 from controlplane.adapters.postgres.bundles import DENIALS_CHANNEL, MOVE_DENIALS
 from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase
+from controlplane.adapters.postgres.queue_commands import expire_held
 from controlplane.ports_fleet import WAITING_DAYS
 from dataplane.core.queue import State
 
@@ -159,6 +160,7 @@ class PostgresJobs:
         """As the port says."""
         async with self._database.transaction("job_sweep_queue") as connection:
             await connection.execute(_SWEEP_CONTENTS, least_message_id(before))
+            await expire_held(connection, await connection.fetchval("SELECT transaction_timestamp()"))
             gone = await connection.fetch(_WITHOUT_ACCOUNT)
             if gone:
                 message_ids = [row["message_id"] for row in gone]

@@ -62,7 +62,6 @@ FROM postroad.messages m
 """
 
 
-_LEFT_ALONE = "mail waits in the replicated queue, which a filter leaves alone: cancel it by message"
 _COMMANDS = "SELECT c.*, s.node FROM postroad.commands c LEFT JOIN postroad.spools s USING (spool)"
 
 
@@ -178,27 +177,20 @@ class MessagesRepository:
                     filter_recipient_domain, filter_states, position
                 )
                 SELECT o.operation, $1, $2, s.spool, '{}', $3, transaction_timestamp() - $4::interval, $5, $6, $7, $8
-                FROM postroad.spools s, operation o
-                RETURNING *
-            ), left_alone AS (
-                INSERT INTO postroad.commands (
-                    operation, account, verb, spool, message_ids, provider, accepted_before, filter_provider,
-                    filter_recipient_domain, filter_states, position, done_time, update_time, error
-                )
-                SELECT o.operation, $1, $2, $9, '{}', $3, transaction_timestamp() - $4::interval, $5, $6, $7, $8,
-                    transaction_timestamp(), transaction_timestamp(), $10
-                FROM operation o
-                WHERE EXISTS (
-                    SELECT FROM postroad.replicated_queue q
-                    WHERE q.epoch IS NULL AND ($1 = $11 OR q.account = $1) AND q.message_id > $8
-                )
+                FROM operation o, (
+                    SELECT spool FROM postroad.spools
+                    UNION ALL
+                    SELECT $9::uuid WHERE EXISTS (
+                        SELECT FROM postroad.replicated_queue q
+                        WHERE ($1 = $10 OR q.account = $1) AND q.message_id > $8
+                    )
+                ) AS s
                 RETURNING *
             )
-            SELECT i.*, s.node FROM (TABLE inserted UNION ALL TABLE left_alone) AS i
-            LEFT JOIN postroad.spools s USING (spool) ORDER BY i.spool
+            SELECT i.*, s.node FROM inserted AS i LEFT JOIN postroad.spools s USING (spool) ORDER BY i.spool
             """,
             *(order.account, order.verb, order.provider, wanted.min_age, wanted.provider, wanted.recipient_domain),
-            *(list(wanted.states), since_id, QUEUE_SPOOL, _LEFT_ALONE, EVERY_ACCOUNT),
+            *(list(wanted.states), since_id, QUEUE_SPOOL, EVERY_ACCOUNT),
         )
         if not rows:
             name = names.format_name(names.ACCOUNT, order.account)

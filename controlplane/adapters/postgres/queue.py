@@ -23,7 +23,7 @@ import asyncpg
 from controlplane.adapters.ledger_records import IdBounds, RecordError, RecordRows, columns
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.ledger import PostgresLedger, insert_replicated, note_keys
-from controlplane.adapters.postgres.queue_commands import run_commands
+from controlplane.adapters.postgres.queue_commands import run_command
 from controlplane.adapters.postgres.queue_reports import return_ended
 from controlplane.adapters.postgres.session import Connection
 from controlplane.ports_fleet import (
@@ -42,6 +42,8 @@ from dataplane.core.queue import State
 
 LEASE_S = 15
 CLAIMED_OF_ACCOUNT = 20
+# Transactions, each for 500 messages at most.
+_COMMANDS_A_CLAIM = 10
 _PART_BYTES = 4 * 1024 * 1024
 # In a row of RecordRows.messages.
 _SEND_TIME_MS, _PRIORITY = 12, 13
@@ -74,10 +76,10 @@ FROM unnest($1::uuid[], $2::text[], $3::smallint[], $4::bigint[], $5::bytea[], $
     AS u (m, a, p, s, e, x, h)
 """
 _INSERT_RECIPIENTS = f"""
-INSERT INTO postroad.queue_recipients (message_id, recipient_index, state, attempt, due_time)
+INSERT INTO postroad.queue_recipients (message_id, recipient_index, state, attempt, due_time, next_hop)
 SELECT m, i, CASE WHEN h THEN {_SENDING} WHEN x > 0 THEN {_SCHEDULED} ELSE {_QUEUED} END, CASE WHEN h THEN 1 ELSE 0 END,
-    CASE WHEN x > 0 THEN {_EPOCH} x ELSE transaction_timestamp() END
-FROM unnest($1::uuid[], $2::integer[], $3::bigint[], $4::boolean[]) AS u (m, i, x, h)
+    CASE WHEN x > 0 THEN {_EPOCH} x ELSE transaction_timestamp() END, n
+FROM unnest($1::uuid[], $2::integer[], $3::bigint[], $4::boolean[], $5::text[]) AS u (m, i, x, h, n)
 """
 _INSERT_CONTENTS = """
 INSERT INTO postroad.queue_contents (message_id, chunk, data)
@@ -125,7 +127,8 @@ UPDATE postroad.replicated_queue SET epoch = $2, claim_id = $3, claim_time = $4 
 MARK_RECIPIENTS = f"""
 UPDATE postroad.queue_recipients SET state = {_SENDING}, attempt = attempt + 1
 WHERE message_id = ANY ($1) AND state <> {_HELD} AND due_time <= $2
-RETURNING message_id, recipient_index, attempt, (extract(epoch FROM due_time) * 1000)::bigint AS due_ms
+RETURNING message_id, recipient_index, attempt, (extract(epoch FROM due_time) * 1000)::bigint AS due_ms,
+    CASE WHEN pinned THEN next_hop ELSE '' END AS provider
 """
 _CONTENTS = """
 SELECT message_id, data FROM postroad.queue_contents WHERE message_id = ANY ($1) ORDER BY message_id, chunk
@@ -210,9 +213,9 @@ class PostgresQueue:
         self, node_id: str, pool: str, wish: ClaimWish, now: datetime | None, *, adopt: bool
     ) -> list[Claimed]:
         """As the port says."""
+        await self._run_commands(now)
         async with self._database.transaction("queue_return") as connection:
             clock = now or await connection.fetchval("SELECT transaction_timestamp()")
-            await run_commands(connection, clock)
             returned, uncertain = await return_ended(connection, clock, adopt=adopt)
         self._observe("returned", returned)
         self._observe("uncertain", uncertain)
@@ -228,7 +231,7 @@ class PostgresQueue:
             await connection.execute(_MARK, message_ids, wish.epoch, UUID(wish.claim_id), clock)
             recipients: dict[UUID, list[ClaimedRecipient]] = {}
             for row in await connection.fetch(MARK_RECIPIENTS, message_ids, clock):
-                recipient = ClaimedRecipient(row["recipient_index"], row["attempt"], row["due_ms"])
+                recipient = ClaimedRecipient(row["recipient_index"], row["attempt"], row["due_ms"], row["provider"])
                 recipients.setdefault(row["message_id"], []).append(recipient)
             contents = await _contents(connection, found, wish.max_bytes)
         self._observe("claimed", len(message_ids))
@@ -237,6 +240,14 @@ class PostgresQueue:
             for row in found
             for key in (row["message_id"],)
         ]
+
+    async def _run_commands(self, now: datetime | None) -> None:
+        """Carry out what is asked of the queue, but not more than a claim can wait for."""
+        for _ in range(_COMMANDS_A_CLAIM):
+            async with self._database.transaction("queue_command") as connection:
+                clock = now or await connection.fetchval("SELECT transaction_timestamp()")
+                if not await run_command(connection, clock):
+                    return
 
     async def fetch_content(self, node_id: str, spool: str, epoch: int, message_id: bytes, chunk: int) -> ContentPart:
         """As the port says."""
@@ -302,19 +313,23 @@ async def _check_lease(connection: Connection, node_id: str, spool: str, epoch: 
 async def _insert(connection: Connection, rows: RecordRows, messages: Sequence[QueuedMessage], epoch: int) -> None:
     queue: list[tuple[Any, ...]] = []
     contents: list[tuple[Any, ...]] = []
-    sending: dict[UUID, bool] = {}
+    by_id: dict[UUID, QueuedMessage] = {}
     # A record accepts one message, so that both are in the same order.
     for row, message in zip(rows.messages, messages, strict=True):
         key = row[0]
-        sending[key] = message.sending
+        by_id[key] = message
         queue.append((key, row[1], row[_PRIORITY], row[4], message.envelope, row[_SEND_TIME_MS], message.sending))
         if message.content is not None:
             contents.append((key, message.content))
         elif await connection.fetchval(_COUNT_CHUNKS, key, message.chunks) != message.chunks:
             raise BadQueueRequestError("a content is not whole")
-    recipients = [(row[0], row[1], row[6], sending[row[0]]) for row in rows.accepted.values()]
+    recipients = [
+        (row[0], row[1], row[6], stored.sending, stored.next_hop(row[1]))
+        for row in rows.accepted.values()
+        for stored in (by_id[row[0]],)
+    ]
     await connection.execute(_INSERT_QUEUE, *columns(queue, 7), epoch)
-    await connection.execute(_INSERT_RECIPIENTS, *columns(recipients, 4))
+    await connection.execute(_INSERT_RECIPIENTS, *columns(recipients, 5))
     await connection.execute(_INSERT_CONTENTS, *columns(contents, 2))
 
 

@@ -37,9 +37,11 @@ _APPLY = f"""
 UPDATE postroad.queue_recipients AS r
 SET state = CASE WHEN u.h AND a.uncertain_policy = {_HOLD} THEN {_HELD} ELSE u.s END,
     attempt = u.n,
-    due_time = timestamptz 'epoch' + interval '1 ms' * u.d
-FROM unnest($2::uuid[], $3::integer[], $4::bigint[], $5::smallint[], $6::integer[], $7::bigint[], $8::boolean[])
-    AS u (m, i, e, s, n, d, h)
+    due_time = timestamptz 'epoch' + interval '1 ms' * u.d,
+    next_hop = CASE WHEN u.p = '' OR r.pinned THEN r.next_hop ELSE u.p END
+FROM unnest(
+    $2::uuid[], $3::integer[], $4::bigint[], $5::smallint[], $6::integer[], $7::bigint[], $8::boolean[], $9::text[]
+) AS u (m, i, e, s, n, d, h, p)
 JOIN postroad.replicated_queue AS q ON q.message_id = u.m AND q.epoch = u.e AND q.claim_id IS NULL
 JOIN postroad.node_leases AS l ON l.epoch = u.e AND l.spool = $1
 LEFT JOIN postroad.accounts AS a ON a.account = q.account
@@ -123,7 +125,7 @@ async def apply_reports(connection: Connection, spool: UUID, reports: Sequence[Q
     """Take over what a spool says of mail that it holds."""
     message_ids = list({report.message_id for report in reports})
     await connection.execute(LOCK, message_ids)
-    found = await connection.fetch(_APPLY, spool, *columns(reports, 7))
+    found = await connection.fetch(_APPLY, spool, *columns(reports, 8))
     held = [(row["message_id"], row["recipient_index"]) for row in found if row["state"] == _HELD]
     if held:
         bounds = (min(message_ids), max(message_ids))

@@ -16,7 +16,7 @@ from dataplane.adapters.replicated_queue import REST_S, STRANGE_S, LinkedQueue
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.adapters.spool_sqlite.codec import decode_envelope, encode_envelope
 from dataplane.core.config import Account
-from dataplane.core.envelope import Envelope, RecipientRow, queue_priority
+from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key, pinned_provider, queue_priority
 from dataplane.core.idempotency import SubmissionKey
 from dataplane.core.ids import MessageId, new_message_id
 from dataplane.core.queue import State
@@ -339,6 +339,21 @@ async def test_of_accounts_whose_mail_cannot_be_sent_none_is_claimed_for_a_while
     asked = [list(request.left_out_accounts) for request in bench.peer.asked(QueueMethod.CLAIM_MESSAGES)]
     first = ["accounts/dead", "accounts/much"]
     assert asked == [first, sorted([ACCOUNT, *first]), [ACCOUNT, "accounts/much"], []]
+
+
+async def test_what_recipients_wait_for_is_told_and_what_a_command_bound_them_to_is_heard(bench: Bench) -> None:
+    rows = [row(State.QUEUED, 0), row(State.QUEUED, 0)._replace(index=1, queue_key=make_queue_key(ACCOUNT, "other"))]
+    await bench.queue.accept(bench.envelope(), b"hello\r\n", rows)
+    (request,) = bench.peer.asked(QueueMethod.STORE_MESSAGES)
+    assert list(request.messages[0].next_hops) == ["hop", "other"]
+    message = claimed(bench)
+    message.recipients[0].provider = "other"
+    answers = iter([pb.ClaimMessagesResponse(messages=[message])])
+    bench.peer.answers[QueueMethod.CLAIM_MESSAGES] = lambda _: next(answers, pb.ClaimMessagesResponse())
+    bench.tasks.append(asyncio.create_task(bench.queue.claim_mail()))
+    async with asyncio.timeout(20):
+        _, _, taken = await bench.engine.delivered.get()
+    assert [pinned_provider(one.queue_key) for one in taken] == ["other"]
 
 
 async def test_a_claimed_message_has_the_priority_that_was_asked_for(bench: Bench) -> None:

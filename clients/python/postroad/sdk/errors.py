@@ -182,7 +182,6 @@ BY_REASON: Mapping[str, type[PostroadError]] = {
     "SPOOL_ATTACHED": FailedPreconditionError,
     "SPOOL_IN_USE": FailedPreconditionError,
     "SPOOL_POOL_DIFFERS": FailedPreconditionError,
-    "MESSAGE_REPLICATED": FailedPreconditionError,
     "NODE_ALONE": FailedPreconditionError,
     "NODE_NOT_DRAINED": FailedPreconditionError,
     "PROVIDER_MISSING": FailedPreconditionError,

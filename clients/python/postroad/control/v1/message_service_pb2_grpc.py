@@ -137,8 +137,7 @@ class MessageServiceServicer:
     def CancelMessage(self, request, context):
         """Withdraws the recipients that still wait. What is being sent is let go on;
         what is terminal stays. NOT_FOUND for a message the ledger does not know, as
-        for the following methods; these are refused with FAILED_PRECONDITION for
-        mail of a REPLICATED account, which no spool keeps: it can be cancelled only.
+        for the following methods.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,8 +190,8 @@ class MessageServiceServicer:
         """Gives a command to every waiting recipient that a filter describes, as it is
         at the time of the call: mail accepted later is not touched. It goes to all
         spools. FAILED_PRECONDITION while there are none; NOT_FOUND for the provider
-        of a reroute that does not exist. Mail of REPLICATED accounts is left alone:
-        where some waits, an entry of the result that names no node says so.
+        of a reroute that does not exist. The replicated queue counts as a spool
+        where mail of the account is in it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -61,8 +61,7 @@ class MessageServiceStub:
     CancelMessage: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.CancelMessageRequest, _operations_pb2.Operation]
     """Withdraws the recipients that still wait. What is being sent is let go on;
     what is terminal stays. NOT_FOUND for a message the ledger does not know, as
-    for the following methods; these are refused with FAILED_PRECONDITION for
-    mail of a REPLICATED account, which no spool keeps: it can be cancelled only.
+    for the following methods.
     """
     HoldMessage: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.HoldMessageRequest, _operations_pb2.Operation]
     """Stops the recipients that still wait until they are released, cancelled or
@@ -90,8 +89,8 @@ class MessageServiceStub:
     """Gives a command to every waiting recipient that a filter describes, as it is
     at the time of the call: mail accepted later is not touched. It goes to all
     spools. FAILED_PRECONDITION while there are none; NOT_FOUND for the provider
-    of a reroute that does not exist. Mail of REPLICATED accounts is left alone:
-    where some waits, an entry of the result that names no node says so.
+    of a reroute that does not exist. The replicated queue counts as a spool
+    where mail of the account is in it.
     """
 
 @_typing.type_check_only
@@ -125,8 +124,7 @@ class MessageServiceAsyncStub(MessageServiceStub):
     CancelMessage: _aio.UnaryUnaryMultiCallable[_message_service_pb2.CancelMessageRequest, _operations_pb2.Operation]  # type: ignore[assignment]
     """Withdraws the recipients that still wait. What is being sent is let go on;
     what is terminal stays. NOT_FOUND for a message the ledger does not know, as
-    for the following methods; these are refused with FAILED_PRECONDITION for
-    mail of a REPLICATED account, which no spool keeps: it can be cancelled only.
+    for the following methods.
     """
     HoldMessage: _aio.UnaryUnaryMultiCallable[_message_service_pb2.HoldMessageRequest, _operations_pb2.Operation]  # type: ignore[assignment]
     """Stops the recipients that still wait until they are released, cancelled or
@@ -154,8 +152,8 @@ class MessageServiceAsyncStub(MessageServiceStub):
     """Gives a command to every waiting recipient that a filter describes, as it is
     at the time of the call: mail accepted later is not touched. It goes to all
     spools. FAILED_PRECONDITION while there are none; NOT_FOUND for the provider
-    of a reroute that does not exist. Mail of REPLICATED accounts is left alone:
-    where some waits, an entry of the result that names no node says so.
+    of a reroute that does not exist. The replicated queue counts as a spool
+    where mail of the account is in it.
     """
 
 class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -210,8 +208,7 @@ class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
         """Withdraws the recipients that still wait. What is being sent is let go on;
         what is terminal stays. NOT_FOUND for a message the ledger does not know, as
-        for the following methods; these are refused with FAILED_PRECONDITION for
-        mail of a REPLICATED account, which no spool keeps: it can be cancelled only.
+        for the following methods.
         """
 
     @_abc_1.abstractmethod
@@ -275,8 +272,8 @@ class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
         """Gives a command to every waiting recipient that a filter describes, as it is
         at the time of the call: mail accepted later is not touched. It goes to all
         spools. FAILED_PRECONDITION while there are none; NOT_FOUND for the provider
-        of a reroute that does not exist. Mail of REPLICATED accounts is left alone:
-        where some waits, an entry of the result that names no node says so.
+        of a reroute that does not exist. The replicated queue counts as a spool
+        where mail of the account is in it.
         """
 
 def add_MessageServiceServicer_to_server(servicer: MessageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

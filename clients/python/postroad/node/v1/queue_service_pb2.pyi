@@ -167,6 +167,7 @@ class QueuedMessage(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     SENDING_FIELD_NUMBER: _builtins.int
+    NEXT_HOPS_FIELD_NUMBER: _builtins.int
     record: _builtins.bytes
     """Serialised LedgerRecord of its acceptance; its `send_time_ms` and `priority`
     say when and before what else the message is claimed.
@@ -181,6 +182,12 @@ class QueuedMessage(_message.Message):
     """Whether the spool sends it at once: stored as `sending`, attempt 1, under
     the lease.
     """
+    @_builtins.property
+    def next_hops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Providers that its recipients wait for, by full name and in their order, so
+        that commands find them; none, or empty, where nobody can tell.
+        """
+
     def __init__(
         self,
         *,
@@ -189,10 +196,11 @@ class QueuedMessage(_message.Message):
         content: _builtins.bytes = ...,
         chunks: _builtins.int = ...,
         sending: _builtins.bool = ...,
+        next_hops: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "content", b"content", "envelope", b"envelope", "record", b"record", "sending", b"sending"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "content", b"content", "envelope", b"envelope", "next_hops", b"next_hops", "record", b"record", "sending", b"sending"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,22 +381,28 @@ class ClaimedRecipient(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     DUE_MS_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Position in the envelope."""
     attempt: _builtins.int
     """Number of the attempt that may begin now."""
     due_ms: _builtins.int
     """When it was due, in milliseconds since 1970."""
+    provider: _builtins.str
+    """Provider that a command bound it to, by full name, whatever the rules
+    choose; empty without.
+    """
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         attempt: _builtins.int = ...,
         due_ms: _builtins.int = ...,
+        provider: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "due_ms", b"due_ms", "index", b"index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "due_ms", b"due_ms", "index", b"index", "provider", b"provider"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
