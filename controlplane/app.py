@@ -338,7 +338,9 @@ class _ControlPlane:
         )
         retention = timedelta(days=self._settings.retention.messages_days)
         jobs = housekeeping_jobs(PostgresJobs(self._fleet_database), retention=retention)
-        jobs += book_jobs(self._books, retention=retention, sampled=self._metrics.books_sampled)
+        jobs += book_jobs(
+            self._books, retention=retention, sampled=self._metrics.books_sampled, concluded=self._compared
+        )
         leader = Leader(
             PostgresLeadership(self._fleet_dsn),
             jobs,

@@ -444,7 +444,7 @@ class JobStore(Protocol):
         ...
 
     async def sweep_queue(self, before: datetime) -> None:
-        """Forget contents put before then whose message never came, and fail what waits of accounts that are gone."""
+        """Forget contents put before then whose message never came; end what is held too long, or has no account."""
         ...
 
     async def delete_denials(self, now: datetime, limit: int) -> int:
@@ -495,6 +495,10 @@ class BookStore(Protocol):
 
     async def conclude(self, comparison: Comparison, now: datetime) -> None:
         """Store a comparison: its books replace the spool's, findings that it does not have are resolved."""
+        ...
+
+    async def compare_queue(self, now: datetime) -> Comparison:
+        """Compare the replicated queue with the ledger, in one snapshot, and store it like `conclude`."""
         ...
 
     async def silent_spools(self, before: datetime) -> list[SilentSpool]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +21,10 @@ from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.queue import PostgresQueue
+from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
 from controlplane.domain.books import MOST_NAMED, Comparison, FindingKind
 from controlplane.jobs.books import SILENT_AFTER, book_jobs
+from controlplane.jobs.leader import Job
 from controlplane.ports_fleet import WAITING_DAYS, BookHealth, RawBatch, SpoolOpening
 from controlplane.services.auditing import Auditor
 from dataplane.adapters.spool_sqlite import SqliteSpool
@@ -145,6 +147,12 @@ async def plane(migrated_database: Database, tmp_path: Path) -> AsyncIterator[Pl
     await spool.close()
 
 
+def jobs_of(plane: Plane, sampled: Callable[[BookHealth], None] = lambda _: None) -> dict[str, Job]:
+    """What the leader does, by name."""
+    jobs = book_jobs(plane.store, retention=timedelta(days=30), sampled=sampled, concluded=lambda _: None)
+    return {job.name: job for job in jobs}
+
+
 def _named(kind: FindingKind, raw_id: MessageId, index: int = 0) -> Found:
     return kind, format_message_id(raw_id), index
 
@@ -212,7 +220,7 @@ async def test_a_book_counts_what_was_accepted_and_how_it_ended(plane: Plane) ->
     assert book.agrees
 
 
-async def test_replicated_mail_is_in_no_book_wherever_it_is(plane: Plane) -> None:
+async def test_replicated_mail_is_in_no_book_of_a_spool_wherever_it_is(plane: Plane) -> None:
     """It waits in PostgreSQL, is sent from this spool, and ends there, while LOCAL mail is counted as ever."""
     await _waiting(plane, 2)
     await add_account(plane.database)
@@ -374,7 +382,12 @@ async def test_a_spool_that_cannot_answer_keeps_its_books(plane: Plane) -> None:
 
 async def test_a_silent_spool_is_named_with_its_mail_until_it_speaks(plane: Plane) -> None:
     ids = await _waiting(plane)
-    jobs = {job.name: job for job in book_jobs(plane.store, retention=timedelta(days=30), sampled=lambda _: None)}
+    jobs = {
+        job.name: job
+        for job in book_jobs(
+            plane.store, retention=timedelta(days=30), sampled=lambda _: None, concluded=lambda _: None
+        )
+    }
     await execute(plane.database, "UPDATE postroad.spools SET create_time = $1", NOW - 2 * SILENT_AFTER)
 
     await jobs["report_silent_spools"].run(NOW)
@@ -389,7 +402,12 @@ async def test_mail_of_a_spool_that_nobody_knows_any_more_is_named(plane: Plane)
     (lost,) = await _waiting(plane, 1)
     await plane.compare()
     await execute(plane.database, "DELETE FROM postroad.spools")
-    jobs = {job.name: job for job in book_jobs(plane.store, retention=timedelta(days=30), sampled=lambda _: None)}
+    jobs = {
+        job.name: job
+        for job in book_jobs(
+            plane.store, retention=timedelta(days=30), sampled=lambda _: None, concluded=lambda _: None
+        )
+    }
 
     await jobs["forget_books"].run(NOW)
     await jobs["report_silent_spools"].run(NOW)
@@ -401,7 +419,7 @@ async def test_mail_of_a_spool_that_nobody_knows_any_more_is_named(plane: Plane)
 async def test_books_end_with_the_days_that_are_kept(plane: Plane) -> None:
     await _waiting(plane)
     seen: list[BookHealth] = []
-    jobs = {job.name: job for job in book_jobs(plane.store, retention=timedelta(days=30), sampled=seen.append)}
+    jobs = jobs_of(plane, seen.append)
     first_day = NOW.date() + timedelta(days=1)
 
     # Its mail waits, and so the day is kept for longer.
@@ -415,9 +433,11 @@ async def test_books_end_with_the_days_that_are_kept(plane: Plane) -> None:
     assert len(await fetch(plane.database, "SELECT FROM postroad.book_entries")) == 1
     await jobs["forget_books"].run(NOW + timedelta(days=31))
     assert await fetch(plane.database, "SELECT FROM postroad.book_entries") == []
+    await jobs["compare_queue"].run(NOW)
+    await jobs["forget_books"].run(NOW)
     await jobs["count_findings"].run(NOW + timedelta(seconds=30))
     assert seen[0].findings == {}
-    assert seen[0].ages_s.keys() == {plane.name}
+    assert seen[0].ages_s.keys() == {plane.name, str(QUEUE_SPOOL)}
 
 
 async def test_mail_of_before_the_books_is_compared_and_not_counted(plane: Plane) -> None:

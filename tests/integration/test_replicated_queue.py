@@ -127,8 +127,9 @@ async def test_a_claim_that_nobody_confirmed_returns_after_a_minute_and_was_no_a
     raw_id = await holder.store(sending=False)
     claim_id, claimed = await holder.claim()
     assert len(claimed) == 1
-    assert (await other.claim(after_s=58, adopt=False))[1] == []
-    (again,) = (await other.claim(after_s=120, adopt=False))[1]
+    claim_time = (await queue_row(migrated_database, raw_id))["claim_time"]
+    assert (await other.claim(now=claim_time + timedelta(seconds=59), adopt=False))[1] == []
+    (again,) = (await other.claim(now=claim_time + timedelta(seconds=61), adopt=False))[1]
     assert [one.attempt for one in again.recipients] == [1]
     assert await event_types(migrated_database, raw_id) == []
     # Whoever claimed it first comes too late.
@@ -197,6 +198,39 @@ async def test_what_a_lost_lease_reports_changes_nothing_in_the_queue(
     assert (await queue_row(migrated_database, raw_id))["epoch"] == other.epoch
     await other.report(changed(raw_id, update(0, SENT, attempts=2)))
     assert await queue_row(migrated_database, raw_id) is None
+
+
+async def test_an_end_that_a_former_lease_tells_late_saves_another_copy(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    """The node slept; its mail waits again when it says that it had been sent."""
+    raw_id, former = await holder.store("a@example.net", "b@example.net"), holder.epoch
+    await end_lease(migrated_database, former)
+    assert len((await other.claim())[1]) == 1
+    await execute(migrated_database, "UPDATE postroad.replicated_queue SET claim_time = claim_time - interval '1 hour'")
+    other.epoch = (await other.queue.renew(other.node, other.spool, other.epoch)).epoch
+    await execute(
+        migrated_database, "UPDATE postroad.replicated_queue SET epoch = NULL, claim_id = NULL, claim_time = NULL"
+    )
+    await execute(migrated_database, "UPDATE postroad.queue_recipients SET state = 2")
+    await holder.report(changed(raw_id, update(0, SENT)), epoch=former)
+    assert await queue_states(migrated_database, raw_id) == [(QUEUED, 2)]
+    _, (again,) = await other.claim()
+    assert [one.index for one in again.recipients] == [1]
+
+
+async def test_what_was_sent_before_is_not_sent_again_when_the_next_attempt_is_put_off(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    raw_id, former = await holder.store(), holder.epoch
+    await end_lease(migrated_database, former)
+    claim_id, claimed = await other.claim()
+    await other.confirm(claim_id, claimed)
+    await holder.report(changed(raw_id, update(0, SENT)), epoch=former)
+    assert await queue_states(migrated_database, raw_id) == [(SENDING, 2)]
+    await other.report(changed(raw_id, update(0, DEFERRED, attempts=2)))
+    assert await queue_row(migrated_database, raw_id) is None
+    assert await ledger_states(migrated_database, raw_id) == [SENT]
 
 
 async def test_a_former_lease_of_the_same_spool_is_another_lease(holder: Holder, migrated_database: Database) -> None:

@@ -47,7 +47,7 @@ def _write_book(book: Book) -> pb.Book:
     entries, waiting = book.ledger.entries, book.ledger.waiting
     return pb.Book(
         name=names.format_name(names.BOOK, book.account, book.spool),
-        node=names.format_name(names.NODE, book.node),
+        node=names.format_name(names.NODE, book.node) if book.node else "",
         as_of_record=book.as_of_record,
         compare_time=convert.to_timestamp(book.compare_time),
         accepted_count=entries.accepted,
@@ -72,7 +72,7 @@ def _write_finding(finding: StoredFinding) -> pb.BookFinding:
         name=names.format_name(names.BOOK_FINDING, what.account, str(finding.finding)),
         kind=pb.BookFinding.Kind.ValueType(what.kind),
         spool=finding.spool,
-        node=names.format_name(names.NODE, finding.node),
+        node=names.format_name(names.NODE, finding.node) if finding.node else "",
         detail=what.detail,
         first_seen_time=convert.to_timestamp(finding.first_seen_time),
         last_seen_time=convert.to_timestamp(finding.last_seen_time),

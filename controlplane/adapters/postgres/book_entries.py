@@ -3,6 +3,7 @@
 Contract. `Entered` is told of the rows that `BY_DAY` answers, each with how many recipients of a partition, account and
 state were written, and answers how many those are together. `ENTER` is a statement for the end of the transaction; its
 arguments begin with the spool, and those from the fifth on are `Entered.columns()`. A partition is a day, by its name.
+`enter_queue` does the same for what the replicated queue had or has.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections import Counter
 from collections.abc import Iterable
 from datetime import date
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 
+from controlplane.adapters.postgres.session import Connection
 from dataplane.core.queue import TERMINAL, State
 
 BY_DAY = """
@@ -27,6 +30,13 @@ _SUMS = ", ".join(f"{name} = e.{name} + excluded.{name}" for name in _NAMES)
 ENTER = f"""
 INSERT INTO postroad.book_entries AS e (spool, account, day, {", ".join(_NAMES)})
 SELECT $1, u.* FROM unnest($5::text[], $6::date[], {_TYPES}) AS u
+ON CONFLICT (spool, account, day) DO UPDATE SET {_SUMS}
+"""
+
+_QUEUE_TYPES = ", ".join(f"${number}::bigint[]" for number in range(4, 4 + len(_NAMES)))
+_ENTER_QUEUE = f"""
+INSERT INTO postroad.queue_entries AS e (spool, account, day, {", ".join(_NAMES)})
+SELECT $1, u.* FROM unnest($2::text[], $3::date[], {_QUEUE_TYPES}) AS u
 ON CONFLICT (spool, account, day) DO UPDATE SET {_SUMS}
 """
 
@@ -70,6 +80,10 @@ class Entered:
         entries = [[self._counts[(*place, kind)] for place in places] for kind in (_ACCEPTED, *_ENDS)]
         return [[account for account, _ in places], days, *entries]
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to be entered."""
+        return bool(self._counts)
+
     def _count(self, written: Written, *, new: bool) -> int:
         total = 0
         for row in written:
@@ -80,3 +94,9 @@ class Entered:
             if state in TERMINAL:
                 self._counts[row["account"], row["day"], state] += count
         return total
+
+
+async def enter_queue(connection: Connection, spool: UUID, entered: Entered) -> None:
+    """Enter what a transaction did to mail of the replicated queue, by the word of this spool."""
+    if entered:
+        await connection.execute(_ENTER_QUEUE, spool, *entered.columns())

@@ -2,8 +2,9 @@
 
 Contract. Implements `ports_fleet.BookStore`. Each answer about a spool is read in one snapshot together with the
 spool's cursor, so that it is exact as of that record however busily records are stored meanwhile; nobody waits for it.
-Who waits is found by an index that holds nobody else. REPLICATED mail is in no book: it moves between spools, and what
-waits of it waits in PostgreSQL.
+Who waits is found by an index that holds nobody else. REPLICATED mail is in no spool's book: it moves between them. The
+replicated queue has books of its own, as a spool without a node; both of its sides are here, so that one snapshot says
+who waits where. A recipient that one node sends while another has told its end is on neither side.
 """
 
 from __future__ import annotations
@@ -17,9 +18,22 @@ from uuid import UUID
 import asyncpg
 
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
+from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
 from controlplane.adapters.postgres.session import Connection
-from controlplane.domain.books import MOST_NAMED, Comparison, Entries, Finding, FindingKind, LedgerSide
+from controlplane.domain.books import (
+    MOST_NAMED,
+    Book,
+    Comparison,
+    Entries,
+    Finding,
+    FindingKind,
+    LedgerSide,
+    compare_names,
+    name_waiting,
+    unbalanced,
+)
 from controlplane.ports_fleet import NO_SPOOL, BookHealth, LedgerBooks, SilentSpool
+from dataplane.core.queue import State
 from dataplane.core.waiting import Tally, Waiting, tally_of_sum
 
 MOST_NAMES = 20_000
@@ -56,6 +70,44 @@ FROM ({_WAITING} AND r.account = $2) AS waiting GROUP BY substr(digits, 30), rec
 WAITING_BY_NAME = f"""
 SELECT message_id, recipient_index FROM ({_WAITING} AND r.account = $2) AS waiting
 WHERE substr(digits, 30) = ANY($3::text[]) LIMIT {MOST_NAMES}
+"""
+_REPLICATED = "SELECT FROM postroad.messages WHERE message_id = r.message_id AND replicated OFFSET 0"
+QUEUE_LEDGER = f"""
+    SELECT r.account, r.recipient_index, r.message_id, replace(r.message_id::text, '-', '') AS digits
+    FROM postroad.recipients AS r CROSS JOIN LATERAL ({_REPLICATED}) AS m
+    WHERE r.state < 6
+"""
+_QUEUE_HELD = f"""
+    SELECT q.account, r.recipient_index, r.message_id, replace(r.message_id::text, '-', '') AS digits
+    FROM postroad.queue_recipients AS r JOIN postroad.replicated_queue AS q USING (message_id)
+    WHERE NOT (r.state = {int(State.SENDING)} AND EXISTS (
+        SELECT FROM postroad.recipients AS l
+        WHERE l.message_id = r.message_id AND l.recipient_index = r.recipient_index AND l.state >= 6
+    ))
+"""
+_QUEUE_TOTALS = f"""
+SELECT account, recipient_index, count(*) AS count,
+    count(*) FILTER (WHERE message_id < postroad.message_id_bound(o.first_day)) AS earlier, {_PARTS}
+FROM ({{side}}) AS waiting LEFT JOIN ({_OWN_DAYS}) AS o USING (account) GROUP BY account, recipient_index
+"""
+_QUEUE_NAMES = """
+SELECT account, message_id, recipient_index FROM ({side}) AS one
+EXCEPT SELECT account, message_id, recipient_index FROM ({other}) AS two LIMIT {most}
+"""
+_QUEUE_ENTRIES = f"""
+SELECT account, sum(accepted)::bigint AS accepted, sum(sent)::bigint AS sent, sum(bounced)::bigint AS bounced,
+    sum(failed)::bigint AS failed, sum(expired)::bigint AS expired, sum(cancelled)::bigint AS cancelled
+FROM postroad.queue_entries LEFT JOIN ({_OWN_DAYS}) AS o USING (account)
+WHERE o.first_day IS NULL OR day >= o.first_day GROUP BY account
+"""
+# What no claim can find, and what no lease's end gives back.
+_QUEUE_LOST = f"""
+SELECT q.account, r.message_id, r.recipient_index
+FROM postroad.queue_recipients AS r JOIN postroad.replicated_queue AS q USING (message_id)
+WHERE r.state <> {int(State.HELD)} AND (
+    q.epoch IS NULL AND q.due_time > r.due_time
+    OR q.epoch IS NOT NULL AND NOT EXISTS (SELECT FROM postroad.node_leases AS l WHERE l.epoch = q.epoch)
+) LIMIT {MOST_NAMES}
 """
 _ENTRIES = f"""
 SELECT spool, account, sum(accepted)::bigint AS accepted, sum(sent)::bigint AS sent, sum(bounced)::bigint AS bounced,
@@ -111,11 +163,12 @@ WHERE kind = $2 AND resolve_time IS NULL AND last_seen_time < $1
 """
 # A day whose mail still waits keeps its rows, and with them its entries.
 _FORGET_ENTRIES = """
-DELETE FROM postroad.book_entries
+DELETE FROM postroad.{table}
 WHERE day < $1 AND to_regclass('postroad.recipients_' || to_char(day, 'YYYYMMDD')) IS NULL
 """
 _FORGET_SPOOLS = """
-DELETE FROM postroad.{table} AS b WHERE NOT EXISTS (SELECT FROM postroad.spools AS s WHERE s.spool = b.spool)
+DELETE FROM postroad.{table} AS b
+WHERE b.spool <> $1 AND NOT EXISTS (SELECT FROM postroad.spools AS s WHERE s.spool = b.spool)
 """
 
 
@@ -185,6 +238,36 @@ class PostgresBooks:
             await _put_findings(connection, spool, comparison.node, comparison.findings, now)
             await connection.execute(_RESOLVE, spool, now, list(comparison.unjudged))
 
+    async def compare_queue(self, now: datetime) -> Comparison:
+        """As the port says."""
+        async with self._database.transaction("books_compare_queue") as connection:
+            await connection.execute(_SNAPSHOT)
+            entries = await connection.fetch(_QUEUE_ENTRIES)
+            ledger = await _queue_side(connection, QUEUE_LEDGER)
+            queue = await _queue_side(connection, _QUEUE_HELD)
+            lost = await _by_account(connection, _QUEUE_LOST)
+            here, there = {}, {}
+            if ledger != queue:
+                here = await _by_account(connection, _only(QUEUE_LEDGER, _QUEUE_HELD))
+                there = await _by_account(connection, _only(_QUEUE_HELD, QUEUE_LEDGER))
+        entered = {row["account"]: Entries(*(row[name] for name in Entries._fields)) for row in entries}
+        books = tuple(
+            Book(
+                *(account, str(QUEUE_SPOOL), "", 0, now),
+                ledger.get(account, LedgerSide())._replace(entries=entered.get(account, Entries())),
+                queue.get(account, LedgerSide()).waiting,
+            )
+            for account in sorted({*entered, *ledger, *queue})
+        )
+        findings = [finding for book in books for finding in unbalanced(book)]
+        for account in sorted({*here, *there}):
+            findings += compare_names(account, here.get(account, ()), there.get(account, ()), frozenset())
+        for account, recipients in sorted(lost.items()):
+            findings += name_waiting(FindingKind.NO_DEADLINE, account, recipients, "waits where nothing looks for it")
+        comparison = Comparison(str(QUEUE_SPOOL), "", 0, books, tuple(findings), ())
+        await self.conclude(comparison, now)
+        return comparison
+
     async def silent_spools(self, before: datetime) -> list[SilentSpool]:
         """As the port says."""
         async with self._database.transaction("books_silent") as connection:
@@ -207,10 +290,11 @@ class PostgresBooks:
     async def forget_books(self, first_day: date, resolved_before: datetime) -> None:
         """As the port says."""
         async with self._database.transaction("books_forget") as connection:
-            await connection.execute(_FORGET_ENTRIES, first_day)
+            for table in ("book_entries", "queue_entries"):
+                await connection.execute(_FORGET_ENTRIES.format(table=table), first_day)
             await connection.execute("DELETE FROM postroad.book_findings WHERE resolve_time < $1", resolved_before)
             for table in ("books", "book_comparisons"):
-                await connection.execute(_FORGET_SPOOLS.format(table=table))
+                await connection.execute(_FORGET_SPOOLS.format(table=table), QUEUE_SPOOL)
 
     async def health(self, now: datetime) -> BookHealth:
         """As the port says."""
@@ -222,10 +306,34 @@ class PostgresBooks:
                 """
                 SELECT s.spool, coalesce(c.compare_time, s.create_time) AS since
                 FROM postroad.spools AS s LEFT JOIN postroad.book_comparisons AS c USING (spool)
-                """
+                UNION ALL SELECT spool, compare_time FROM postroad.book_comparisons WHERE spool = $1
+                """,
+                QUEUE_SPOOL,
             )
         counts = {FindingKind(row["kind"]): row["count"] for row in findings}
         return BookHealth(counts, {str(row["spool"]): (now - row["since"]).total_seconds() for row in ages})
+
+
+async def _queue_side(connection: Connection, side: str) -> dict[str, LedgerSide]:
+    """Who waits on a side, by account."""
+    found: dict[str, LedgerSide] = {}
+    for row in await connection.fetch(_QUEUE_TOTALS.format(side=side)):
+        former = found.get(row["account"], LedgerSide())
+        total, earlier = former.waiting.plus(_tally(row)), former.earlier + row["earlier"]
+        found[row["account"]] = LedgerSide(Entries(), total, earlier)
+    return found
+
+
+def _only(side: str, other: str) -> str:
+    """The statement that names who waits on the one side only."""
+    return _QUEUE_NAMES.format(side=side, other=other, most=MOST_NAMES)
+
+
+async def _by_account(connection: Connection, sql: str) -> dict[str, list[Waiting]]:
+    found: dict[str, list[Waiting]] = defaultdict(list)
+    for row in await connection.fetch(sql):
+        found[row["account"]].append(Waiting(row["message_id"].bytes, row["recipient_index"]))
+    return dict(found)
 
 
 async def _put_findings(

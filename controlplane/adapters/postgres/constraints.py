@@ -119,6 +119,7 @@ UNREACHABLE = frozenset(
         "pk_pool_keys",
         "pk_providers",
         "pk_queue_contents",
+        "pk_queue_entries",
         "pk_queue_recipients",
         "pk_recipients",
         "pk_replicated_queue",

@@ -15,9 +15,10 @@ from uuid import UUID
 
 import asyncpg
 
+from controlplane.adapters.postgres.book_entries import BY_DAY, Entered, enter_queue
 from controlplane.adapters.postgres.bundles import DENIALS_CHANNEL, MOVE_DENIALS
 from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase
-from controlplane.adapters.postgres.queue_commands import expire_held
+from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL, expire_held
 from controlplane.ports_fleet import WAITING_DAYS
 from dataplane.core.queue import State
 
@@ -44,12 +45,16 @@ WHERE q.epoch IS NULL AND NOT EXISTS (SELECT FROM postroad.accounts AS a WHERE a
 LIMIT 10000 FOR UPDATE SKIP LOCKED
 """
 _FAIL = f"""
+WITH written AS (
 UPDATE postroad.recipients AS r
 SET state = {int(State.FAILED)}, next_attempt_time = NULL, update_time = transaction_timestamp(),
     enhanced_code = '5.7.1', reply_text = 'the account is deleted'
 FROM postroad.queue_recipients AS q
 WHERE q.message_id = ANY ($1) AND r.message_id = q.message_id AND r.recipient_index = q.recipient_index
     AND r.message_id BETWEEN $2 AND $3
+RETURNING r.tableoid AS partition, r.account, r.state
+)
+{BY_DAY}
 """
 
 
@@ -164,7 +169,9 @@ class PostgresJobs:
             gone = await connection.fetch(_WITHOUT_ACCOUNT)
             if gone:
                 message_ids = [row["message_id"] for row in gone]
-                await connection.execute(_FAIL, message_ids, min(message_ids), max(message_ids))
+                entered = Entered()
+                entered.changed(await connection.fetch(_FAIL, message_ids, min(message_ids), max(message_ids)))
+                await enter_queue(connection, QUEUE_SPOOL, entered)
                 for table in ("queue_recipients", "queue_contents", "replicated_queue"):
                     await connection.execute(f"DELETE FROM postroad.{table} WHERE message_id = ANY ($1)", message_ids)
 

@@ -19,8 +19,8 @@ aside, whoever's they are. It has those that it accepted and those that it took 
 them up (`handovers`). What it says of mail that it holds under a lease changes the replicated queue in the same
 transaction.
 A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
-What was accepted and what ended is entered into the spool's books by the statement that moves the cursor; REPLICATED
-mail is in no book.
+What was accepted and what ended is entered into the spool's books by the statement that moves the cursor, and into the
+queue's where the spool held it under a lease.
 
 Of two messages of an account with one Idempotency-Key, accepted within 24 hours, the one that is heard of second is
 marked as the duplicate of the other, and told: spools could not ask each other.
@@ -45,7 +45,7 @@ from controlplane.adapters.ledger_records import (
     columns,
     conflict_event,
 )
-from controlplane.adapters.postgres.book_entries import BY_DAY, ENTER, Entered
+from controlplane.adapters.postgres.book_entries import BY_DAY, ENTER, Entered, enter_queue
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.handover_records import NotAssignedError, store_given, store_pieces, store_taken
 from controlplane.adapters.postgres.queue_reports import apply_reports
@@ -273,6 +273,7 @@ class PostgresLedger:
             await writer.write(decoded)
             moved = (UUID(batch.spool), records[-1][0], batch.incarnation, now)
             await connection.execute(_MOVE_CURSOR, *moved, *writer.entered.columns())
+            await enter_queue(connection, UUID(batch.spool), writer.moving)
             await connection.execute("SELECT pg_notify('postroad_ledger', '')")
         for reject in writer.rejects:
             self._report(batch.spool, reject.reason, f"record {reject.number}: {reject.text}")
@@ -318,7 +319,9 @@ class PostgresLedger:
 async def insert_replicated(connection: Connection, rows: RecordRows, node_id: str, spool: UUID) -> None:
     """Record messages that are accepted into the queue in this transaction."""
     await connection.execute(_INSERT_MESSAGES, *columns(rows.messages, 14), node_id, spool, True)
-    await connection.execute(_INSERT_RECIPIENTS, *columns(rows.accepted.values(), 12))
+    entered = Entered()
+    entered.accepted(await connection.fetch(_INSERT_RECIPIENTS, *columns(rows.accepted.values(), 12)))
+    await enter_queue(connection, spool, entered)
     await connection.execute("SELECT pg_notify('postroad_ledger', '')")
 
 
@@ -406,6 +409,7 @@ class _Writer:
         self._now = now
         self.rejects: list[_Reject] = []
         self.entered = Entered()
+        self.moving = Entered()  # what is held under a lease
         self.duplicates: list[Duplicate] = []
 
     async def write(self, decoded: _Decoded) -> None:
@@ -423,9 +427,10 @@ class _Writer:
             return
         await self._connection.execute("SAVEPOINT records")
         try:
-            entered = await self._write_rows(decoded.rows)
+            entered, moving = await self._write_rows(decoded.rows)
             await self._connection.execute("RELEASE records")
             self.entered.add(entered)
+            self.moving.add(moving)
         except _BAD_CONTENT as error:
             await self._connection.execute("ROLLBACK TO records")
             await self._halve(decoded, error)
@@ -440,8 +445,9 @@ class _Writer:
         for part in (records[:middle], records[middle:]):
             await self._write_or_halve(_decode(part, self._bounds, clean=True))
 
-    async def _write_rows(self, rows: RecordRows) -> Entered:
-        connection, entered = self._connection, Entered()
+    async def _write_rows(self, rows: RecordRows) -> tuple[Entered, Entered]:
+        """Write them; what is entered into the spool's books, and into the queue's."""
+        connection, entered, moving = self._connection, Entered(), Entered()
         new: set[tuple[Any, ...]] = set()
         await self._take_over(rows, entered)
         if rows.messages:
@@ -456,7 +462,7 @@ class _Writer:
             if entered.accepted(written) != len(rows.accepted):
                 # A disk that was restored tells known mail anew.
                 events = events + await self._update(list(rows.accepted.values()), entered)
-        for changed, into in self._by_book(rows, entered):
+        for changed, into in self._by_book(rows, entered, moving):
             events = events + await self._update(changed, into)
         if events:
             await connection.execute(_INSERT_EVENTS, *columns(events, 18), self._node_id, self._spool)
@@ -469,14 +475,16 @@ class _Writer:
         if rows.keys:
             # Last: what is found must not be undone with what follows.
             self.duplicates += await _find_duplicates(connection, rows.keys)
-        return entered
+        return entered, moving
 
     @staticmethod
-    def _by_book(rows: RecordRows, entered: Entered) -> list[tuple[list[list[Any]], Entered]]:
-        """What changed, and where it is entered: what is held under a lease nowhere."""
+    def _by_book(rows: RecordRows, entered: Entered, moving: Entered) -> list[tuple[list[list[Any]], Entered]]:
+        """What changed, and where it is entered."""
+        if not rows.reports:
+            return [(list(rows.changed.values()), entered)] if rows.changed else []
         local = [row for key, row in rows.changed.items() if key not in rows.reports]
-        moving = [row for key, row in rows.changed.items() if key in rows.reports]
-        return [(changed, into) for changed, into in ((local, entered), (moving, Entered())) if changed]
+        held = [row for key, row in rows.changed.items() if key in rows.reports]
+        return [(changed, into) for changed, into in ((local, entered), (held, moving)) if changed]
 
     async def _give_up(self, rows: RecordRows, entered: Entered) -> None:
         if rows.pieces:

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import asyncpg
 
+from controlplane.adapters.postgres.book_entries import BY_DAY, Entered, enter_queue
 from controlplane.adapters.postgres.queue_reports import LOCK, release
 from controlplane.adapters.postgres.session import Connection
 from controlplane.domain.messages import EVERY_ACCOUNT, first_id_at
 from dataplane.core.config import RetryPolicy
 from dataplane.core.queue import TERMINAL, EventType, State, Verb
 
-QUEUE_SPOOL = UUID(int=0)
+# Not the one of zeros: that is nobody's (NO_SPOOL).
+QUEUE_SPOOL = UUID(int=1)
 AT_ONCE = 500
 WALKED = 5_000
 _NOTHING = UUID(int=0)
@@ -92,6 +94,7 @@ WHERE q.message_id = ANY ($1) AND q.account = $2 AND r.state = {_SENDING}
 """
 _KNOWN = "SELECT count(*) FROM postroad.replicated_queue WHERE message_id = ANY ($1) AND account = $2"
 _CHANGE_IN_LEDGER = f"""
+WITH written AS (
 UPDATE postroad.recipients AS r
 SET state = u.s, update_time = $4, next_attempt_time = CASE WHEN u.s = {_QUEUED} THEN $4::timestamptz END,
     enhanced_code = CASE WHEN $5 <> '' THEN $5 ELSE r.enhanced_code END,
@@ -100,6 +103,9 @@ SET state = u.s, update_time = $4, next_attempt_time = CASE WHEN u.s = {_QUEUED}
 FROM unnest($1::uuid[], $2::integer[], $3::smallint[]) AS u (m, i, s)
 WHERE r.message_id = u.m AND r.recipient_index = u.i AND r.message_id BETWEEN $7 AND $8
     AND r.state <> ALL ($9::smallint[])
+RETURNING r.tableoid AS partition, r.account, r.state
+)
+{BY_DAY}
 """
 _TELL = """
 INSERT INTO postroad.delivery_events (
@@ -151,7 +157,7 @@ async def expire_held(connection: Connection, now: datetime) -> None:
     said = ("", _EXPIRED_TEXT)
     bounds = (min(message_ids), max(message_ids))
     await connection.execute(_END, message_ids, indexes)
-    await connection.execute(_CHANGE_IN_LEDGER, message_ids, indexes, states, now, *said, *bounds, _TERMINAL)
+    await _change_in_ledger(connection, message_ids, indexes, states, now, *said, *bounds)
     await connection.execute(_TELL, message_ids, indexes, accounts, int(EventType.EXPIRED), now, "", *said, QUEUE_SPOOL)
     await release(connection, message_ids)
     await connection.execute(_DUE, message_ids)
@@ -203,12 +209,19 @@ async def _change(connection: Connection, command: asyncpg.Record, message_ids: 
     said = ("5.7.0", _BOUNCED_TEXT) if verb is Verb.BOUNCE else ("", "")
     if verb is not Verb.REROUTE:
         states = [row["state"] for row in found]
-        await connection.execute(_CHANGE_IN_LEDGER, ids, indexes, states, now, *said, *bounds, _TERMINAL)
+        await _change_in_ledger(connection, ids, indexes, states, now, *said, *bounds)
     accounts = [row["account"] for row in found]
     await connection.execute(_TELL, ids, indexes, accounts, int(rule.event), now, provider, *said, QUEUE_SPOOL)
     await release(connection, list(message_ids))
     await connection.execute(_DUE, message_ids)
     return len(found)
+
+
+async def _change_in_ledger(connection: Connection, *arguments: Any) -> None:
+    """Show new states, and enter those that are ends."""
+    entered = Entered()
+    entered.changed(await connection.fetch(_CHANGE_IN_LEDGER, *arguments, _TERMINAL))
+    await enter_queue(connection, QUEUE_SPOOL, entered)
 
 
 async def _count_late(

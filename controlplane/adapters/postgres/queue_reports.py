@@ -1,9 +1,10 @@
 """What changes rows of the replicated queue that a lease holds: reports of the spool, and the end of the lease.
 
 Contract. Both run inside a transaction of the caller's. A report counts only while the queue says that the report's
-epoch holds the message and the attempt is the recipient's present one; another one changes nothing, whatever it says. A
-message without recipients leaves the queue with its content; one of which nothing is being sent is nobody's any more
-and waits. Rows are locked in order of message id, or not at all where somebody has them locked.
+epoch holds the message and the attempt is the recipient's present one; another one changes nothing, whatever it says,
+but for one: an end that a former lease tells is the ledger's, and what the ledger has as ended waits no more. A message
+without recipients leaves the queue with its content; one of which nothing is being sent is nobody's any more and waits.
+Rows are locked in order of message id, or not at all where somebody has them locked.
 
     what is said of a recipient     becomes
     terminal                        gone
@@ -48,6 +49,13 @@ LEFT JOIN postroad.accounts AS a ON a.account = q.account
 WHERE r.message_id = u.m AND r.recipient_index = u.i AND r.state = {_SENDING}
     AND (r.attempt = u.n OR u.s = {_QUEUED} AND r.attempt = u.n + 1)
 RETURNING r.message_id, r.recipient_index, r.state
+"""
+# What the ledger has as ended, by the word of a former lease that came late, need not go again.
+_END_KNOWN = f"""
+UPDATE postroad.queue_recipients AS r SET state = l.state
+FROM postroad.recipients AS l
+WHERE r.message_id = ANY ($1) AND r.state <> {_SENDING} AND l.message_id BETWEEN $2 AND $3
+    AND l.message_id = r.message_id AND l.recipient_index = r.recipient_index AND l.state = ANY ($4::smallint[])
 """
 _HOLD_IN_LEDGER = f"""
 UPDATE postroad.recipients AS r SET state = {_HELD}, next_attempt_time = NULL
@@ -130,13 +138,15 @@ async def apply_reports(connection: Connection, spool: UUID, reports: Sequence[Q
     if held:
         bounds = (min(message_ids), max(message_ids))
         await connection.execute(_HOLD_IN_LEDGER, *columns(held, 2), *bounds, _TERMINAL)
-    changed = list({row["message_id"] for row in found})
+    late = [report.message_id for report in reports if report.state in _TERMINAL] if len(found) < len(reports) else []
+    changed = list({*(row["message_id"] for row in found), *late})
     if changed:
         await release(connection, changed)
 
 
 async def release(connection: Connection, message_ids: list[Any]) -> None:
     """Forget what ended of these messages, and let those wait of which nothing is being sent."""
+    await connection.execute(_END_KNOWN, message_ids, min(message_ids), max(message_ids), _TERMINAL)
     await connection.execute(_DELETE_ENDED, message_ids, _TERMINAL)
     await connection.execute(_DELETE_MESSAGES, message_ids)
     await connection.execute(_RELEASE, message_ids)
@@ -164,5 +174,5 @@ async def return_ended(connection: Connection, now: datetime, *, adopt: bool) ->
         await connection.execute(_TELL_STATES, *told[:4], now, *bounds, _TERMINAL)
     returned = list({*unconfirmed, *begun})
     if returned:
-        await connection.execute(_RELEASE, returned)
+        await release(connection, returned)
     return len(returned), len(uncertain)

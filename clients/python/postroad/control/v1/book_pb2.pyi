@@ -47,7 +47,9 @@ class Book(_message.Message):
     name: _builtins.str
     """`accounts/{account}/books/{spool}`."""
     node: _builtins.str
-    """`nodes/{node}` that holds the spool."""
+    """`nodes/{node}` that holds the spool; empty for the replicated queue, whose
+    spool is 00000000-0000-0000-0000-000000000001.
+    """
     as_of_record: _builtins.int
     """Record of the spool as of which both sides spoke."""
     accepted_count: _builtins.int
@@ -188,7 +190,7 @@ class BookFinding(_message.Message):
     spool: _builtins.str
     """UUID of the spool."""
     node: _builtins.str
-    """`nodes/{node}` that holds the spool, or did."""
+    """`nodes/{node}` that holds the spool, or did; empty for the replicated queue."""
     message: _builtins.str
     """`accounts/{account}/messages/{message}`; empty when the finding is about
     all of the account's, or about more than are named.

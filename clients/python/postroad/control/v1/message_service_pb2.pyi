@@ -599,7 +599,9 @@ class SpoolProgress(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     spool: _builtins.str
-    """UUID of the spool, all zeros for the replicated queue."""
+    """UUID of the spool; 00000000-0000-0000-0000-000000000001 is the replicated
+    queue.
+    """
     node: _builtins.str
     """`nodes/{node}` that has it; empty when the spool is gone, and for the queue."""
     changed_count: _builtins.int
