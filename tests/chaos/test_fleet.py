@@ -1,19 +1,24 @@
-"""Two nodes, one database: what PostgreSQL loses in a failover is told again, and an old disk sends nothing."""
+"""Two nodes, one database: what PostgreSQL loses in a failover is told again, an old disk sends nothing, and REPLICATED
+mail is sent by one node at a time, whatever becomes of the other.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import smtplib
 from collections.abc import Iterator
 
 import pytest
 
 from support.chaos.application import Application
 from support.chaos.books import Books
-from support.chaos.fleet_stack import FleetStack
-from support.chaos.judge import Case, check
+from support.chaos.fleet_stack import SAFE_SENDER, FleetStack
+from support.chaos.judge import Case, check, judge
 from support.chaos.lone_node import QUIET_VARIABLE
 from support.chaos.sink import end_of
 from support.fault_proxy import Fault, Kind, in_thread
+from support.killable_stack import wait_until
 from support.local_stack import stack_folder
 
 pytestmark = [pytest.mark.chaos, pytest.mark.nightly, pytest.mark.timeout(600)]
@@ -39,6 +44,26 @@ def fleet() -> Iterator[FleetStack]:
 def submit(fleet: FleetStack, name: str, port: str, count: int) -> None:
     login = (fleet.ready["smtp_username"], fleet.ready["smtp_password"])
     Application(fleet.books, name, [fleet.ports[port]], login, fleet.ready["ca_file"], 1).submit(count)
+
+
+def submit_safe(fleet: FleetStack, name: str, port: str, count: int) -> None:
+    """Submit REPLICATED mail; again, as applications do, while the worker that took the session has no lease."""
+    ca_file = fleet.ready["ca_file"]
+    application = Application(fleet.books, name, [fleet.ports[port]], fleet.safe_login, ca_file, 1, SAFE_SENDER)
+    wanted = fleet.books.acknowledged() + count
+
+    def is_taken() -> bool:
+        with contextlib.suppress(smtplib.SMTPException, OSError):
+            application.submit(wanted - fleet.books.acknowledged())
+        return fleet.books.acknowledged() >= wanted
+
+    wait_until(is_taken, "REPLICATED mail is taken")
+
+
+def delivered(fleet: FleetStack) -> bool:
+    """Whether all that was answered 250 has arrived."""
+    tries, copies, _, _ = fleet.books.snapshot()
+    return not any(violation.rule == "lost" for violation in judge(Case(tries, copies, ends_as=end_of)))
 
 
 def case_of(fleet: FleetStack) -> Case:
@@ -91,4 +116,54 @@ def test_an_old_disk_sends_nothing_and_the_newest_one_goes_on(fleet: FleetStack)
     assert len(while_refused.copies) == len(before.copies)
     fleet.find_disk()
     submit(fleet, "b", "smtp-2", 20)
+    judged(fleet)
+
+
+def prepare(fleet: FleetStack) -> None:
+    """An account with REPLICATED mail, some mail of another one, and a next hop that lets nothing to its dot."""
+    fleet.make_safe_account()
+    submit(fleet, "w", "smtp", 5)
+    submit(fleet, "x", "smtp-2", 5)
+    judged(fleet)
+    fleet.gate.shut()
+
+
+def test_a_node_that_stands_still_past_its_lease_sends_no_dot(fleet: FleetStack) -> None:
+    prepare(fleet)
+    submit_safe(fleet, "a", "smtp-2", 20)
+    fleet.stop_second_before_its_dots()
+    stuck = ""
+    try:
+        wait_until(lambda: delivered(fleet), "the other node has sent the mail", _QUIET_S)
+    except AssertionError as error:
+        stuck = str(error)
+    # Connections that go on have read their 250.
+    submit_safe(fleet, "b", "smtp", 20)
+    fleet.wake_second()
+    check_and_go_on(fleet, stuck)
+
+
+def test_replicated_mail_of_a_node_that_is_lost_is_sent_by_the_other(fleet: FleetStack) -> None:
+    prepare(fleet)
+    submit_safe(fleet, "a", "smtp-2", 40)
+    fleet.lose_second()
+    fleet.gate.open()
+    fleet.gate.let_go()
+    stuck = ""
+    try:
+        wait_until(lambda: delivered(fleet), "the other node has sent the mail", _QUIET_S)
+    except AssertionError as error:
+        stuck = str(error)
+    check(case_of(fleet)._replace(left_in_spools=(), ledger=None))
+    assert not stuck, stuck
+    fleet.bring_back_second()
+    check_and_go_on(fleet, "")
+
+
+def check_and_go_on(fleet: FleetStack, stuck: str) -> None:
+    """The judge finds nothing, and both nodes take mail still."""
+    judged(fleet)
+    assert not stuck, stuck
+    submit(fleet, "y", "smtp-2", 5)
+    submit(fleet, "z", "smtp", 5)
     judged(fleet)

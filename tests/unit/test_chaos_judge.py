@@ -58,6 +58,9 @@ def told(**changes: object) -> dict[str, list[Told]]:
         (GOOD._replace(ledger=told(state=BOUNCED, ends=[BOUNCED])), "wrong end"),
         (GOOD._replace(ledger=told(ends=[SENT, BOUNCED])), "ended twice"),
         (GOOD._replace(ledger=told(ends=[SENT, SENT])), "ended twice"),
+        (GOOD._replace(ledger=told(ends=[SENT, SENT], uncertain_count=1)), "ended twice"),
+        (GOOD._replace(ledger=told(ends=[SENT, SENT], is_replicated=True)), "ended twice"),
+        (GOOD._replace(ledger=told(ends=[SENT, BOUNCED], uncertain_count=1, is_replicated=True)), "ended twice"),
         (GOOD._replace(wrong_in_books=["accounts/demo/books/1"]), "books"),
         (GOOD._replace(left_in_spools=["a row"]), "left behind"),
     ],
@@ -70,6 +73,7 @@ def test_what_breaks_a_rule_is_told_by_its_name(case: Case, rule: str) -> None:
     "case",
     [
         GOOD,
+        GOOD._replace(ledger=told(ends=[SENT, SENT], uncertain_count=1, is_replicated=True)),
         GOOD._replace(tries=[replace(TRY, code=0, message_id="")]),
         GOOD._replace(
             tries=[replace(TRY, code=0, message_id="", begun_s=9.0, time_s=12.0)],

@@ -34,17 +34,18 @@ class Message:
     name: str
     recipients: tuple[str, ...]
     body: bytes
+    sender: str = SENDER
 
     def content(self, token: str) -> bytes:
         head = (
-            "From: <app@example.com>\r\nTo: <someone@example.net>\r\n"
+            f"From: <{self.sender}>\r\nTo: <someone@example.net>\r\n"
             f"X-Token: {token}\r\nMessage-ID: <{token}@example.com>\r\n"
             "Date: Fri, 20 Nov 2026 10:00:00 +0000\r\n\r\n"
         )
         return head.encode() + self.body
 
 
-def draw_message(name: str, chooser: random.Random, *, large: bool = True) -> Message:
+def draw_message(name: str, chooser: random.Random, *, large: bool = True, sender: str = SENDER) -> Message:
     """A message with one to three recipients; lines begin with dots now and then, and one in twenty is large."""
     recipients = tuple(
         f"{chooser.choice(_KINDS)}-{name}-{place}@example.net" for place in range(chooser.choice((1, 1, 1, 2, 3)))
@@ -52,7 +53,7 @@ def draw_message(name: str, chooser: random.Random, *, large: bool = True) -> Me
     lines = [b"." * chooser.randrange(4) + b"x" * chooser.randrange(70) for _ in range(chooser.randrange(40))]
     if large and chooser.random() < 0.05:
         lines += [b"y" * 900] * (_LARGE_BYTES // 900)
-    return Message(name, recipients, b"\r\n".join([*lines, b""]))
+    return Message(name, recipients, b"\r\n".join([*lines, b""]), sender)
 
 
 class Application:
@@ -61,11 +62,19 @@ class Application:
     """
 
     def __init__(
-        self, books: Books, name: str, ports: Sequence[int], login: tuple[str, str], ca_file: str, seed: int
+        self,
+        books: Books,
+        name: str,
+        ports: Sequence[int],
+        login: tuple[str, str],
+        ca_file: str,
+        seed: int,
+        sender: str = SENDER,
     ) -> None:
         self._books = books
         self._name = name
         self._ports = ports
+        self._sender = sender
         self._login = login
         self._tls = ssl.create_default_context(cafile=ca_file)
         self._chooser = random.Random(f"{seed} {name}")
@@ -117,7 +126,7 @@ class Application:
         if self._message is None:
             self._count += 1
             self._tries = 0
-            self._message = draw_message(f"{self._name}.{self._count}", self._chooser)
+            self._message = draw_message(f"{self._name}.{self._count}", self._chooser, sender=self._sender)
         return self._message
 
     def _try(self, client: smtplib.SMTP) -> None:
@@ -129,7 +138,7 @@ class Application:
         dot_left, code, text = False, 0, ""
         begun_s = time.monotonic()
         try:
-            code, text = _envelope(client, message.recipients)
+            code, text = _envelope(client, message)
             if code == 354:
                 code = 0
                 client.send(_framed(content))
@@ -148,9 +157,10 @@ class Application:
         raise smtplib.SMTPResponseException(code, text)
 
 
-def _envelope(client: smtplib.SMTP, recipients: tuple[str, ...]) -> tuple[int, str]:
+def _envelope(client: smtplib.SMTP, message: Message) -> tuple[int, str]:
     """MAIL, RCPT for all, DATA; the reply to DATA, or the first that refuses."""
-    commands = [f"MAIL FROM:<{SENDER}>", *(f"RCPT TO:<{address}>" for address in recipients), "DATA"]
+    recipients = (f"RCPT TO:<{address}>" for address in message.recipients)
+    commands = [f"MAIL FROM:<{message.sender}>", *recipients, "DATA"]
     code, text = 0, ""
     for command in commands:
         client.putcmd(command)

@@ -133,6 +133,26 @@ BUILDS = (
         "tests/chaos/test_fleet.py::test_an_old_disk_sends_nothing_and_the_newest_one_goes_on",
         frozenset({"duplicate"}),
     ),
+    Build(
+        "epoch-unchecked",
+        "a node sends what it held under a lease that is over",
+        (
+            Edit(
+                "dataplane/core/lease.py",
+                "return 0 != epoch == self._epoch and now_s < self._until_s",
+                "return epoch != 0",
+            ),
+        ),
+        "tests/chaos/test_fleet.py::test_a_node_that_stands_still_past_its_lease_sends_no_dot",
+        frozenset({"window"}),
+    ),
+    Build(
+        "poll-removed",
+        "a node asks for REPLICATED mail only when it has stored some itself",
+        (Edit("dataplane/adapters/replicated_queue.py", "asyncio.timeout(CLAIM_S)", "asyncio.timeout(None)"),),
+        "tests/chaos/test_fleet.py::test_replicated_mail_of_a_node_that_is_lost_is_sent_by_the_other",
+        frozenset({"lost"}),
+    ),
 )
 
 

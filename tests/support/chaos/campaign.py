@@ -2,7 +2,8 @@
 
 The first half has one node. The second half has two, and adds to what may break: partitions between nodes, control
 plane and PostgreSQL, a PostgreSQL that fails over and loses its last commits, clocks that jump by an hour, and a disk
-that is put back.
+that is put back. Where the seed is even, a part of the mail is REPLICATED, a node stands still past its lease or is
+lost for a while, and PostgreSQL loses nothing.
 
 Each step waits until mail flows, breaks something, and lets it heal; faults of links last while some more mail is
 tried. At the end everything is healed, the last messages end, and the judge compares the books with Postroad's ledger.
@@ -29,7 +30,7 @@ from typing import NamedTuple
 from support.chaos.application import Application
 from support.chaos.books import Books, Strike
 from support.chaos.disk import fail_next_fsync, full_disk
-from support.chaos.fleet_stack import NODES, PARTITIONS, SECOND_SERVERS, FleetStack
+from support.chaos.fleet_stack import NODES, PARTITIONS, SAFE_SENDER, SECOND_SERVERS, FleetStack
 from support.chaos.judge import Case, Violation, judge, summary
 from support.chaos.sink import POLITE, Manners, end_of
 from support.chaos.stack import LINKS, SERVERS, ChaosStack
@@ -100,7 +101,14 @@ class Result:
 def draw_steps(seed: int, count: int, half: int = 1) -> list[Step]:
     """The schedule of a seed."""
     chooser = random.Random(f"steps {seed}" if half == 1 else f"steps {seed}.{half}")
-    return [_draw(chooser) if half == 1 else _draw_of_two_nodes(chooser) for _ in range(count)]
+    if half == 1:
+        return [_draw(chooser) for _ in range(count)]
+    return [_draw_of_two_nodes(chooser, safe=has_replicated_mail(seed)) for _ in range(count)]
+
+
+def has_replicated_mail(seed: int) -> bool:
+    """Whether a part of the mail of a second half is REPLICATED: what PostgreSQL lost of that would be lost."""
+    return seed % 2 == 0
 
 
 def _draw(chooser: random.Random) -> Step:
@@ -117,8 +125,10 @@ def _draw(chooser: random.Random) -> Step:
     return Step(kind, link, _draw_fault(link, chooser))
 
 
-def _draw_of_two_nodes(chooser: random.Random) -> Step:
-    kind = chooser.choices(("of one", "server", "partition", "failover", "clock", "old disk"), (5, 3, 4, 3, 3, 2))[0]
+def _draw_of_two_nodes(chooser: random.Random, *, safe: bool) -> Step:
+    kinds = {"of one": 5, "server": 3, "partition": 4, "clock": 3, "old disk": 2}
+    kinds |= {"lease": 2, "lost node": 2} if safe else {"failover": 3}
+    kind = chooser.choices(list(kinds), list(kinds.values()))[0]
     if kind == "server":
         return Step(kind, chooser.choice(SECOND_SERVERS))
     if kind == "partition":
@@ -127,7 +137,7 @@ def _draw_of_two_nodes(chooser: random.Random) -> Step:
         return Step(kind, "postgres")
     if kind == "clock":
         return Step(kind, chooser.choice(NODES), None, chooser.choice((_HOUR_S, -_HOUR_S)))
-    if kind == "old disk":
+    if kind in {"old disk", "lease", "lost node"}:
         return Step(kind, "node-2")
     return _draw(chooser)
 
@@ -164,6 +174,13 @@ class Campaign:
             Application(self._books, f"a{number}", ports, login, ready["ca_file"], self._seed)
             for number in range(_APPLICATIONS)
         ]
+        if isinstance(self._stack, FleetStack) and has_replicated_mail(self._seed):
+            self._stack.make_safe_account()
+            self._applications.append(
+                Application(
+                    self._books, "safe", ports, self._stack.safe_login, ready["ca_file"], self._seed, SAFE_SENDER
+                )
+            )
         for application in self._applications:
             application.start()
         try:
@@ -228,6 +245,12 @@ class Campaign:
             time.sleep(_JUMPED_S)
             self._flow("with a clock that jumped")
             stack.jump(step.what, 0)
+        elif step.kind == "lease":
+            stack.sleep_past_lease()
+        elif step.kind == "lost node":
+            stack.lose_second()
+            self._flow("while a node is lost")
+            stack.bring_back_second()
         else:
             stack.copy_disk()
             self._flow("before the disk is put back")

@@ -21,28 +21,45 @@ import json
 import os
 import shutil
 import signal
+import smtplib
+import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+from google.protobuf.duration_pb2 import Duration
 
 from dataplane.spool_folders import is_refused
+from postroad.control.v1.account_pb2 import Account, RetryPolicy
+from postroad.control.v1.account_service_pb2 import CreateAccountRequest
+from postroad.control.v1.credential_service_pb2 import CreateSmtpCredentialRequest
 from postroad.control.v1.node_service_pb2 import AcceptSpoolRequest, CreateNodeRequest
+from postroad.control.v1.provider_pb2 import Provider, SmtpProvider
+from postroad.control.v1.provider_service_pb2 import CreateProviderRequest
+from postroad.control.v1.routing_rule_pb2 import RoutingRule
+from postroad.control.v1.routing_rule_service_pb2 import CreateRoutingRuleRequest
 from postroad.localstack.ports import DEFAULT_PORTS, settle_ports
 from postroad.localstack.probe import readiness
 from support.chaos.application import answers
 from support.chaos.books import Books, Strike
 from support.chaos.clock import clock_environment, set_clock
 from support.chaos.disk import disk_environment
-from support.chaos.stack import ChaosStack
+from support.chaos.sink import Gate
+from support.chaos.stack import SAFE, ChaosStack
 from support.fault_proxy import Fault, FaultProxy, Kind, LoopThread
 from support.killable_stack import command_of, is_server, pids_below, wait_until
 from support.local_stack import STOP_TIMEOUT_S, environment
 
 NODES = ("node-1", "node-2")
+SAFE_SENDER = "app@safe.example"
+# A lease is 15 s; others ask for what ended leases held every 3 s.
+_PAST_LEASE_S = 22.0
+_SAFE = f"accounts/{SAFE}"
 SECOND_SERVERS = ("second worker", "second agent", "second supervisor")
 PARTITIONS = {
     "first node and control plane": ("nodes",),
@@ -64,6 +81,9 @@ class FleetStack(ChaosStack):
             pass
         self.ports |= {f"{name}-2": own[name] for name in ("smtp", "node-http")}
         self._second: subprocess.Popen[bytes] | None = None
+        self.gate = Gate(thread.call)
+        self.sink.watcher = self.gate
+        self.safe_login = ("", "")
 
     # --- its life --------------------------------------------------------------------------------
 
@@ -78,6 +98,46 @@ class FleetStack(ChaosStack):
         self._start_second()
         probe = f"http://127.0.0.1:{self.ports['node-http-2']}"
         wait_until(lambda: readiness(probe).ready, "the second node has its configuration", _START_S)
+
+    def make_safe_account(self) -> None:
+        """An account whose mail is REPLICATED; `safe_login` is its credential."""
+        asyncio.run(self._make_safe_account())
+        for port in (self.ports["smtp"], self.ports["smtp-2"]):
+            wait_until(partial(self._takes_safe_mail, port), "the node takes mail of the account", _START_S)
+
+    async def _make_safe_account(self) -> None:
+        second = Duration(seconds=1)
+        account = Account(
+            sender_domains=["safe.example"],
+            durability=Account.DURABILITY_REPLICATED,
+            retry_policy=RetryPolicy(base=second, cap=second),
+        )
+        endpoint = SmtpProvider.Endpoint(host="127.0.0.1", port=self.proxies["next-hop"].port)
+        provider = Provider(smtp=SmtpProvider(endpoints=[endpoint], tls_policy=SmtpProvider.TLS_POLICY_NONE))
+        rule = RoutingRule(priority=1, targets=[RoutingRule.Target(provider=f"{_SAFE}/providers/hop")])
+        async with self.operator() as client:
+            await client.accounts.CreateAccount(CreateAccountRequest(account_id=SAFE, account=account))
+            await client.providers.CreateProvider(
+                CreateProviderRequest(parent=_SAFE, provider_id="hop", provider=provider)
+            )
+            await client.routing_rules.CreateRoutingRule(
+                CreateRoutingRuleRequest(parent=_SAFE, routing_rule_id="all", routing_rule=rule)
+            )
+            made = await client.credentials.CreateSmtpCredential(
+                CreateSmtpCredentialRequest(parent=_SAFE, smtp_credential_id="app")
+            )
+        self.safe_login = (made.username, made.secret)
+
+    def _takes_safe_mail(self, port: int) -> bool:
+        context = ssl.create_default_context(cafile=self.ready["ca_file"])
+        with (
+            contextlib.suppress(smtplib.SMTPException, OSError),
+            smtplib.SMTP("127.0.0.1", port, timeout=10) as client,
+        ):
+            client.starttls(context=context)
+            client.login(*self.safe_login)
+            return client.mail(SAFE_SENDER)[0] == 250
+        return False
 
     def start(self) -> FleetStack:
         """Start what was stopped or killed."""
@@ -196,6 +256,40 @@ class FleetStack(ChaosStack):
         """Let a node's clock be so far ahead from now on."""
         self.books.note_strike(Strike(node, f"its clock is {ahead_s} s ahead"))
         set_clock(self._clock(node), ahead_s)
+
+    def stop_second_before_its_dots(self) -> None:
+        """Let the second node stand still while transactions of it are in front of their dot; others go on.
+
+        To be followed by `wake_second` once its leases are over.
+        """
+        self.gate.shut()
+        wait_until(lambda: self.gate.kept > 0, "a transaction is in front of its dot")
+        # What had sent its dot may be sent again by who takes over.
+        self.books.note_strike(Strike("second supervisor", "SIGSTOP past its lease", ends_worker=True))
+        assert self._second is not None
+        self._signal([self._second.pid, *pids_below(self._second.pid)], signal.SIGSTOP)
+        self.gate.open()
+
+    def wake_second(self) -> None:
+        """Let go what stands in front of its dot, and the second node with it."""
+        self.gate.let_go()
+        assert self._second is not None
+        self._signal([self._second.pid, *pids_below(self._second.pid)], signal.SIGCONT)
+
+    def sleep_past_lease(self) -> None:
+        """Let the second node stand still until others have its REPLICATED mail."""
+        self.stop_second_before_its_dots()
+        time.sleep(_PAST_LEASE_S)
+        self.wake_second()
+
+    def lose_second(self) -> None:
+        """SIGKILL for the second node; it stays away until `bring_back_second`."""
+        self.books.note_strike(Strike("second supervisor", "SIGKILL", ends_worker=True))
+        self._kill_second()
+
+    def bring_back_second(self) -> None:
+        """Start the second node again."""
+        self._start_second()
 
     # --- PostgreSQL fails over -------------------------------------------------------------------
 

@@ -45,6 +45,37 @@ POLITE = Manners()
 Watcher = Callable[[str], Awaitable[None]]
 
 
+class Gate:
+    """A watcher that keeps transactions in front of their content, and so of their dot, while it is shut.
+
+    What it keeps goes on at `let_go` only, however others pass meanwhile. To be used from any thread but for the call.
+    """
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+        self._gone = asyncio.Event()
+        self._shut = False
+        self.kept = 0
+
+    def shut(self) -> None:
+        """Keep what comes from now on, beside what is kept since it was shut before."""
+        if not self._shut:
+            self._gone, self._shut, self.kept = asyncio.Event(), True, 0
+
+    def open(self) -> None:
+        """Keep no more."""
+        self._shut = False
+
+    def let_go(self) -> None:
+        """Let go on what is kept."""
+        self._call(self._gone.set)
+
+    async def __call__(self, stage: str) -> None:
+        if stage == "DATA" and self._shut:
+            self.kept += 1
+            await self._gone.wait()
+
+
 @dataclass
 class Sink:
     """See the module."""

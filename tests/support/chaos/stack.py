@@ -50,6 +50,7 @@ _DELIVERING = frozenset({"worker", "supervisor", "everything", "second worker"})
 _PASSWORD = "chaos-0123456789-abcdefghij"
 _UNCERTAIN = 8
 _EVERY_ACCOUNT = "accounts/-"
+SAFE = "safe"  # the account whose mail is REPLICATED, where there is one
 WORKERS = 2
 
 
@@ -229,12 +230,12 @@ class ChaosStack(KillableStack):
 _ALL_PORTS = ("smtp", "smtps", "plain", "inbox", "grpc", "nodes", "http", "node-http", "postgres", "valkey")
 
 _LEDGER = """
-SELECT m.message_id::text AS id, m.header_message_id AS token, r.address, r.state,
+SELECT m.message_id::text AS id, m.header_message_id AS token, m.account, r.address, r.state,
        array_remove(array_agg(e.type ORDER BY e.position), NULL) AS events
 FROM postroad.messages m
 JOIN postroad.recipients r USING (message_id)
 LEFT JOIN postroad.delivery_events e ON e.message_id = r.message_id AND e.recipient_index = r.recipient_index
-GROUP BY 1, 2, 3, 4
+GROUP BY 1, 2, 3, 4, 5
 """
 # Events that end a recipient, as the states that they end it in.
 _ENDS = {2: 6, 4: 7, 5: 8, 6: 9, 7: 10}
@@ -249,6 +250,7 @@ def _read_ledger(rows: list[Any]) -> dict[str, list[Told]]:
             row["state"],
             [_ENDS[kind] for kind in row["events"] if kind in _ENDS],
             row["events"].count(_UNCERTAIN),
+            row["account"] == SAFE,
         )
         found.setdefault(row["id"], []).append(told)
     return found
