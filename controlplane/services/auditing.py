@@ -1,12 +1,13 @@
 """Compares the ledger with the spools of a node, over the stream on which the node reports.
 
 Contract. `Auditor.attend` makes a `Comparer` for one stream; `run` goes round its spools until it is cancelled, which
-leaves what is stored whole. Each round reads the ledger in one snapshot, up to some record of each spool, and asks the
-spool who waited there as of that very record: both sides may move meanwhile. Where digests differ, two more questions
-follow, each as of a record of its own: which buckets differ, and who is in them. What both sides agree on costs one
-question a round. A round takes at most a twentieth of the time, and one round at a time reads the ledger. A round in
-which a question was not answered is followed by the next one soon, and by more of them after twice the time each: the
-question was lost with the spool's worker, or it is too much for it.
+leaves what is stored whole. Each round reads the ledger in one snapshot, up to some record of each spool, and asks
+the spool who waited there as of that very record: both sides may move meanwhile. Where digests differ, two more
+questions follow, each as of a record of its own: which buckets differ, and who is in them. What both sides agree on
+costs one question a round. A round takes at most a twentieth of the time, but for one that takes longer than the one
+before, as when a node stood still in its midst, and one round at a time reads the ledger. A round in which a question
+was not answered is followed by the next one soon, and by more of them after twice the time each: the question was
+lost with the spool's worker, or it is too much for it.
 
     the spool does not answer, or cannot      reported; its books stay as they were, and grow old
     PostgreSQL is away                        reported; the next round tries again
@@ -17,6 +18,7 @@ question was lost with the spool's worker, or it is too much for it.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 from itertools import count
@@ -112,11 +114,13 @@ class Comparer:
         loop = asyncio.get_running_loop()
         rest_s = self._auditor.interval_s
         silent_rounds = 0
+        took_s = math.inf
         while True:
             await asyncio.sleep(rest_s)
             began_s = loop.time()
             answered = await self._round()
-            rest_s = max(self._auditor.interval_s, REST_TIMES * (loop.time() - began_s))
+            former_s, took_s = took_s, loop.time() - began_s
+            rest_s = max(self._auditor.interval_s, REST_TIMES * min(took_s, former_s))
             silent_rounds = 0 if answered else silent_rounds + 1
             if not answered:
                 rest_s = min(rest_s, self._auditor.interval_s * 2**silent_rounds)

@@ -58,6 +58,7 @@ class Plane:
         self.stored = 0
         self.time = NOW
         self.unheard = 0
+        self.slow_s = 0.0
 
     async def open(self) -> None:
         """Begin to report."""
@@ -82,6 +83,8 @@ class Plane:
             if self.unheard:
                 self.unheard -= 1
                 return
+            slow_s, self.slow_s = self.slow_s, 0.0
+            await asyncio.sleep(slow_s)
             account = question.account and f"accounts/{question.account}"
             statement = await self.spool.waiting(question._replace(account=account))
             without = [(owner.removeprefix("accounts/"), one) for owner, one in statement.without_deadline]
@@ -175,6 +178,16 @@ async def test_a_question_that_was_lost_with_its_worker_does_not_put_the_next_ro
     plane.unheard = 1
     assert (await plane.compare()).findings == ()
     assert plane.reasons.get_nowait() == "no answer"
+
+
+async def test_a_node_that_stood_still_in_a_round_does_not_put_the_next_one_off(plane: Plane) -> None:
+    await plane.mail.accept(3)
+    await plane.report()
+    async with plane.comparing(), asyncio.timeout(20):
+        await plane.compared.get()
+        plane.slow_s = 1.5
+        for _ in range(4):
+            await plane.compared.get()
 
 
 async def test_both_sides_agree_while_they_move(plane: Plane) -> None:

@@ -203,7 +203,10 @@ class ChaosStack(KillableStack):
                 found = list(client.books.ListBooks(ListBooksRequest(parent=_EVERY_ACCOUNT)).books)
             return bool(found) and all(book.compare_time.ToNanoseconds() / 1e9 > begun_s for book in found)
 
-        wait_until(compared, "the books were compared", timeout_s)
+        try:
+            wait_until(compared, "the books were compared", timeout_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {found}") from error
         with self.client() as client:
             findings = client.books.ListBookFindings(ListBookFindingsRequest(parent=_EVERY_ACCOUNT)).book_findings
         return [
