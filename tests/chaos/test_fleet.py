@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support.chaos.application import Application
+from support.chaos.application import Application, answers
 from support.chaos.books import Books
 from support.chaos.fleet_stack import SAFE_SENDER, FleetStack
 from support.chaos.judge import Case, check, judge
@@ -157,6 +157,22 @@ def test_replicated_mail_of_a_node_that_is_lost_is_sent_by_the_other(fleet: Flee
     check(case_of(fleet)._replace(left_in_spools=(), ledger=None))
     assert not stuck, stuck
     fleet.bring_back_second()
+    check_and_go_on(fleet, "")
+
+
+def test_mail_of_a_node_that_is_drained_is_sent_by_the_other_and_by_it_alone(fleet: FleetStack) -> None:
+    fleet.hold_next_hop()
+    submit(fleet, "a", "smtp-2", 40)
+    stuck = ""
+    try:
+        fleet.drain_second()
+    except AssertionError as error:
+        stuck = str(error)
+    fleet.free_next_hop()
+    judged(fleet)
+    assert not stuck, stuck
+    fleet.undrain_second()
+    wait_until(lambda: answers(fleet.ports["smtp-2"]), "the node takes mail again")
     check_and_go_on(fleet, "")
 
 

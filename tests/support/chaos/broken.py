@@ -153,6 +153,24 @@ BUILDS = (
         "tests/chaos/test_fleet.py::test_replicated_mail_of_a_node_that_is_lost_is_sent_by_the_other",
         frozenset({"lost"}),
     ),
+    Build(
+        "hand-over-sends",
+        "a draining node sends what it gave up as long as nobody has answered that he has it",
+        (
+            Edit(
+                "dataplane/adapters/spool_sqlite/transaction.py",
+                "        self._execute(_DELETE_RECIPIENTS, (message_id,))\n"
+                "        self._waiting_count -= self._connection.changes()\n"
+                "        self._remove(message_id)\n"
+                "        self._execute(_DELETE_UNREPORTED, (message_id,))\n"
+                "        self._records += operation.records\n",
+                "        self._execute(_DELETE_UNREPORTED, (message_id,))\n"
+                "        self._records += operation.records\n",
+            ),
+        ),
+        "tests/chaos/test_fleet.py::test_mail_of_a_node_that_is_drained_is_sent_by_the_other_and_by_it_alone",
+        frozenset({"duplicate", "unended"}),
+    ),
 )
 
 

@@ -126,7 +126,7 @@ def _draw(chooser: random.Random) -> Step:
 
 
 def _draw_of_two_nodes(chooser: random.Random, *, safe: bool) -> Step:
-    kinds = {"of one": 5, "server": 3, "partition": 4, "clock": 3, "old disk": 2}
+    kinds = {"of one": 5, "server": 3, "partition": 4, "clock": 3, "old disk": 2, "drain": 2}
     kinds |= {"lease": 2, "lost node": 2} if safe else {"failover": 3}
     kind = chooser.choices(list(kinds), list(kinds.values()))[0]
     if kind == "server":
@@ -137,7 +137,7 @@ def _draw_of_two_nodes(chooser: random.Random, *, safe: bool) -> Step:
         return Step(kind, "postgres")
     if kind == "clock":
         return Step(kind, chooser.choice(NODES), None, chooser.choice((_HOUR_S, -_HOUR_S)))
-    if kind in {"old disk", "lease", "lost node"}:
+    if kind in {"old disk", "drain", "lease", "lost node"}:
         return Step(kind, "node-2")
     return _draw(chooser)
 
@@ -245,6 +245,10 @@ class Campaign:
             time.sleep(_JUMPED_S)
             self._flow("with a clock that jumped")
             stack.jump(step.what, 0)
+        elif step.kind == "drain":
+            stack.drain_second()
+            self._flow("while a node is drained")
+            stack.undrain_second()
         elif step.kind == "lease":
             stack.sleep_past_lease()
         elif step.kind == "lost node":

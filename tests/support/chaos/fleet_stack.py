@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import apsw
 import yaml
 from google.protobuf.duration_pb2 import Duration
 
@@ -38,19 +39,30 @@ from dataplane.spool_folders import is_refused
 from postroad.control.v1.account_pb2 import Account, RetryPolicy
 from postroad.control.v1.account_service_pb2 import CreateAccountRequest
 from postroad.control.v1.credential_service_pb2 import CreateSmtpCredentialRequest
-from postroad.control.v1.node_service_pb2 import AcceptSpoolRequest, CreateNodeRequest
+from postroad.control.v1.node_service_pb2 import (
+    AcceptSpoolRequest,
+    CreateNodeRequest,
+    DrainNodeRequest,
+    UndrainNodeRequest,
+)
 from postroad.control.v1.provider_pb2 import Provider, SmtpProvider
-from postroad.control.v1.provider_service_pb2 import CreateProviderRequest
+from postroad.control.v1.provider_service_pb2 import (
+    CreateProviderRequest,
+    ResumeProviderRequest,
+    SuspendProviderRequest,
+)
 from postroad.control.v1.routing_rule_pb2 import RoutingRule
 from postroad.control.v1.routing_rule_service_pb2 import CreateRoutingRuleRequest
+from postroad.localstack.demo import PROVIDER
 from postroad.localstack.ports import DEFAULT_PORTS, settle_ports
 from postroad.localstack.probe import readiness
+from postroad.sdk import PostroadError
 from support.chaos.application import answers
 from support.chaos.books import Books, Strike
 from support.chaos.clock import clock_environment, set_clock
 from support.chaos.disk import disk_environment
 from support.chaos.sink import Gate
-from support.chaos.stack import SAFE, ChaosStack
+from support.chaos.stack import SAFE, ChaosStack, spool_rows
 from support.fault_proxy import Fault, FaultProxy, Kind, LoopThread
 from support.killable_stack import command_of, is_server, pids_below, wait_until
 from support.local_stack import STOP_TIMEOUT_S, environment
@@ -60,6 +72,9 @@ SAFE_SENDER = "app@safe.example"
 # A lease is 15 s; others ask for what ended leases held every 3 s.
 _PAST_LEASE_S = 22.0
 _SAFE = f"accounts/{SAFE}"
+_DENIALS_IN_FORCE = """
+SELECT min(n.denials_version) >= max(s.version) AS are_so FROM postroad.node_status AS n, postroad.denial_state AS s
+"""
 SECOND_SERVERS = ("second worker", "second agent", "second supervisor")
 PARTITIONS = {
     "first node and control plane": ("nodes",),
@@ -281,6 +296,43 @@ class FleetStack(ChaosStack):
         self.stop_second_before_its_dots()
         time.sleep(_PAST_LEASE_S)
         self.wake_second()
+
+    def drain_second(self) -> None:
+        """Let the second node give up what waits on it, and return when nothing is left and all has a new owner."""
+        self.books.note_strike(Strike("second supervisor", "drained"))
+        wait_until(self._begin_drain, "the drain has begun", _START_S)
+        wait_until(self._is_drained, "the second node's mail has moved", 2 * _START_S)
+
+    def _begin_drain(self) -> bool:
+        with contextlib.suppress(PostroadError), self.client() as client:
+            # Refused while the other node is not connected.
+            client.nodes.DrainNode(DrainNodeRequest(name="nodes/node-2"))
+            return True
+        return False
+
+    def _is_drained(self) -> bool:
+        with contextlib.suppress(apsw.Error):
+            return not [row for file in self._spools.glob("*/spool.db") for row in spool_rows(file)]
+        return False
+
+    def undrain_second(self) -> None:
+        """Let the second node take mail again."""
+        with self.client() as client:
+            client.nodes.UndrainNode(UndrainNodeRequest(name="nodes/node-2"))
+
+    def hold_next_hop(self) -> None:
+        """Let both nodes keep the mail of the demo's account."""
+        with self.client() as client:
+            client.providers.SuspendProvider(SuspendProviderRequest(name=PROVIDER))
+        wait_until(self._is_in_force, "both nodes keep the mail", _START_S)
+
+    def free_next_hop(self) -> None:
+        """Let it go."""
+        with self.client() as client:
+            client.providers.ResumeProvider(ResumeProviderRequest(name=PROVIDER))
+
+    def _is_in_force(self) -> bool:
+        return bool(asyncio.run(self.fetch(_DENIALS_IN_FORCE))[0]["are_so"])
 
     def lose_second(self) -> None:
         """SIGKILL for the second node; it stays away until `bring_back_second`."""
