@@ -465,6 +465,10 @@ class LinkedQueue:
         if not rows:
             return None
         content = message.content if message.has_content else await self._fetch(epoch, message_id)
+        if len(content) != envelope.size_bytes:
+            # Nothing is sent in its place.
+            self._log.warning("queue.unreadable", message=format_message_id(message_id))
+            return None
         return _Taken(envelope, content, rows)
 
     async def _fetch(self, epoch: int, message_id: MessageId) -> bytes:

@@ -15,7 +15,7 @@ from controlplane.adapters.postgres import queue, queue_reports
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import PostgresLedger
-from controlplane.adapters.postgres.queue import CLAIMED_OF_ACCOUNT, PostgresQueue
+from controlplane.adapters.postgres.queue import BY_AGE, CLAIMED_OF_ACCOUNT, PostgresQueue
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
 from controlplane.ports_fleet import (
     BadQueueRequestError,
@@ -330,6 +330,15 @@ async def test_a_content_in_chunks_comes_back_whole(holder: Holder) -> None:
     assert first.data + rest.data == b"".join(chunks)
 
 
+async def test_nothing_is_added_to_a_content_that_was_stored(holder: Holder, other: Holder) -> None:
+    raw_id = message_id()
+    await holder.queue.store_content(raw_id, 0, b"whole\r\n")
+    await holder.store_all([queued(raw_id, sending=False, content=None, chunks=1)])
+    await other.queue.store_content(raw_id, 1, b"more\r\n")
+    _, (claimed,) = await holder.claim()
+    assert claimed.content == b"whole\r\n"
+
+
 async def test_a_claim_is_bounded_by_the_bytes_of_all_that_it_gives(holder: Holder) -> None:
     large = [queued(message_id(), sending=False, size_bytes=600) for _ in range(3)]
     await holder.store_all(large)
@@ -357,11 +366,18 @@ async def test_of_an_account_the_highest_priority_is_claimed_first_and_of_that_t
     stored = {}
     for priority in (0, 9, -9, 9, 1, 0):
         stored[await holder.store(sending=False, priority=priority)] = priority
-    _, claimed = await holder.claim()
+    claimed = await holder.take(BY_AGE + 1, 100)
     priorities = [stored[one.message_id] for one in claimed]
     assert priorities == [9, 9, 1, 0, 0, -9]
     of_nine = [one.message_id for one in claimed[:2]]
     assert of_nine == [raw_id for raw_id, priority in stored.items() if priority == 9]
+
+
+async def test_by_one_lot_of_a_few_what_has_waited_longest_comes_first(holder: Holder) -> None:
+    oldest = await holder.store(sending=False, priority=-9)
+    await holder.store_all([queued(message_id(), sending=False, priority=9) for _ in range(CLAIMED_OF_ACCOUNT)])
+    assert oldest not in {one.message_id for one in await holder.take(BY_AGE + 1, 1)}
+    assert oldest in {one.message_id for one in await holder.take(BY_AGE, 1)}
 
 
 async def test_a_priority_does_not_give_an_account_more_of_a_claim(holder: Holder, migrated_database: Database) -> None:

@@ -20,7 +20,7 @@ from controlplane.adapters.postgres.bundles import DENIALS_CHANNEL, MOVE_DENIALS
 from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL, expire_held
 from controlplane.ports_fleet import WAITING_DAYS
-from dataplane.core.queue import State
+from dataplane.core.queue import TERMINAL, State
 
 _DAYS_THAT_WAIT = """
 SELECT coalesce(array_agg(day), '{}')
@@ -44,6 +44,7 @@ SELECT q.message_id FROM postroad.replicated_queue AS q
 WHERE q.epoch IS NULL AND NOT EXISTS (SELECT FROM postroad.accounts AS a WHERE a.account = q.account)
 LIMIT 10000 FOR UPDATE SKIP LOCKED
 """
+_TERMINAL = [int(state) for state in TERMINAL]
 _FAIL = f"""
 WITH written AS (
 UPDATE postroad.recipients AS r
@@ -51,7 +52,7 @@ SET state = {int(State.FAILED)}, next_attempt_time = NULL, update_time = transac
     enhanced_code = '5.7.1', reply_text = 'the account is deleted'
 FROM postroad.queue_recipients AS q
 WHERE q.message_id = ANY ($1) AND r.message_id = q.message_id AND r.recipient_index = q.recipient_index
-    AND r.message_id BETWEEN $2 AND $3
+    AND r.message_id BETWEEN $2 AND $3 AND r.state <> ALL ($4::smallint[])
 RETURNING r.tableoid AS partition, r.account, r.state
 )
 {BY_DAY}
@@ -170,7 +171,8 @@ class PostgresJobs:
             if gone:
                 message_ids = [row["message_id"] for row in gone]
                 entered = Entered()
-                entered.changed(await connection.fetch(_FAIL, message_ids, min(message_ids), max(message_ids)))
+                bounds = (min(message_ids), max(message_ids))
+                entered.changed(await connection.fetch(_FAIL, message_ids, *bounds, _TERMINAL))
                 await enter_queue(connection, QUEUE_SPOOL, entered)
                 for table in ("queue_recipients", "queue_contents", "replicated_queue"):
                     await connection.execute(f"DELETE FROM postroad.{table} WHERE message_id = ANY ($1)", message_ids)

@@ -49,6 +49,7 @@ _PART_BYTES = 4 * 1024 * 1024
 _SEND_TIME_MS, _PRIORITY = 12, 13
 _SCHEDULED, _QUEUED, _SENDING, _HELD = int(State.SCHEDULED), int(State.QUEUED), int(State.SENDING), int(State.HELD)
 _LOTS = (1 << 63) - 1
+BY_AGE = 4
 _BAD_CONTENT = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, OverflowError, ValueError)
 
 # Without a lock: the ledger holds the row for as long as a batch takes.
@@ -85,9 +86,17 @@ _INSERT_CONTENTS = """
 INSERT INTO postroad.queue_contents (message_id, chunk, data)
 SELECT m, 0, d FROM unnest($1::uuid[], $2::bytea[]) AS u (m, d)
 """
+# Nothing is added to a message that was stored: who knows its id is not its owner.
+_INSERT_CHUNK = """
+INSERT INTO postroad.queue_contents (message_id, chunk, data)
+SELECT $1, $2, $3 WHERE NOT EXISTS (SELECT FROM postroad.replicated_queue WHERE message_id = $1)
+ON CONFLICT DO NOTHING
+"""
 _COUNT_CHUNKS = "SELECT count(*) FROM postroad.queue_contents WHERE message_id = $1 AND chunk < $2"
 # What is first due of each account and priority, each found by one step down the index; then of each account its
-# highest priorities. Accounts come in the order of the lot, and those behind the last one that is wanted are not read.
+# highest priorities, or by one lot of BY_AGE those that have waited longest: mail for a dead next hop comes back again
+# and again, and must not keep what has a lower priority from ever being claimed. Accounts come in the order of the lot,
+# and those behind the last one that is wanted are not read.
 CLAIM = f"""
 WITH RECURSIVE heads (account, priority, due_time) AS (
     (
@@ -102,7 +111,9 @@ WITH RECURSIVE heads (account, priority, due_time) AS (
         ORDER BY q.account, q.priority, q.due_time LIMIT 1
     ) AS next
 ), turns AS (
-    SELECT h.account, array_agg(h.priority ORDER BY h.priority DESC) AS priorities
+    SELECT h.account, array_agg(
+        h.priority ORDER BY CASE WHEN $4::bigint % {BY_AGE} = 0 THEN h.due_time END, h.priority DESC
+    ) AS priorities
     FROM heads AS h JOIN postroad.accounts AS a ON a.account = h.account AND a.node_pool = $1
     WHERE h.due_time <= $2 AND h.account <> ALL ($5::text[])
     GROUP BY h.account
@@ -176,11 +187,7 @@ class PostgresQueue:
     async def store_content(self, message_id: bytes, chunk: int, data: bytes) -> None:
         """As the port says."""
         async with self._database.transaction("queue_content") as connection:
-            await connection.execute(
-                "INSERT INTO postroad.queue_contents (message_id, chunk, data) VALUES ($1, $2, $3)"
-                " ON CONFLICT DO NOTHING",
-                *(UUID(bytes=message_id), chunk, data),
-            )
+            await connection.execute(_INSERT_CHUNK, *(UUID(bytes=message_id), chunk, data))
 
     async def store(
         self, node_id: str, pool: str, spool: str, epoch: int, messages: Sequence[QueuedMessage], now: datetime

@@ -288,6 +288,21 @@ def claimed(bench: Bench, uid: str = UID) -> pb.ClaimedMessage:
     )
 
 
+@pytest.mark.parametrize("content", [b"", b"hello", b"hello\r\nmore\r\n"])
+async def test_a_content_that_is_not_whole_is_not_sent(bench: Bench, content: bytes) -> None:
+    broken, whole = claimed(bench), claimed(bench)
+    broken.content = content
+    messages = iter([[broken, whole]])
+    bench.peer.answers[QueueMethod.CLAIM_MESSAGES] = lambda _: pb.ClaimMessagesResponse(messages=next(messages, []))
+    bench.tasks.append(asyncio.create_task(bench.queue.claim_mail()))
+    async with asyncio.timeout(10):
+        envelope, _, _ = await bench.engine.delivered.get()
+    assert envelope.message_id == whole.message_id
+    await settled()
+    assert bench.engine.delivered.empty()
+    assert await bench.spool.load(MessageId(broken.message_id)) is None
+
+
 async def test_what_is_claimed_is_in_the_spool_and_confirmed_before_it_is_sent(bench: Bench) -> None:
     message, strange = claimed(bench), claimed(bench, "uid-2")
     answers = iter([pb.ClaimMessagesResponse(messages=[message, strange])])
