@@ -297,7 +297,7 @@ async def test_nobody_stores_or_claims_mail_of_another_pool(
     holder: Holder, other: Holder, migrated_database: Database
 ) -> None:
     await add_account(migrated_database, "far", pool="far")
-    with pytest.raises(LeaseLostError):
+    with pytest.raises(BadQueueRequestError):
         await holder.store(account="far")
     await holder.store(sending=False)
     other.pool = "far"
