@@ -129,7 +129,7 @@ async def test_a_worker_that_is_killed_at_any_step_of_a_hand_over_neither_loses_
     failing = {"POSTROAD_FAILPOINTS": point, "POSTROAD_FAILPOINTS_SPENT": str(spent)}
     environment: dict[str, dict[str, Any]] = {"mx1": {}, "mx2": {}, struck: failing}
     fleet.sink.refusing = True
-    async with running(second, **environment["mx2"]), running(first, **environment["mx1"]) as node:
+    async with running(second, **environment["mx2"]) as other, running(first, **environment["mx1"]) as node:
         await fleet.in_use("mx1")
         await fleet.in_use("mx2")
         await submit(node, subjects)
@@ -140,6 +140,7 @@ async def test_a_worker_that_is_killed_at_any_step_of_a_hand_over_neither_loses_
         await fleet.arrive(len(subjects))
         await fleet.all_sent(len(subjects))
         assert fleet.nothing_came()
+        assert [await each.stop() for each in (node, other)] == [0, 0]
     assert fleet.arrived == Counter(subjects)
     assert await fetch(fleet.database, "SELECT 1 FROM postroad.ledger_rejects") == []
     assert await fetch(fleet.database, "SELECT 1 FROM postroad.handovers") == []
@@ -149,7 +150,7 @@ async def test_a_control_plane_that_is_killed_and_a_database_that_is_away_only_d
     subjects = [f"waiting {number}" for number in range(300)]
     first, second = await fleet.node("mx1"), await fleet.node("mx2")
     fleet.sink.refusing = True
-    async with running(second), running(first) as node:
+    async with running(second) as other, running(first) as node:
         await fleet.in_use("mx1")
         await fleet.in_use("mx2")
         await submit(node, subjects)
@@ -173,6 +174,7 @@ async def test_a_control_plane_that_is_killed_and_a_database_that_is_away_only_d
             await fleet.all_sent(len(subjects))
             assert fleet.nothing_came()
             assert fleet.arrived == Counter(subjects)
+            assert [await each.stop() for each in (node, other)] == [0, 0]
 
 
 async def test_an_undrained_node_takes_mail_again_and_what_nobody_else_has_taken(fleet: Fleet) -> None:
@@ -214,3 +216,4 @@ async def test_an_undrained_node_takes_mail_again_and_what_nobody_else_has_taken
         await fleet.arrive(4)
         status, said = await cli(fleet, "nodes", "undrain", "mx1")
         assert (status, "nodes/mx1 is not drained" in said) == (1, True), said
+        assert await node.stop() == 0

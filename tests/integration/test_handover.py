@@ -107,6 +107,10 @@ async def test_what_is_being_sent_stays_and_a_claim_on_its_way_finds_nothing(pla
         assert await giver.spool.settle(claim) == 0
         stale = [make_row(0, attempt=4), make_row(1)]
         assert await giver.spool.give(sending.message_id, stale, [b"record"]) == 0
+        exact = await giver.rows(sending)
+        assert exact is not None
+        assert await giver.spool.give(sending.message_id, exact, [b"record"]) == 0
+        assert (await giver.spool.stats()).waiting_count == 2
     assert await owners(plane) == {NO_SPOOL}
 
 

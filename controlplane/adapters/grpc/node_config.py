@@ -78,6 +78,7 @@ class NodeConfigServicer:
         self._progress_s = progress_s
         self._encoder = StreamEncoder(clock)
         self._open = 0
+        self._leaving: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -136,7 +137,11 @@ class NodeConfigServicer:
         try:
             yield slot
         finally:
-            await self._leave(slot)
+            # Of a client that is gone the call is cancelled, and perhaps at this very moment.
+            leaving = asyncio.create_task(self._leave(slot))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            await asyncio.shield(leaving)
 
     async def _leave(self, slot: Slot) -> None:
         try:
