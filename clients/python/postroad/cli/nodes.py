@@ -64,7 +64,6 @@ nodes_app = typer.Typer(no_args_is_help=True, help="Nodes: the machines that acc
 add_standard(nodes_app, NODE)
 add_verb(nodes_app, NODE, "Revoke", "Refuse the node's certificate from now on and close its stream.")
 add_drain(nodes_app)
-add_verb(nodes_app, NODE, "Undrain", "Let a node that was drained take mail again.")
 pools_app = typer.Typer(
     no_args_is_help=True, help="Node pools: nodes that serve the same accounts with the same settings. Operators only."
 )
@@ -125,6 +124,13 @@ def update_node(context: typer.Context, name: Name, display_name: DisplayName = 
         return changed(node, display_name=display_name, node_pool=session.name("nodePools", pool, "") if pool else None)
 
     show(session, NODE, update(session, NODE, NODE.name(session, name), change))
+
+
+@nodes_app.command("undrain")
+def undrain(context: typer.Context, name: Name) -> None:
+    """Let a node that was drained take mail again."""
+    session = session_of(context)
+    show(session, NODE, call(session, NODE, "UndrainNode", name=NODE.name(session, name)))
 
 
 @nodes_app.command("reset-enrollment")
