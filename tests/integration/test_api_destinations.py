@@ -163,7 +163,7 @@ async def test_a_node_that_does_not_know_destinations_never_counts_as_having_con
     await add_node(stack, "b-behind", version - 1, 1)
     # It has the version, but not as it was when the node learnt of destinations.
     await add_node(stack, "c-upgraded", version, version + 1)
-    await add_node(stack, "d-old", version + 5, None)
+    await add_node(stack, "d-old", version + 10**9, None)
     found = await receipt(client, OWN)
     assert (found.name, found.state) == (f"{OWN}/suspension", suspension_pb2.Suspension.STATE_IN_FORCE)
     assert [(one.node, one.confirmed, one.unsupported) for one in found.receipts] == [
