@@ -17,9 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from dataplane.adapters.spool_ram import RamSpool
 from dataplane.adapters.spool_sqlite import SpoolLimits, SqliteSpool
@@ -422,9 +430,17 @@ class RamMachine(QueueMachine):
 
 
 _slow = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+# The same runs every time; the nightly ones are others each time.
+_short = settings(max_examples=25, stateful_step_count=25, derandomize=True, deadline=None, suppress_health_check=_slow)
 TestDurableQueue = DurableMachine.TestCase
-TestDurableQueue.settings = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=_slow
-)
+TestDurableQueue.settings = _short
 TestRamQueue = RamMachine.TestCase
-TestRamQueue.settings = settings(max_examples=50, stateful_step_count=30, deadline=None, suppress_health_check=_slow)
+TestRamQueue.settings = settings(_short, max_examples=50)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1_800)
+@pytest.mark.parametrize("machine", [DurableMachine, RamMachine])
+def test_many_long_runs_of_the_queue(machine: type[QueueMachine]) -> None:
+    long = settings(max_examples=400, stateful_step_count=50, deadline=None, suppress_health_check=_slow)
+    run_state_machine_as_test(machine, settings=long)

@@ -66,8 +66,9 @@ class Message:
 
 @dataclass
 class Attempt:
-    """What a node holds on to of a message that it sends."""
+    """What a node holds on to of a message that it claimed or sends."""
 
+    node: str
     raw_id: bytes
     epoch: int
     rows: dict[int, int] = field(default_factory=dict)  # index to attempt
@@ -85,6 +86,7 @@ class ReplicatedMachine(RuleBasedStateMachine):
         self.ends: dict[tuple[bytes, int], State] = {}
         self.accepted: dict[bytes, int] = {}
         self.attempts: list[Attempt] = []
+        self.claims: list[Attempt] = []
         self.later = timedelta()
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -115,7 +117,7 @@ class ReplicatedMachine(RuleBasedStateMachine):
         self.accepted[raw_id] = count
         if sending:
             self.model[raw_id].epoch = holder.epoch
-            self.attempts.append(Attempt(raw_id, holder.epoch, dict.fromkeys(range(count), 1)))
+            self.attempts.append(Attempt(node, raw_id, holder.epoch, dict.fromkeys(range(count), 1)))
 
     @rule(node=st.sampled_from(NODES))
     def claim(self, node: str) -> None:
@@ -164,9 +166,9 @@ class ReplicatedMachine(RuleBasedStateMachine):
                     known.state = State.SENDING
                     known.begun += 1
             message.epoch, message.claim_id = self.holders[node].epoch, claim_id
-            assert {row.index: row.attempt for row in one.recipients} == {
-                index: known.begun for index, known in message.recipients.items() if known.state is State.SENDING
-            }
+            rows = {index: known.begun for index, known in message.recipients.items() if known.state is State.SENDING}
+            assert {row.index: row.attempt for row in one.recipients} == rows
+            self.claims.append(Attempt(node, one.message_id, message.epoch, rows))
 
     @rule(data=st.data())
     def confirm(self, data: st.DataObject) -> None:
@@ -174,7 +176,9 @@ class ReplicatedMachine(RuleBasedStateMachine):
         claims = sorted({(one.epoch, one.claim_id) for one in self.model.values() if one.claim_id})
         if not claims:
             return
-        epoch, claim_id = data.draw(st.sampled_from(claims))
+        self.confirm_claim(*data.draw(st.sampled_from(claims)))
+
+    def confirm_claim(self, epoch: int, claim_id: str) -> None:
         raw_ids = [raw_id for raw_id, one in self.model.items() if one.claim_id == claim_id]
         for holder in self.holders.values():
             named = [Claimed(raw_id, b"", (), None) for raw_id in raw_ids]
@@ -184,7 +188,8 @@ class ReplicatedMachine(RuleBasedStateMachine):
             message = self.model[raw_id]
             message.claim_id = ""
             rows = {index: one.begun for index, one in message.recipients.items() if one.state is State.SENDING}
-            self.attempts.append(Attempt(raw_id, epoch, rows))
+            node = next(node for node, holder in self.holders.items() if holder.epoch == epoch)
+            self.attempts.append(Attempt(node, raw_id, epoch, rows))
 
     @precondition(lambda self: self.attempts)
     @rule(data=st.data(), states=st.lists(st.sampled_from(OUTCOMES), min_size=3, max_size=3), far=st.booleans())
@@ -203,10 +208,33 @@ class ReplicatedMachine(RuleBasedStateMachine):
             said.append(told)
             if not is_lost and message is not None:
                 self.end(attempt.raw_id, index, state, due=not far)
-        speaker = holder or self.holders[NODES[0]]
-        self.run(speaker.report(changed(attempt.raw_id, *said), epoch=attempt.epoch))
+        self.run(self.holders[attempt.node].report(changed(attempt.raw_id, *said), epoch=attempt.epoch))
         if not is_lost and message is not None:
             self.release(attempt.raw_id)
+
+    @precondition(lambda self: self.claims)
+    @rule(data=st.data())
+    def speak_of_a_claim(self, data: st.DataObject) -> None:
+        """What was not confirmed is nobody's to speak of: the number may be another node's attempt by now."""
+        self.speak_of(data.draw(st.sampled_from(self.claims)))
+
+    def speak_of(self, claim: Attempt) -> None:
+        message = self.model.get(claim.raw_id)
+        if message is None or message.epoch != claim.epoch or message.claim_id:
+            said = [update(index, State.DEFERRED, attempts=number) for index, number in claim.rows.items()]
+            self.run(self.holders[claim.node].report(changed(claim.raw_id, *said), epoch=claim.epoch))
+
+    @rule(node=st.sampled_from(NODES))
+    def claim_too_slowly(self, node: str) -> None:
+        """A node does not confirm what it claimed, and speaks of it when another one is sending it."""
+        self.claim(node)
+        slow = [claim for claim in self.claims if claim.node == node]
+        other = NODES[node == NODES[0]]
+        self.claim_a_little_later(other)
+        for epoch, claim_id in {(one.epoch, one.claim_id) for one in self.model.values() if one.claim_id}:
+            self.confirm_claim(epoch, claim_id)
+        for claim in slow:
+            self.speak_of(claim)
 
     def end(self, raw_id: bytes, index: int, state: State, *, due: bool) -> None:
         known = self.model[raw_id].recipients[index]
@@ -277,17 +305,29 @@ class ReplicatedMachine(RuleBasedStateMachine):
         self.runner.close()
 
 
+_short = settings(
+    max_examples=5,
+    stateful_step_count=25,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
+
+
 @pytest.mark.timeout(180)
 def test_the_replicated_queue_is_that_of_the_model(migrated_database: Database) -> None:
-    class Machine(ReplicatedMachine):
-        database = migrated_database
+    """The same runs every time; the nightly ones are others each time."""
+    run(migrated_database, _short)
 
-    run_state_machine_as_test(
-        Machine,
-        settings=settings(
-            max_examples=5,
-            stateful_step_count=25,
-            deadline=None,
-            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-        ),
-    )
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1_800)
+def test_many_long_runs_of_the_replicated_queue(migrated_database: Database) -> None:
+    run(migrated_database, settings(_short, max_examples=100, stateful_step_count=40, derandomize=False))
+
+
+def run(given: Database, chosen: settings) -> None:
+    class Machine(ReplicatedMachine):
+        database = given
+
+    run_state_machine_as_test(Machine, settings=chosen)
