@@ -119,7 +119,7 @@ def test_octet_by_octet_stores_and_hashes_the_same_octets(fields: list[bytes], a
     asyncio.run(store(fields, at, lines, list(range(20_000)), SPILL_BYTES))
 
 
-_ADDRESSES = st.text(st.characters(min_codepoint=33), min_size=1, max_size=4)
+_ADDRESSES = st.text(st.characters(min_codepoint=33, codec="utf-8"), min_size=1, max_size=4)
 _SUBMISSIONS = st.tuples(
     st.one_of(st.just(""), _ADDRESSES), st.lists(_ADDRESSES, min_size=1, max_size=3), st.binary(max_size=4)
 )
