@@ -12,9 +12,10 @@ by `send` and come back by `answered`; while nobody answers there is no lease, o
                         holds returns at the end of it, and another one is begun
     the lease ends      delivery cuts what has not sent its dot, and PostgreSQL hears of each end by the ledger
 
-Messages that come while two stores are under way gather for the next one. One claim follows the other as long as there
-is mail to be had. Accounts whose mail could not be sent are left out of claims for a while: REST_S where it was given
-back, STRANGE_S where this node does not know the account, for its configuration may be on its way.
+Messages that come while two stores are under way gather for the next one. One claim follows the other as long as they
+are full, and CLAIM_AGAIN_S after one that was not empty: where mail goes on coming it is fetched in handfuls. Accounts
+whose mail could not be sent are left out of claims for a while: REST_S where it was given back, STRANGE_S where this
+node does not know the account, for its configuration may be on its way.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ RENEW_AGAIN_S = 1.0
 RENEW_TIMEOUT_S = 4.0
 STORE_TIMEOUT_S = 20.0
 CLAIM_S = 3.0
+CLAIM_AGAIN_S = 0.2
 CLAIM_TIMEOUT_S = 15.0
 REST_S = 3.0
 STRANGE_S = 60.0
@@ -141,8 +143,11 @@ class LinkedQueue:
         encode: RecordEncoder,
         boot_s: Callable[[], float],
         log: EventLog,
+        *,
+        claim_again_s: float = CLAIM_AGAIN_S,
     ) -> None:
         self.counters = QueueCounters()
+        self._claim_again_s = claim_again_s
         self._spool = spool
         self._config = config
         self._encode = encode
@@ -240,16 +245,18 @@ class LinkedQueue:
                     await self._renew_now.wait()
 
     async def claim_mail(self) -> None:
-        """Claim what is due until cancelled."""
+        """Claim what is due until cancelled: again at once while claims are full, soon after one that was not empty."""
+        wait_s = CLAIM_S
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CLAIM_S):
+                async with asyncio.timeout(wait_s):
                     await self._claim_now.wait()
             self._claim_now.clear()
-            epoch = self.epoch
+            wait_s, count = CLAIM_S, CLAIMED_MESSAGES
             try:
-                while epoch and self._has_room() and await self._claim(epoch):
-                    epoch = self.epoch
+                while count == CLAIMED_MESSAGES and (epoch := self.epoch) and self._has_room():
+                    count = await self._claim(epoch)
+                    wait_s = self._claim_again_s if count else CLAIM_S
             except SpoolFailedError:
                 raise
             except SpoolError as error:

@@ -168,6 +168,20 @@ class ContentReader:
         self.discard()
 
 
+def content_problem(content: bytes, max_bytes: int) -> Problem:
+    """Return what a `ContentReader` would find wrong with a content that is there as a whole; its last line has an end.
+
+    The order of graveness is the reader's.
+    """
+    if _has_strays(content):
+        return Problem.STRAY
+    if b"\0" in content:
+        return Problem.NUL
+    if len(content) > max_bytes:
+        return Problem.TOO_BIG
+    return Problem.LONG_LINE if len(content) > _LINE_WITH_CRLF and _has_long_line(content) else Problem.NONE
+
+
 def _has_strays(lines: bytes) -> bool:
     return lines.count(b"\r") + lines.count(b"\n") != 2 * lines.count(b"\r\n")
 

@@ -164,6 +164,23 @@ def bucket_of(scope: LimitScope, unit: LimitUnit, subject: str) -> Bucket:
             return Bucket(f"d:{subject}", f"destination:{name}")
 
 
+def normalize_address(address: str) -> str:
+    """Return the address without zone, and an IPv4 one written as IPv6 as IPv4."""
+    address = address.partition("%")[0]
+    if ":" in address:
+        parsed = ip_address(address)
+        if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+    return address
+
+
+def counting_key(address: str) -> str:
+    """Return what connections and mail of this address are counted under: of IPv6 its /64."""
+    if ":" not in address:
+        return address
+    return str(IPv6Address(int(IPv6Address(address)) >> 64 << 64))
+
+
 def destination_of(host: str) -> str:
     """Return the subject that a host is counted under, in whatever way it is written."""
     try:

@@ -12,30 +12,12 @@ secret is looked at, whoever it claims to be. Memory: one entry for each address
 
 from __future__ import annotations
 
-from ipaddress import IPv6Address, ip_address
-
 from dataplane.core import replies
+from dataplane.core.limits import counting_key
 from dataplane.core.replies import Reply
 from dataplane.ingress.address_counts import AddressCounts
 
 _WINDOW_S = 60.0
-
-
-def normalize_address(address: str) -> str:
-    """Return the address without zone, and an IPv4 one written as IPv6 as IPv4."""
-    address = address.partition("%")[0]
-    if ":" in address:
-        parsed = ip_address(address)
-        if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-    return address
-
-
-def counting_key(address: str) -> str:
-    """Return what connections of this address are counted under."""
-    if ":" not in address:
-        return address
-    return str(IPv6Address(int(IPv6Address(address)) >> 64 << 64))
 
 
 class Admission:

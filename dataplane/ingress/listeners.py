@@ -21,8 +21,8 @@ from contextlib import suppress
 from enum import StrEnum
 
 from dataplane.core import replies
+from dataplane.core.limits import counting_key, normalize_address
 from dataplane.core.replies import Reply
-from dataplane.ingress.admission import counting_key, normalize_address
 from dataplane.ingress.protocol import SmtpProtocol, Timeouts
 from dataplane.ingress.service import Service
 from dataplane.ingress.submission import Submission

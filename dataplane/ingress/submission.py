@@ -47,13 +47,14 @@ from dataplane.core.envelope import (
 from dataplane.core.headers import HeaderScan, Receipt, format_date, head_of, prepare, received_line, scan, without_key
 from dataplane.core.idempotency import SubmissionHash, SubmissionKey, hash_key
 from dataplane.core.ids import MessageId, format_message_id, new_message_id
+from dataplane.core.limits import counting_key
 from dataplane.core.policy import CompiledAccount, denied, secret_matches, split_username
 from dataplane.core.queue import State
 from dataplane.core.replies import Reply
 from dataplane.core.routing import MessageRouter, may_match
 from dataplane.core.session_contract import MAX_HOLD_S, MailParameters
 from dataplane.failpoints import failpoint
-from dataplane.ingress.admission import Admission, counting_key
+from dataplane.ingress.admission import Admission
 from dataplane.ingress.buckets import IngressLimits, MessageLimits, Permit
 from dataplane.ingress.counters import IngressCounters
 from dataplane.ingress.idempotency import Submissions

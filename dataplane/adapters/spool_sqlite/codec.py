@@ -15,7 +15,7 @@ from zlib import crc32
 
 import orjson
 
-from dataplane.core.envelope import Envelope, RecipientRow
+from dataplane.core.envelope import Envelope, RecipientRow, envelope_fields
 from dataplane.core.idempotency import SubmissionKey, Submitted
 from dataplane.core.ids import MessageId
 from dataplane.core.queue import State
@@ -51,31 +51,7 @@ class KeyRow(NamedTuple):
 
 def encode_envelope(envelope: Envelope, recipients: Sequence[RecipientRow]) -> bytes:
     """Return the JSON of an envelope with the addresses of all its recipients."""
-    fields: dict[str, Any] = {
-        "account": envelope.account,
-        "sender": envelope.sender,
-        "recipients": {str(row.index): row.address for row in recipients},
-        "account_uid": envelope.account_uid,
-        "credential": envelope.credential,
-        "size_bytes": envelope.size_bytes,
-        "accepted_ms": envelope.accepted_ms,
-        "session": envelope.session,
-        "client": [envelope.client_address, envelope.client_helo, envelope.client_tls],
-        "header_message_id": envelope.header_message_id,
-        "subject": envelope.subject,
-        "smtputf8": envelope.smtputf8,
-        "body_8bit": envelope.body_8bit,
-        "headers": envelope.headers,
-    }
-    key = envelope.submission_key
-    if key is not None:
-        fields["submission_key"] = [key.key_hash.hex(), key.content_hash.hex(), key.checked]
-    if envelope.send_time_ms:
-        fields["send_time_ms"] = envelope.send_time_ms
-    if envelope.priority:
-        fields["priority"] = envelope.priority
-    if envelope.epoch:
-        fields["epoch"] = envelope.epoch
+    fields = envelope_fields(envelope, {str(row.index): row.address for row in recipients})
     try:
         return orjson.dumps(fields)
     except TypeError:

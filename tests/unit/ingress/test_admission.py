@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dataplane.core import replies
-from dataplane.ingress.admission import Admission, counting_key, normalize_address
+from dataplane.core.limits import counting_key, normalize_address
+from dataplane.ingress.admission import Admission
 from dataplane.ingress.counters import IngressCounters
 from dataplane.telemetry import METRICS
 

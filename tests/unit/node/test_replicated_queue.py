@@ -109,7 +109,9 @@ class Bench:
         self.spool = spool
         self.peer, self.engine, self.config = Peer(), Engine(), Config()
         self.config.set_account(Account(ACCOUNT, UID, revision=1))
-        self.queue = self.peer.queue = LinkedQueue(spool, self.config, encode_record, lambda: self.now_s, Log())
+        self.queue = self.peer.queue = LinkedQueue(
+            spool, self.config, encode_record, lambda: self.now_s, Log(), claim_again_s=0.0
+        )
         self.queue.attach(self.engine, self.peer.send)
         self.tasks: list[asyncio.Task[None]] = []
 
