@@ -53,10 +53,12 @@ from controlplane.adapters.postgres.handovers import PostgresHandovers
 from controlplane.adapters.postgres.leader import PostgresJobs, PostgresLeadership
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.migrate import load_migrations, schema_problems
+from controlplane.adapters.postgres.outbox import PostgresOutbox
 from controlplane.adapters.postgres.queue import PostgresQueue
 from controlplane.adapters.postgres.signal import PostgresLedgerSignal
 from controlplane.adapters.redis.functions import RedisFunctions
 from controlplane.adapters.redis.limits import RedisLiveLimits
+from controlplane.adapters.redis.messages import RedisMessageBudget
 from controlplane.adapters.redis.requests import RedisRequestBudget
 from controlplane.adapters.sealing import Keyring, KeyringError, KeyringSealer
 from controlplane.domain.books import Comparison
@@ -66,6 +68,7 @@ from controlplane.jobs.housekeeping import housekeeping_jobs
 from controlplane.jobs.leader import Leader
 from controlplane.ports import LiveLimits, RequestBudget
 from controlplane.ports_fleet import Duplicate
+from controlplane.ports_sending import MessageBudget
 from controlplane.services.auditing import Auditor
 from controlplane.services.compile import POOL_KEY_PLACE
 from controlplane.services.enrollment import EnrollmentService
@@ -73,11 +76,12 @@ from controlplane.services.handovers import Handovers
 from controlplane.services.ingest import IngestService
 from controlplane.services.limit_states import NoLiveLimits
 from controlplane.services.queue import QueueService
+from controlplane.services.sending_budget import LocalMessageBudget
 from controlplane.services.throttle import LocalRequestBudget
-from controlplane.settings import Settings
+from controlplane.settings import Settings, host_name
 from controlplane.stream.fleet import FleetService
 from controlplane.stream.hub import Hub
-from controlplane.telemetry import Metrics, configure_logging, get_logger
+from controlplane.telemetry import Metrics, SendingReports, configure_logging, get_logger
 from postroad.node.v1 import enrollment_service_pb2_grpc, ledger_service_pb2_grpc, queue_service_pb2_grpc
 
 AdministrationError = administration.AdministrationError
@@ -242,6 +246,18 @@ class _ControlPlane:
             acquire_timeout_s=settings.database.acquire_timeout_s,
             observe=metrics.query_ended,
         )
+        self._fleet_database = FleetDatabase(
+            self._fleet_pool,
+            acquire_timeout_s=settings.database.acquire_timeout_s,
+            transaction_timeout_s=settings.database.statement_timeout_s,
+            observe=metrics.query_ended,
+        )
+        self._store = PostgresLedger(
+            self._fleet_database,
+            retention=timedelta(days=settings.retention.messages_days),
+            report=self._note_reject,
+            report_duplicate=self._note_duplicate,
+        )
         self._signal = PostgresLedgerSignal(lambda: asyncpg.connect(self._fleet_dsn))
         self._api: Api = build_api(
             ApiParts(
@@ -252,13 +268,11 @@ class _ControlPlane:
                 observe=metrics.call_ended,
                 live=self._live_limits(),
                 requests=self._request_budget(),
+                outbox=PostgresOutbox(self._fleet_database, self._store),
+                messages=self._message_budget(),
+                sending=SendingReports(metrics.message_ended, get_logger("api")),
+                hostname=settings.hostname or host_name(socket.gethostname()),
             )
-        )
-        self._fleet_database = FleetDatabase(
-            self._fleet_pool,
-            acquire_timeout_s=settings.database.acquire_timeout_s,
-            transaction_timeout_s=settings.database.statement_timeout_s,
-            observe=metrics.query_ended,
         )
         # Who waits is counted in as much time as that takes; mail does not wait for it.
         self._books = PostgresBooks(
@@ -307,6 +321,10 @@ class _ControlPlane:
         local = LocalRequestBudget(per_minute, time.monotonic)
         return local if self._buckets is None else RedisRequestBudget(self._buckets, per_minute, local)
 
+    def _message_budget(self) -> MessageBudget:
+        local = LocalMessageBudget(time.monotonic)
+        return local if self._buckets is None else RedisMessageBudget(self._buckets, local)
+
     async def wait_for_schema(self, stop: asyncio.Event) -> bool:
         """Wait until the database answers; StartError when it and this code do not fit; False when told to stop."""
         said = False
@@ -329,7 +347,7 @@ class _ControlPlane:
 
     def _look_anew(self) -> None:
         self._fleet.look_anew()
-        self._ledger_store.look_anew()
+        self._store.look_anew()
 
     def start_background(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """What lives as long as the process; if one of these dies, so does the process."""
@@ -372,13 +390,7 @@ class _ControlPlane:
 
         self._nodes = grpc.aio.server(options=NODE_OPTIONS)
         self._config = NodeConfigServicer(self._fleet, _now, self._note)
-        retention = timedelta(days=self._settings.retention.messages_days)
-        store = self._ledger_store = PostgresLedger(
-            self._fleet_database,
-            retention=retention,
-            report=self._note_reject,
-            report_duplicate=self._note_duplicate,
-        )
+        store = self._store
         auditor = Auditor(
             self._books,
             _now,

@@ -28,6 +28,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("api_requests_total", "counter", "API calls that ended", ("method", "path", "status")),
     MetricSpec("api_request_duration_seconds", "histogram", "Duration of API calls", (), _LATENCY_BOUNDS_S),
     MetricSpec("api_auth_failures_total", "counter", "API calls refused for want of a good key"),
+    MetricSpec("api_messages_total", "counter", "Messages that were to be sent by API", ("result",)),
     MetricSpec("db_connections_active", "gauge", "Connections to PostgreSQL in use"),
     MetricSpec("db_connections_idle", "gauge", "Connections to PostgreSQL at rest"),
     MetricSpec("db_query_duration_seconds", "histogram", "Duration of queries", ("query",), _LATENCY_BOUNDS_S),

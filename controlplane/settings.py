@@ -33,6 +33,8 @@ FILE_NAME = "controlplane.yaml"
 ENVIRONMENT_PREFIX = "POSTROAD_CONTROLPLANE_"
 SYSTEM_FOLDER = Path("/etc/postroad")
 
+_HOST_NAME = r"^[A-Za-z0-9._-]{0,253}$"
+
 Port = Annotated[int, Field(ge=0, le=65_535)]
 
 
@@ -184,6 +186,8 @@ class Settings(BaseSettings):
     redis: RedisSettings = RedisSettings()
     retention: RetentionSettings = RetentionSettings()
     audit: AuditSettings = AuditSettings()
+    # What `Received` and made-up Message-IDs of mail sent by API name; empty: the system's name.
+    hostname: Annotated[str, Field(pattern=_HOST_NAME)] = ""
     allowed_private_networks: tuple[IPv4Network | IPv6Network, ...] = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     stop_timeout_s: Annotated[float, Field(gt=0, le=300)] = 8.0
@@ -213,6 +217,11 @@ def load_settings(path: Path | None = None) -> Settings:
         return Settings(**values)
     except ValidationError as error:
         raise SettingsError(_explain(error, file)) from None
+
+
+def host_name(text: str) -> str:
+    """The system's name, if a header field can name it."""
+    return text if text and re.fullmatch(_HOST_NAME, text) else "localhost"
 
 
 def redacted(settings: Settings) -> str:

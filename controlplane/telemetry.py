@@ -28,9 +28,11 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from controlplane.domain.acceptance import Accepted
 from controlplane.domain.books import FindingKind
 from controlplane.metric_table import HTTP_VERBS, METRICS, MetricSpec
 from controlplane.ports_fleet import BookHealth, HandoverCounts
+from dataplane.core.ids import format_message_id
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -94,6 +96,27 @@ class _JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return _to_json(line)
+
+
+class SendingReports:
+    """`ports_sending.SendingObserver`: a line of the log for each message that was accepted, and counters of all."""
+
+    def __init__(self, ended: Callable[[str], None], log: structlog.typing.FilteringBoundLogger) -> None:
+        self.ended = ended
+        self._log = log
+
+    def accepted(self, message: Accepted) -> None:
+        """A message is stored."""
+        envelope = message.envelope
+        self._log.info(
+            "message.accepted",
+            session=envelope.session,
+            message=format_message_id(envelope.message_id),
+            account=envelope.account,
+            credential=envelope.credential,
+            recipients=len(message.recipients),
+            size_bytes=envelope.size_bytes,
+        )
 
 
 class Metrics:
@@ -179,6 +202,10 @@ class Metrics:
     def duplicate_found(self) -> None:
         """Two spools stored messages with one Idempotency-Key."""
         self._counters["ledger_duplicates_total"].inc()
+
+    def message_ended(self, result: str) -> None:
+        """A message that was to be sent by API was `accepted`, `repeated`, `refused` or `limited`."""
+        self._counters["api_messages_total"].labels(result).inc()
 
     def queue_changed(self, change: str, count: int) -> None:
         """Something became of so many messages of the replicated queue."""

@@ -67,7 +67,8 @@ def _warm_up(scenario: Scenario, options: Options, server: Server, sink: SinkPro
         connect_over_s=0.0,
     )
     _say(f"warming up {server.name}")
-    result = Run(server, sink, lambda _: None, patience_s=options.patience_s).measure([Stream("warm-up", short)])
+    stream = Stream("warm-up", short, module=scenario.module)
+    result = Run(server, sink, lambda _: None, patience_s=options.patience_s).measure([stream])
     for problem in result.problems:
         _say(f"PROBLEM while warming up: {problem}")
 

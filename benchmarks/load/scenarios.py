@@ -46,6 +46,7 @@ class Scenario:
     summary: ClassVar[str]
     defaults: ClassVar[Defaults] = Defaults()
     needs: ClassVar[Needs] = Needs()
+    module: ClassVar[str] = "benchmarks.load.generator"
 
     def job(self, options: Options, server: Server) -> Job:
         """Return the job of the stream that counts."""
@@ -261,6 +262,32 @@ class Api(Scenario):
         return [Phase("alone", (api,)), Phase("disturbed", (api, Stream("smtp", mail, options.processes)))]
 
 
+class ApiSend(Scenario):
+    """Mail that is sent by API, with one control plane, and delivered by one node."""
+
+    name = "api-send"
+    summary = "10,000 messages a minute by SendMessage, each a call with a request id; delivered to the sink"
+    defaults = Defaults(sessions=64, messages=0, seconds=60.0, rate=10_000 / 60)
+    needs = Needs(postroad_only=True)
+    module = "benchmarks.load.api_send"
+
+    def job(self, options: Options, server: Server) -> Job:
+        """By the API of the first account, as an operator's key."""
+        postroad = _postroad(server)
+        return replace(
+            super().job(options, server),
+            port=postroad.ports["grpc"],
+            ca_file=str(postroad.ca_file),
+            username=postroad.tenants[0].name,
+            password=postroad.api_key,
+        )
+
+    def phases(self, options: Options, server: Server) -> Sequence[Phase]:
+        """One stream, by calls instead of SMTP."""
+        job = self.job(options, server)
+        return [Phase("load", (Stream("api-send", job, options.processes, module=self.module),))]
+
+
 def _inside_tls(job: Job, server: Postroad) -> Job:
     """By STARTTLS, as a credential made for it."""
     login = server.create_login()
@@ -299,5 +326,6 @@ SCENARIOS: dict[str, Scenario] = {
         Flood(),
         Limits(),
         Api(),
+        ApiSend(),
     )
 }

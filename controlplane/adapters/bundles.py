@@ -1,8 +1,9 @@
-"""Writes the content of bundles as postroad.config.v1: the same values give the same bytes.
+"""Writes the content of bundles as postroad.config.v1, the same values as the same bytes, and reads what it wrote.
 
 Contract. `ProtobufBundleEncoder` implements `controlplane.ports.BundleEncoder`. Values are valid
 (`dataplane.core.config.validate_…`), so that nothing raises. Serialisation is deterministic, since the hash of the
-bytes decides whether a bundle changed.
+bytes decides whether a bundle changed. `read_account` and `read_settings` give back what decides whether mail is taken
+(sender domains, rules, limits, sizes), of bundles that are stored: what nodes alone need is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from dataplane.core import config
-from dataplane.core.limits import Limit
+from dataplane.core.limits import Limit, LimitScope, LimitUnit
 from postroad.config.v1 import bundle_pb2 as pb
 
 
@@ -71,6 +72,51 @@ class ProtobufBundleEncoder:
                 log_level=settings.log_level,
             )
         )
+
+
+def read_account(content: bytes, revision: int) -> config.Account:
+    """Return an account without its credentials, providers and retries."""
+    bundle = pb.AccountBundle.FromString(content)
+    return config.Account(
+        name=bundle.account,
+        uid=bundle.uid,
+        revision=revision,
+        sender_domains=tuple(bundle.sender_domains),
+        replicated=bundle.replicated,
+        rules=tuple(_read_rule(rule) for rule in bundle.rules),
+        limits=tuple(_read_limit(limit) for limit in bundle.limits),
+    )
+
+
+def read_settings(content: bytes) -> config.NodeSettings:
+    """Return what a pool's settings say of submission."""
+    bundle = pb.NodeSettingsBundle.FromString(content)
+    return config.NodeSettings(
+        account_messages_per_hour=bundle.account_messages_per_hour,
+        max_message_bytes=bundle.max_message_bytes,
+        max_recipients=bundle.max_recipients,
+        node_count=bundle.node_count,
+        limits=tuple(_read_limit(limit) for limit in bundle.limits),
+    )
+
+
+def _read_rule(rule: pb.Rule) -> config.Rule:
+    return config.Rule(
+        name=rule.name,
+        priority=rule.priority,
+        targets=tuple(config.Target(one.provider, one.egress_source, one.weight) for one in rule.targets),
+        sender_patterns=tuple(rule.sender_patterns),
+        recipient_patterns=tuple(rule.recipient_patterns),
+        headers=tuple(config.HeaderCondition(one.name, one.pattern) for one in rule.headers),
+        min_size_bytes=rule.min_size_bytes,
+        max_size_bytes=rule.max_size_bytes,
+    )
+
+
+def _read_limit(limit: pb.Limit) -> Limit:
+    period = limit.period.seconds + limit.period.nanos / 1e9
+    scope, unit = LimitScope(limit.scope), LimitUnit(limit.unit)
+    return Limit(limit.name, scope, unit, limit.amount, period, limit.burst, limit.subject)
 
 
 def _bytes(message: Message) -> bytes:

@@ -66,6 +66,7 @@ _NEEDED: dict[str, dict[Scope, tuple[str, ...]]] = {
     f"{_CONTROL}.MessageService": {
         Scope.MESSAGES_READ: ("GetMessage", "ListMessages", "WatchEvents"),
         Scope.MESSAGES_WRITE: (
+            *("SendMessage", "BatchSendMessages"),
             *("CancelMessage", "HoldMessage", "ReleaseMessage", "RetryMessage", "BounceMessage", "RerouteMessage"),
             "CommandMessages",
         ),

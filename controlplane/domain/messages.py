@@ -8,8 +8,8 @@ range of ids. A `Position` orders all that the ledger learnt; its text form is w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
@@ -97,6 +97,8 @@ class Event:
     waiting_ms: int = 0
     connecting_ms: int = 0
     transferring_ms: int = 0
+    tags: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,8 @@ class Message:
     recipients: tuple[Recipient, ...] = ()
     events: tuple[Event, ...] = ()
     duplicate_of: str = ""
+    tags: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def state(self) -> State:
@@ -146,6 +150,7 @@ class MessageQuery:
     recipient: str = ""
     from_id: str | None = None
     to_id: str | None = None
+    tag: str = ""
 
 
 @dataclass(frozen=True, slots=True)

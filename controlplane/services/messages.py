@@ -105,6 +105,7 @@ class MessagesService:
                 recipient=query.recipient,
                 from_id=since,
                 to_id=query.to_id,
+                tag=query.tag,
             )
             found, more = await work.messages.list_page(wanted)
         return found, self._tokens.seal([found[-1].message_id], arguments) if more else ""
@@ -255,4 +256,4 @@ def _arguments(query: MessageQuery) -> list[str]:
     if query.from_id and query.to_id and query.from_id > query.to_id:
         raise invalid("end_time", "must not lie before start_time")
     state = "" if query.state is None else query.state.name
-    return ["ListMessages", query.account, state, query.recipient, query.from_id or "", query.to_id or ""]
+    return ["ListMessages", query.account, state, query.recipient, query.from_id or "", query.to_id or "", query.tag]

@@ -30,7 +30,7 @@ from postroad.control.v1 import (
 )
 from postroad.control.v1 import provider_pb2 as provider
 from postroad.control.v1.limit_pb2 import Limit
-from support.api import ApiStack, Client, running_api
+from support.api import ApiStack, Client, reading, running_api
 from support.databases import Database
 
 _FILES = (
@@ -124,7 +124,7 @@ async def code_for(stack: ApiStack, method: str, request: Message, key: str | No
     """The status of a call in this process, which takes the same way as one over the network."""
     metadata = () if key is None else (("authorization", f"Bearer {key}"),)
     try:
-        answer = await stack.api.registry.call(method, request, metadata)
+        answer = await stack.api.registry.call(method, reading(request), metadata)
         if METHODS[method].server_streaming:
             return await first_code(answer)
     except ApiStatusError as error:

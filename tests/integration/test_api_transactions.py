@@ -15,7 +15,7 @@ from controlplane.domain.errors import UnavailableError
 from controlplane.ports import operator_scope
 from controlplane.ports import scope_of as scope_of_caller
 from postroad.control.v1 import account_service_pb2 as service
-from support.api import ApiStack, running_api
+from support.api import ApiStack, reading, running_api
 from support.databases import Database
 
 
@@ -89,7 +89,7 @@ async def test_a_call_that_outlives_its_deadline_says_so_and_commits_nothing(sta
             request = service.SuspendAccountRequest(name="accounts/acme", reason="late")
             method = "/postroad.control.v1.AccountService/SuspendAccount"
             with pytest.raises(ApiStatusError) as ended:
-                await stack.api.registry.call(method, request, stack.operator.metadata, timeout_s=0.3)
+                await stack.api.registry.call(method, reading(request), stack.operator.metadata, timeout_s=0.3)
             assert code_of(ended.value.status) is grpc.StatusCode.DEADLINE_EXCEEDED
     finally:
         await blocker.close()

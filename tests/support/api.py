@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
 from controlplane.adapters.grpc.api import Api, ApiParts, build_api
+from controlplane.adapters.grpc.transport import API_OPTIONS
 from controlplane.adapters.postgres.database import PostgresDatabase, open_api_pool
 from controlplane.adapters.postgres.roles import API
 from controlplane.adapters.sealing import Keyring
@@ -71,6 +72,15 @@ class Signal:
     def ring(self) -> None:
         self._rung.set()
         self._rung = asyncio.Event()
+
+
+def reading(request: Message) -> Callable[[], Awaitable[Message]]:
+    """What a call in this process takes: a request that is read when the call is let in."""
+
+    async def read() -> Message:
+        return request
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,7 @@ async def running_api(database: Database, **parts: Any) -> AsyncIterator[ApiStac
     }
     api = build_api(ApiParts(**(settings | parts)))
     secret = await bootstrap(store, api.pools, os.urandom)
-    server = grpc.aio.server(interceptors=[api.interceptor])
+    server = grpc.aio.server(interceptors=[api.interceptor], options=API_OPTIONS)
     api.registry.add_to_server(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -29,12 +29,15 @@ from controlplane.adapters.grpc.operations import OperationHandlers
 from controlplane.adapters.grpc.providers import ProviderHandlers
 from controlplane.adapters.grpc.registry import ApiRegistry, ApiService
 from controlplane.adapters.grpc.routing_rules import RoutingRuleHandlers
+from controlplane.adapters.grpc.sending import SendingHandlers
 from controlplane.adapters.grpc.suspensions import SuspensionHandlers
 from controlplane.adapters.sealing import Keyring, KeyringSealer
 from controlplane.adapters.smtp_probe import SmtpProbe
 from controlplane.domain.hosts import HostPolicy
+from controlplane.domain.messages import milliseconds_at
 from controlplane.domain.paging import PageTokens
 from controlplane.ports import Database, LedgerSignal, LiveLimits, ProviderProbe, Random, RequestBudget
+from controlplane.ports_sending import MessageBudget, Outbox, SendingObserver
 from controlplane.services.accounts import AccountsService
 from controlplane.services.authentication import Authenticator
 from controlplane.services.books import BooksService
@@ -47,6 +50,8 @@ from controlplane.services.messages import MAX_WATCHERS, MessagesService, Operat
 from controlplane.services.nodes import NodePoolsService, NodesService
 from controlplane.services.providers import ProvidersService
 from controlplane.services.routing_rules import RoutingRulesService
+from controlplane.services.sending import NoOutbox, SendingService, Unobserved
+from controlplane.services.sending_budget import LocalMessageBudget
 from controlplane.services.suspensions import SuspensionsService
 from controlplane.services.throttle import Throttle
 from postroad.control.v1 import (
@@ -97,6 +102,11 @@ class ApiParts:
     live: LiveLimits = field(default_factory=NoLiveLimits)
     requests: RequestBudget | None = None
     monotonic: Callable[[], float] = time.monotonic
+    outbox: Outbox = field(default_factory=NoOutbox)
+    # A bucket for each control plane, where there is no Redis.
+    messages: MessageBudget = field(default_factory=lambda: LocalMessageBudget(time.monotonic))
+    sending: SendingObserver = field(default_factory=Unobserved)
+    hostname: str = "localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +132,14 @@ def build_api(parts: ApiParts) -> Api:
     tokens = PageTokens(parts.keyring.page_token_key())
     pools = NodePoolsService(database, compiler, tokens, sealer=sealer, random=random)
     messages = MessagesService(database, tokens, parts.signal, max_watchers=parts.max_watchers)
+    sending = SendingService(
+        parts.outbox,
+        parts.messages,
+        parts.sending,
+        now_ms=lambda: milliseconds_at(parts.now()),
+        random=random,
+        hostname=parts.hostname,
+    )
     providers = ProvidersService(
         database,
         compiler,
@@ -140,7 +158,7 @@ def build_api(parts: ApiParts) -> Api:
         ProviderHandlers(providers),
         RoutingRuleHandlers(RoutingRulesService(database, compiler, tokens)),
         LimitHandlers(LimitsService(database, compiler, tokens, LimitStates(parts.live))),
-        MessageHandlers(messages),
+        MessageHandlers(messages, SendingHandlers(sending)),
         NodeHandlers(NodesService(database, compiler, tokens, random), pools),
         OperationHandlers(OperationsService(database, tokens, parts.signal)),
     )

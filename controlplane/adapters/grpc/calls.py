@@ -3,8 +3,10 @@
 Contract. `Calls.unary` runs a handler and returns its answer, `Calls.stream` runs one that yields; both raise
 ApiStatusError for everything that went wrong, but for cancellation, which passes. The observer hears of each call
 that ended: full method name, name of the status, seconds unless it streamed. A unary call has a deadline of its own
-even if the caller set none. A stream is ended when its key no longer opens it, before the next answer, and by `take`,
-which carries each answer, when its reader does not take that within a minute.
+even if the caller set none; its handler reads the request, so that nothing of one is read whose key opens nothing.
+`LARGE_METHODS` take requests that are larger than others': they find a place first (`Places`), and wait for one before
+they are read. A stream is ended when its key no longer opens it, before the next answer, and by `take`, which carries
+each answer, when its reader does not take that within a minute.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from google.rpc.status_pb2 import Status
 from controlplane.adapters.grpc.auth import Guard, Metadata
 from controlplane.adapters.grpc.context import calling
 from controlplane.adapters.grpc.errors import ApiStatusError, code_of, to_status
+from controlplane.adapters.grpc.places import Places
 from controlplane.domain.access import Caller
 from controlplane.domain.errors import ControlPlaneError, DeadlineError, Reason, ResourceExhaustedError
 from controlplane.telemetry import get_logger
@@ -30,15 +33,19 @@ CallObserver = Callable[[str, str, float | None], None]
 """Told of each call that ended: method, status, seconds (None for one that streamed)."""
 
 MAX_RECEIVE_BYTES = 4 * 1024 * 1024
+MAX_LARGE_BYTES = 32 * 1024 * 1024
+LARGE_METHODS = frozenset(
+    f"/postroad.control.v1.MessageService/{method}" for method in ("SendMessage", "BatchSendMessages")
+)
 READER_S = 60.0
 _DEADLINE_S = 30.0
 # How old the look at a stream's key may be when an answer is sent.
 _ADMITTED_S = 1.0
-# Methods that wait on purpose.
+# Methods that wait on purpose, and those whose requests take a while to come.
 _LONG_DEADLINES_S = {
     "/google.longrunning.Operations/WaitOperation": 75.0,
     "/postroad.control.v1.SuspensionService/WaitSuspension": 75.0,
-}
+} | dict.fromkeys(LARGE_METHODS, 60.0)
 
 Answer = TypeVar("Answer")
 
@@ -49,6 +56,7 @@ class Calls:
     def __init__(self, guard: Guard, observe: CallObserver = lambda _method, _status, _seconds: None) -> None:
         self._guard = guard
         self._observe = observe
+        self._places = Places()
         self._log = get_logger("api")
 
     async def unary(
@@ -57,28 +65,30 @@ class Calls:
         metadata: Metadata,
         handle: Callable[[], Awaitable[Answer]],
         remaining_s: float | None,
-        *,
-        entered: bool = False,
     ) -> Answer:
-        """Run a handler that answers once.
-
-        `remaining_s` is what the caller's deadline leaves; `entered`: see `enter`.
-        """
+        """Run a handler that answers once; `remaining_s` is what the caller's deadline leaves."""
         allowed_s = _LONG_DEADLINES_S.get(method, _DEADLINE_S)
         begun, ended = time.monotonic(), "CANCELLED"
         try:
             deadline = asyncio.timeout(allowed_s if remaining_s is None else min(remaining_s, allowed_s))
             try:
                 async with deadline:
-                    caller = await self._look(entered=entered)(method, metadata)
+                    caller = await self._guard.enter(method, metadata)
                     with _as(caller):
-                        answer = await handle()
+                        if method in LARGE_METHODS and caller is not None:
+                            async with self._places.place(caller.account):
+                                answer = await handle()
+                        else:
+                            answer = await handle()
             except TimeoutError as error:
                 if deadline.expired():
                     raise DeadlineError(Reason.DEADLINE_TOO_SHORT) from error
                 raise
             ended = "OK"
             return answer
+        except ApiStatusError as error:
+            ended = code_of(error.status).name
+            raise
         except Exception as error:
             status = self._status(method, error)
             ended = code_of(status).name
@@ -87,12 +97,7 @@ class Calls:
             self._observe(method, ended, time.monotonic() - begun)
 
     async def stream(
-        self,
-        method: str,
-        metadata: Metadata,
-        handle: Callable[[], AsyncGenerator[Answer, None]],
-        *,
-        entered: bool = False,
+        self, method: str, metadata: Metadata, handle: Callable[[], AsyncGenerator[Answer, None]]
     ) -> AsyncGenerator[Answer, None]:
         """Run a handler that answers many times; however this ends, what the handler holds is given back first.
 
@@ -100,7 +105,7 @@ class Calls:
         """
         ended = "CANCELLED"
         try:
-            caller = await self._look(entered=entered)(method, metadata)
+            caller = await self._guard.enter(method, metadata)
             with _as(caller):
                 answers = handle()
             admitted = time.monotonic()
@@ -118,20 +123,6 @@ class Calls:
         finally:
             self._observe(method, ended, None)
 
-    async def enter(self, method: str, metadata: Metadata) -> None:
-        """Raise ApiStatusError when the key does not open the method; for who wants to know before it reads on.
-
-        The call that follows is `entered`: it was counted as the key's request here.
-        """
-        begun = time.monotonic()
-        try:
-            async with asyncio.timeout(_DEADLINE_S):
-                await self._guard.enter(method, metadata)
-        except Exception as error:
-            status = self._status(method, error)
-            self._observe(method, code_of(status).name, time.monotonic() - begun)
-            raise ApiStatusError(status) from error
-
     async def take(self, answers: AsyncGenerator[Answer, None], writing: Awaitable[None]) -> None:
         """Wait until the reader of a `stream` took an answer; when that takes too long it ends with ApiStatusError."""
         limit = asyncio.timeout(READER_S)
@@ -145,9 +136,6 @@ class Calls:
             await answers.athrow(
                 ResourceExhaustedError(Reason.READER_TOO_SLOW, "resume from the last position", retry_after_s=1)
             )
-
-    def _look(self, *, entered: bool) -> Callable[[str, Metadata], Awaitable[Caller | None]]:
-        return self._guard.admit if entered else self._guard.enter
 
     def _status(self, method: str, error: Exception) -> Status:
         request = uuid.uuid4().hex

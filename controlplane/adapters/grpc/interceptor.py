@@ -7,18 +7,24 @@ suppressing it is undefined. A method that the server does not have stays UNIMPL
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
 
 from controlplane.adapters.grpc.auth import PUBLIC_METHODS
-from controlplane.adapters.grpc.calls import Calls
+from controlplane.adapters.grpc.calls import LARGE_METHODS, MAX_LARGE_BYTES, MAX_RECEIVE_BYTES, Calls
+from controlplane.adapters.grpc.context import coming_from
 from controlplane.adapters.grpc.errors import ApiStatusError, code_of
+from controlplane.domain.acceptance import Origin
+from controlplane.domain.errors import invalid
+from dataplane.core.limits import normalize_address
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_PEERS = frozenset({"ipv4", "ipv6"})
 
 
 class ApiInterceptor(grpc.aio.ServerInterceptor):
@@ -45,26 +51,49 @@ class ApiInterceptor(grpc.aio.ServerInterceptor):
             "response_serializer": handler.response_serializer,
         }
         if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codecs)
+            return grpc.stream_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codecs)
         if handler.stream_unary:
-            return grpc.stream_unary_rpc_method_handler(self._unary(method, handler.stream_unary), **codecs)
+            return grpc.stream_unary_rpc_method_handler(self._gathering(method, handler.stream_unary), **codecs)
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), **codecs)
         return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), **codecs)
 
     def _unary(self, method: str, behavior: Any) -> Any:
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            try:
-                return await self._calls.unary(
-                    method,
-                    context.invocation_metadata() or (),
-                    lambda: behavior(request, context),
-                    context.time_remaining(),
-                )
-            except ApiStatusError as error:
-                await _abort(context, error)
+        """Run a method with one request, which is read when the call is let in and not before.
+
+        On the wire it looks like a stream of one: served as such it leaves the reading to us.
+        """
+        most_bytes = MAX_LARGE_BYTES if method in LARGE_METHODS else MAX_RECEIVE_BYTES
+
+        async def handle(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            async def read_and_run() -> Any:
+                request = await anext(requests, None)
+                if request is None:
+                    raise invalid("request", "there is none")
+                if request.ByteSize() > most_bytes:
+                    raise invalid("request", f"is larger than {most_bytes >> 20} MiB")
+                return await behavior(request, context)
+
+            return await self._run(method, read_and_run, context)
 
         return handle
+
+    def _gathering(self, method: str, behavior: Any) -> Any:
+        async def handle(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            return await self._run(method, lambda: behavior(requests, context), context)
+
+        return handle
+
+    async def _run(
+        self, method: str, run: Callable[[], Awaitable[Any]], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Any:
+        try:
+            with coming_from(lambda: _origin(context)):
+                return await self._calls.unary(
+                    method, context.invocation_metadata() or (), run, context.time_remaining()
+                )
+        except ApiStatusError as error:
+            await _abort(context, error)
 
     def _stream(self, method: str, behavior: Any) -> Any:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
@@ -80,6 +109,14 @@ class ApiInterceptor(grpc.aio.ServerInterceptor):
                 await _abort(context, error)
 
         return handle
+
+
+def _origin(context: grpc.aio.ServicerContext[Any, Any]) -> Origin:
+    """Address and TLS of the peer, which gRPC writes as `ipv4:192.0.2.1:5000` and `ipv6:%5B::1%5D:5000`."""
+    kind, _, rest = unquote(context.peer()).partition(":")
+    address = rest.rpartition(":")[0].strip("[]") if kind in _PEERS else ""
+    is_secure = context.auth_context().get("transport_security_type") == [b"ssl"]
+    return Origin(normalize_address(address), "GRPCS" if is_secure else "GRPC", "TLS" if is_secure else "")
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: ApiStatusError) -> NoReturn:

@@ -11,6 +11,7 @@ from google.longrunning import operations_pb2
 from controlplane.adapters.grpc import convert
 from controlplane.adapters.grpc.context import caller
 from controlplane.adapters.grpc.operations import write_operation
+from controlplane.adapters.grpc.sending import SendingHandlers
 from controlplane.domain import names
 from controlplane.domain.errors import invalid
 from controlplane.domain.messages import (
@@ -35,8 +36,19 @@ _VERBS = frozenset(verb.value for verb in Verb)
 class MessageHandlers(service_grpc.MessageServiceServicer):
     """See the module."""
 
-    def __init__(self, messages: MessagesService) -> None:
+    def __init__(self, messages: MessagesService, sending: SendingHandlers) -> None:
         self._messages = messages
+        self._sending = sending
+
+    async def SendMessage(self, request: service_pb.SendMessageRequest, context: Any) -> service_pb.SendMessageResponse:
+        """As the proto says."""
+        return await self._sending.send(request)
+
+    async def BatchSendMessages(
+        self, request: service_pb.BatchSendMessagesRequest, context: Any
+    ) -> service_pb.BatchSendMessagesResponse:
+        """As the proto says."""
+        return await self._sending.send_batch(request)
 
     async def GetMessage(self, request: service_pb.GetMessageRequest, context: Any) -> pb.Message:
         """As the proto says."""
@@ -53,6 +65,7 @@ class MessageHandlers(service_grpc.MessageServiceServicer):
             limit=request.page_size,
             state=State(request.state) if request.state else None,
             recipient=_with_lower_domain(request.recipient),
+            tag=request.tag,
             from_id=_first_id(convert.from_timestamp(request, "start_time", "start_time")),
             to_id=_first_id(convert.from_timestamp(request, "end_time", "end_time")),
         )
@@ -171,14 +184,20 @@ def write_message(message: Message) -> pb.Message:
         client_helo=message.client_helo,
         client_tls=message.client_tls,
         session=message.session,
-        node=names.format_name(names.NODE, message.node),
+        node=_node(message.node),
         spool=message.spool,
         send_time=convert.to_timestamp(message.send_time),
         priority=message.priority,
         recipients=[_write_recipient(recipient) for recipient in message.recipients],
         events=[write_event(event) for event in message.events],
         duplicate_of=_duplicate_of(message),
+        tags=message.tags,
+        metadata=message.metadata,
     )
+
+
+def _node(node: str) -> str:
+    return names.format_name(names.NODE, node) if node else ""
 
 
 def _duplicate_of(message: Message) -> str:
@@ -209,7 +228,7 @@ def write_event(event: Event) -> pb.DeliveryEvent:
         recipient=event.recipient,
         type=pb.DeliveryEventType.ValueType(event.type),
         event_time=convert.to_timestamp(event.event_time),
-        node=names.format_name(names.NODE, event.node),
+        node=_node(event.node),
         spool=event.spool,
         attempt=event.attempt,
         bundle_revision=event.bundle_revision,
@@ -227,6 +246,8 @@ def write_event(event: Event) -> pb.DeliveryEvent:
             transferring_ms=event.transferring_ms,
         ),
         position=str(event.position),
+        tags=event.tags,
+        metadata=event.metadata,
     )
     if event.recipient_index is not None:
         message.recipient_index = event.recipient_index

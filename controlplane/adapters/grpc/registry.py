@@ -1,9 +1,9 @@
 """The services of the public API, for a server to offer and for this process to call without a network hop.
 
-Contract. `ApiRegistry.services` lists (descriptor, servicer, function that adds it to a server). `call(method, request,
+Contract. `ApiRegistry.services` lists (descriptor, servicer, function that adds it to a server). `call(method, read,
 metadata)` runs a method exactly as over the network, through the same guard, deadline and error table: it returns the
 answer, or for a method that streams an asynchronous generator of answers, each of which is carried under `take`; errors
-are ApiStatusError.
+are ApiStatusError. The request of a method that does not stream is read, by `read`, when the call is let in.
 """
 
 from __future__ import annotations
@@ -51,13 +51,7 @@ class ApiRegistry:
         return self._methods[full_name][0]
 
     async def call(
-        self,
-        full_name: str,
-        request: Message,
-        metadata: Metadata,
-        timeout_s: float | None = None,
-        *,
-        entered: bool = False,
+        self, full_name: str, read: Callable[[], Awaitable[Message]], metadata: Metadata, timeout_s: float | None = None
     ) -> Message | AsyncGenerator[Message, None]:
         """Call `/package.Service/Method`; see the module."""
         if full_name not in self._methods:
@@ -65,15 +59,14 @@ class ApiRegistry:
             raise ApiStatusError(to_status(unknown, ""))
         descriptor, behavior = self._methods[full_name]
         if descriptor.server_streaming:
-            return self._calls.stream(full_name, metadata, lambda: behavior(request, None), entered=entered)
-        answer: Message = await self._calls.unary(
-            full_name, metadata, lambda: behavior(request, None), timeout_s, entered=entered
-        )
-        return answer
+            request = await read()
+            return self._calls.stream(full_name, metadata, lambda: behavior(request, None))
 
-    async def enter(self, full_name: str, metadata: Metadata) -> None:
-        """Raise ApiStatusError when the key does not open the method; the `call` that follows is `entered`."""
-        await self._calls.enter(full_name, metadata)
+        async def handle() -> Message:
+            answer: Message = await behavior(await read(), None)
+            return answer
+
+        return await self._calls.unary(full_name, metadata, handle, timeout_s)
 
     async def take(self, answers: AsyncGenerator[Message, None], writing: Awaitable[None]) -> None:
         """Wait until the reader of a stream took an answer; when that takes too long it ends with ApiStatusError."""

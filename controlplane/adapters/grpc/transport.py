@@ -15,9 +15,11 @@ from typing import Any, NamedTuple, cast
 import grpc
 import grpc.aio
 
+from controlplane.adapters.grpc.calls import MAX_LARGE_BYTES
 from controlplane.adapters.pki import NodeIdentity, PkiError, read_identity
 
-MAX_API_MESSAGE_BYTES = 4 * 1024 * 1024
+# Of methods that send mail; `calls` says what others take.
+MAX_API_MESSAGE_BYTES = MAX_LARGE_BYTES + 64 * 1024
 MAX_NODE_MESSAGE_BYTES = 16 * 1024 * 1024
 
 _SHARED_OPTIONS: tuple[tuple[str, int], ...] = (

@@ -14,14 +14,12 @@ from aiohttp import web
 
 from controlplane.telemetry import METRICS_CONTENT_TYPE
 
-MAX_BODY_BYTES = 4 * 1024 * 1024
-
 
 class HttpServer:
     """See the module; `parts` add their routes."""
 
     def __init__(self, render_metrics: Callable[[], bytes], parts: Iterable[Callable[[web.Application], None]]) -> None:
-        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app = web.Application()
 
         async def metrics(_: web.Request) -> web.Response:
             return web.Response(body=render_metrics(), headers={"Content-Type": METRICS_CONTENT_TYPE})

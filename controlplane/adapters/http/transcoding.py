@@ -24,12 +24,16 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
+from controlplane.adapters.grpc.calls import LARGE_METHODS, MAX_LARGE_BYTES, MAX_RECEIVE_BYTES
+from controlplane.adapters.grpc.context import coming_from
 from controlplane.adapters.grpc.errors import ApiStatusError, to_status
 from controlplane.adapters.grpc.registry import ApiRegistry
 from controlplane.adapters.http.openapi import describe
 from controlplane.adapters.http.routes import Found, Router, compile_routes
+from controlplane.domain.acceptance import Origin
 from controlplane.domain.errors import InvalidArgumentError, Reason, UnimplementedError, Violation
 from controlplane.metric_table import UNKNOWN_PATH
+from dataplane.core.limits import normalize_address
 
 # The table of google/rpc/code.proto.
 HTTP_STATUSES: dict[int, int] = {
@@ -55,6 +59,9 @@ RequestObserver = Callable[[str, str, int, float | None], None]
 """Told of each request that ended: verb, pattern of the route, HTTP status, seconds (None for one that streamed)."""
 
 BODY_S = 30.0
+MAX_BODY_BYTES = MAX_RECEIVE_BYTES
+# What is octets in a message is a third longer in JSON.
+MAX_LARGE_BODY_BYTES = MAX_LARGE_BYTES // 3 * 4 + 64 * 1024
 _HUNG_UP = 499
 _OUR_FAULT = 500
 _FIRST_ANSWER_S = 0.5
@@ -95,14 +102,12 @@ def add_json_api(
         return response
 
     async def answer(request: web.Request, found: Found) -> web.StreamResponse:
-        # Once it is read there is none to read.
-        has_body = request.can_read_body
         try:
-            if has_body:
-                # Nobody makes us read and take apart 4 MiB whose key opens nothing.
-                await registry.enter(found.route.full_name, _metadata(request))
-            message = await _request_message(request, found)
-            said = await registry.call(found.route.full_name, message, _metadata(request), entered=has_body)
+            with coming_from(lambda: _origin(request)):
+                # Read when the call is let in: nobody makes us read and take apart what no key opens.
+                said = await registry.call(
+                    found.route.full_name, lambda: _request_message(request, found), _metadata(request)
+                )
             if isinstance(said, Message):
                 return web.Response(body=_to_json(said), content_type="application/json")
         except ApiStatusError as error:
@@ -153,7 +158,9 @@ def _cut(request: web.Request, response: web.StreamResponse) -> web.StreamRespon
 async def _request_message(request: web.Request, found: Found) -> Message:
     route = found.route
     values: dict[str, Any] = {}
-    body = await _body(request)
+    if route.method.server_streaming and request.can_read_body:
+        raise _invalid("body", "this method takes none")
+    body = await _body(request, MAX_LARGE_BODY_BYTES if route.full_name in LARGE_METHODS else MAX_BODY_BYTES)
     if route.body == "*":
         values = body
     elif route.body:
@@ -178,14 +185,15 @@ async def _request_message(request: web.Request, found: Found) -> Message:
     return message
 
 
-async def _body(request: web.Request) -> dict[str, Any]:
+async def _body(request: web.Request, most_bytes: int) -> dict[str, Any]:
     try:
         async with asyncio.timeout(BODY_S):
-            raw = await request.read()
+            # How much is read depends on the method, not on the server.
+            raw = await request.clone(client_max_size=most_bytes).read()
     except TimeoutError as error:
         raise _invalid("body", f"did not come within {BODY_S:g} s") from error
     except web.HTTPRequestEntityTooLarge as error:
-        raise _invalid("body", "is larger than 4 MiB") from error
+        raise _invalid("body", f"is larger than {most_bytes >> 20} MiB") from error
     if not raw:
         return {}
     # Also keeps a web page from sending one as a form, without asking.
@@ -246,6 +254,12 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
             raise _invalid(part, "must be a JSON object")
         values = below
     values[path[-1]] = value
+
+
+def _origin(request: web.Request) -> Origin:
+    encrypted = request.get_extra_info("ssl_object")
+    protocol, tls = ("HTTP", "") if encrypted is None else ("HTTPS", encrypted.version() or "TLS")
+    return Origin(normalize_address(request.remote or ""), protocol, tls)
 
 
 def _metadata(request: web.Request) -> list[tuple[str, str]]:

@@ -1,9 +1,9 @@
 """Transactions of the fleet's side on PostgreSQL, as role `postroad_fleet`, on a pool or a connection of their
 own.
 
-Contract. `transaction(name)` gives a connection inside a transaction, committed when the block ends.
-Duration and failure are reported under `name`. While PostgreSQL cannot be asked, or answers too slowly,
-UnavailableError; errors of data pass.
+Contract. `transaction(name)` gives a connection inside a transaction, committed when the block ends; `statement(name)`
+one for a single statement. Duration and failure are reported under `name`. While PostgreSQL cannot be asked, or answers
+too slowly, UnavailableError; errors of data pass.
 
     body raised an error of the server's     ROLLBACK; the connection goes back clean
     cancelled, timed out, lost, anything     the connection is doubtful: terminated without a word, never reused
@@ -90,12 +90,18 @@ class FleetDatabase:
     @asynccontextmanager
     async def transaction(self, name: str) -> AsyncIterator[Connection]:
         """See the module."""
+        async with self.statement(name) as connection:
+            await connection.execute("BEGIN")
+            yield connection
+            await connection.execute("COMMIT")
+
+    @asynccontextmanager
+    async def statement(self, name: str) -> AsyncIterator[Connection]:
+        """Give a connection outside a transaction, for one statement, which is one by itself: two round trips less."""
         begun, failed = time.monotonic(), True
         try:
             async with self._connection() as connection, asyncio.timeout(self._transaction_timeout_s):
-                await connection.execute("BEGIN")
                 yield connection
-                await connection.execute("COMMIT")
             failed = False
         except AWAY as error:
             raise UnavailableError(

@@ -7,6 +7,7 @@ and only below the oldest transaction that is still open, so that nothing can ap
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import Any
@@ -48,8 +49,10 @@ GROUP BY message_id
 _EVENTS = """
 SELECT e.message_id, e.account, e.change_xid::text AS transaction, e.position, e.recipient_index, r.address, e.type,
     e.event_time, e.node, e.spool, e.attempt, e.bundle_revision, e.rule, e.provider, e.remote_host, e.tls,
-    e.reply_code, e.enhanced_code, e.reply_text, e.queued_ms, e.waiting_ms, e.connecting_ms, e.transferring_ms
+    e.reply_code, e.enhanced_code, e.reply_text, e.queued_ms, e.waiting_ms, e.connecting_ms, e.transferring_ms,
+    coalesce(m.tags, '{}') AS tags, coalesce(m.metadata, '{}') AS metadata
 FROM postroad.delivery_events e
+LEFT JOIN postroad.messages m ON m.message_id = e.message_id
 LEFT JOIN postroad.recipients r ON r.message_id = e.message_id AND r.recipient_index = e.recipient_index
 """
 _ACCEPTED = """
@@ -57,7 +60,7 @@ SELECT m.message_id, m.account, m.change_xid::text AS transaction, m.position, N
     NULL AS address, 1::smallint AS type, m.accept_time AS event_time, m.node, m.spool, 0 AS attempt,
     0::bigint AS bundle_revision, '' AS rule, '' AS provider, '' AS remote_host, '' AS tls, 0::smallint AS reply_code,
     '' AS enhanced_code, '' AS reply_text, 0::bigint AS queued_ms, 0::bigint AS waiting_ms, 0::bigint AS connecting_ms,
-    0::bigint AS transferring_ms
+    0::bigint AS transferring_ms, m.tags, m.metadata
 FROM postroad.messages m
 """
 
@@ -104,6 +107,9 @@ class MessagesRepository:
                 " AND EXISTS (SELECT FROM postroad.recipients r"
                 f" WHERE r.message_id = m.message_id AND r.account = $1{conditions})"
             )
+        if query.tag:
+            extra.append([query.tag])
+            conditions += f" AND m.tags @> ${4 + len(extra)}::text[]"
         before = min(query.before_id or _GREATEST_ID, query.to_id or _GREATEST_ID)
         rows = await self._session.rows(
             "message_list",
@@ -247,7 +253,13 @@ def _message(row: asyncpg.Record, recipients: list[Recipient], events: list[Even
         recipients=tuple(recipients),
         events=tuple(events),
         duplicate_of="" if row["duplicate_of"] is None else str(row["duplicate_of"]),
+        **_noted(row),
     )
+
+
+def _noted(row: asyncpg.Record) -> dict[str, Any]:
+    """What the sender noted of a message."""
+    return {"tags": tuple(row["tags"]), "metadata": json.loads(row["metadata"])}
 
 
 def _recipient(row: asyncpg.Record) -> Recipient:
@@ -268,6 +280,7 @@ def _recipient(row: asyncpg.Record) -> Recipient:
 def _event(row: asyncpg.Record) -> Event:
     values = dict(row)
     position = Position(int(values.pop("transaction")), values.pop("position"))
+    values |= _noted(row)
     return Event(
         message_id=str(values.pop("message_id")),
         spool=str(values.pop("spool")),

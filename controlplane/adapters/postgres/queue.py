@@ -2,10 +2,10 @@
 
 Contract. Implements `ports_fleet.QueueStore`; every method is one transaction on the database's clock. `LeaseLostError`
 for a lease that has ended, another spool's, and what it does not hold: nothing was changed then. Of accounts that wait
-each gives at most CLAIMED_OF_ACCOUNT messages to a claim, the highest priority first and of that the oldest, so that a
-flood of one account leaves room for the others. Which accounts come first is drawn by lot for each claim, so that none
-waits for the backlogs of others. What waits for its time costs a claim nothing. Two claims never give the same message:
-rows that another transaction has locked are passed over.
+each gives at most CLAIMED_OF_ACCOUNT messages to a claim, or its part of it where that is more, the highest priority
+first and of that the oldest, so that a flood of one account leaves room for the others. Which accounts come first is
+drawn by lot for each claim, so that none waits for the backlogs of others. What waits for its time costs a claim
+nothing. Two claims never give the same message: rows that another transaction has locked are passed over.
 
 A message with an Idempotency-Key takes the key in the transaction that stores it; one whose key another message took in
 the last 24 hours, REPLICATED or as far as the ledger was told LOCAL, is not stored.
@@ -93,6 +93,8 @@ SELECT $1, $2, $3 WHERE NOT EXISTS (SELECT FROM postroad.replicated_queue WHERE 
 ON CONFLICT DO NOTHING
 """
 _COUNT_CHUNKS = "SELECT count(*) FROM postroad.queue_contents WHERE message_id = $1 AND chunk < $2"
+# Where few accounts wait each gives more, or a claim would leave room that nobody asked for.
+_SHARE = f"greatest({CLAIMED_OF_ACCOUNT}, $3 / (SELECT greatest(count(*), 1) FROM turns))"
 # What is first due of each account and priority, each found by one step down the index; then of each account its
 # highest priorities, or by one lot of BY_AGE those that have waited longest: mail for a dead next hop comes back again
 # and again, and must not keep what has a lower priority from ever being claimed. Accounts come in the order of the lot,
@@ -126,9 +128,9 @@ FROM turns AS t CROSS JOIN LATERAL (
         SELECT q.message_id, q.account, q.size_bytes, q.envelope
         FROM postroad.replicated_queue AS q
         WHERE q.epoch IS NULL AND q.account = t.account AND q.priority = p.priority AND q.due_time <= $2
-        ORDER BY q.due_time LIMIT {CLAIMED_OF_ACCOUNT} FOR UPDATE SKIP LOCKED
+        ORDER BY q.due_time LIMIT {_SHARE} FOR UPDATE SKIP LOCKED
     ) AS found
-    LIMIT {CLAIMED_OF_ACCOUNT}
+    LIMIT {_SHARE}
 ) AS due
 LIMIT $3
 """

@@ -35,6 +35,7 @@ def filled() -> Metrics:
     metrics.records_ingested(10, 1)
     metrics.books_compared()
     metrics.duplicate_found()
+    metrics.message_ended("accepted")
     metrics.queue_changed("stored", 1)
     metrics.leading(now=True)
     metrics.books_sampled(BookHealth({FindingKind.NO_DEADLINE: 2}, {"7c0e0b5a": 12.5}))

@@ -34,6 +34,7 @@ from postroad.cli.connection import ConnectionSettingsError, Flags
 from postroad.cli.output import Output, make_printer
 from postroad.cli.problems import CommandError, report
 from postroad.cli.send import send
+from postroad.cli.send_message import send_message
 from postroad.cli.session import Session
 from postroad.cli.status import health, status
 from postroad.cli.up import up
@@ -56,6 +57,7 @@ app = typer.Typer(
 )
 app.command()(up)
 app.command()(send)
+messages.app.command("send")(send_message)
 app.add_typer(messages.app, name="messages")
 app.command()(audit)
 app.add_typer(inbox.app, name="inbox")

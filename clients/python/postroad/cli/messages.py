@@ -82,13 +82,14 @@ def list_messages(
     context: typer.Context,
     state: Annotated[State | None, typer.Option("--state", help="With a recipient in this state")] = None,
     recipient: Annotated[str, typer.Option("--recipient", help="With exactly this recipient")] = "",
+    tag: Annotated[str, typer.Option("--tag", help="With this tag")] = "",
     since: Moment = None,
     before: Moment = None,
     limit: Limit = 50,
 ) -> None:
     """List messages, newest first."""
     session = session_of(context)
-    filters: dict[str, Any] = {"parent": session.account, "recipient": recipient}
+    filters: dict[str, Any] = {"parent": session.account, "recipient": recipient, "tag": tag}
     if state is not None:
         filters["state"] = RecipientState.Value(f"RECIPIENT_STATE_{state.upper()}")
     for field, moment in (("start_time", since), ("end_time", before)):
@@ -188,7 +189,7 @@ def event_line(event: DeliveryEvent) -> str:
     """One event as one line of a timeline."""
     parts = [clock_text(event.event_time), enum_text(event, "type").ljust(9)]
     if event.type == DELIVERY_EVENT_TYPE_ACCEPTED:
-        parts.append(f"by {short(event.node)}")
+        parts.append(f"by {short(event.node)}" if event.node else "by API")
     if event.recipient:
         parts.append(event.recipient)
     parts += _attempt_parts(event)

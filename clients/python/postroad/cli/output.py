@@ -157,6 +157,9 @@ def _lines(message: Message, prefix: str, hidden: frozenset[str]) -> Iterable[tu
         if field.name in hidden:
             continue
         name = prefix + field.name
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            yield from ((f"{name}.{key}", printable(str(one))) for key, one in sorted(value.items()))
+            continue
         values = list(value) if field.is_repeated else [value]
         if field.message_type is None:
             yield name, ", ".join(_scalar(field, one) for one in values)

@@ -240,6 +240,7 @@ def _controlplane_settings(layout: Layout, ports: dict[str, int], server: Postgr
         "grpc": {"host": LOOPBACK, "port": ports["grpc"]},
         "nodes": {"host": LOOPBACK, "port": ports["nodes"]},
         "http": {"host": LOOPBACK, "port": ports["http"]},
+        "hostname": "localhost",
         # The inbox is on this machine, where deliveries do not go otherwise.
         "allowed_private_networks": [_LOOPBACK_NETWORK],
     }

@@ -2,8 +2,8 @@
 
 A call is retried on UNAVAILABLE (up to 4 attempts, back-off 0.2 to 3 s with jitter, done by gRPC) when repeating it
 cannot do harm: reads, and changes that carry a `request_id`, which the server answers once and remembers. The SDK fills
-in a `request_id` where the caller left it empty. Not retried are calls whose answer holds a secret: the server shows
-one only once, so that a repeated call would come back without it.
+in a `request_id` where the caller left it empty, in a batch for each of its requests. Not retried are calls whose
+answer holds a secret: the server shows one only once, so that a repeated call would come back without it.
 
 A unary call that was refused because the key made too many requests, which is before anything was done, is repeated
 after the time that the server says, whatever it does: up to `MAX_WAITS` times, and never beyond its own timeout. So is
@@ -20,7 +20,7 @@ from typing import Any
 
 import grpc
 from google.longrunning import operations_pb2
-from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
+from google.protobuf.descriptor import Descriptor, FileDescriptor, MethodDescriptor
 
 from postroad.control.v1 import (
     account_service_pb2,
@@ -90,7 +90,7 @@ def is_repeatable(method: MethodDescriptor) -> bool:
     if method.name.startswith(_READS):
         return True
     shows_secret = any(field.name in _SECRET_FIELDS for field in method.output_type.fields)
-    return "request_id" in method.input_type.fields_by_name and not shows_secret
+    return _has_request_id(method.input_type) and not shows_secret
 
 
 def wait_before_repeating_s(method: str, error: PostroadError, waits: int, remaining_s: float) -> float | None:
@@ -105,9 +105,19 @@ def wait_before_repeating_s(method: str, error: PostroadError, waits: int, remai
 
 
 def fill_request_id(request: Any) -> None:
-    """Give the request an id where it has the field and the caller did not."""
-    if "request_id" in request.DESCRIPTOR.fields_by_name and not request.request_id:
-        request.request_id = str(uuid.uuid4())
+    """Give the request, or each of a batch, an id where it has the field and the caller did not."""
+    if "request_id" in request.DESCRIPTOR.fields_by_name:
+        request.request_id = request.request_id or str(uuid.uuid4())
+    elif _has_request_id(request.DESCRIPTOR):
+        for one in request.requests:
+            fill_request_id(one)
+
+
+def _has_request_id(message: Descriptor) -> bool:
+    if "request_id" in message.fields_by_name:
+        return True
+    batch = message.fields_by_name.get("requests")
+    return batch is not None and batch.message_type is not None and _has_request_id(batch.message_type)
 
 
 def methods() -> Iterator[MethodDescriptor]:

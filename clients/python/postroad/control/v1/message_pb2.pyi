@@ -89,7 +89,7 @@ class _DeliveryEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Del
     DELIVERY_EVENT_TYPE_UNSPECIFIED: _DeliveryEventType.ValueType  # 0
     """Never sent by the server."""
     DELIVERY_EVENT_TYPE_ACCEPTED: _DeliveryEventType.ValueType  # 1
-    """Postroad said 250."""
+    """Postroad said 250, or OK by API."""
     DELIVERY_EVENT_TYPE_SENT: _DeliveryEventType.ValueType  # 2
     """An attempt ended with 250 of the next hop."""
     DELIVERY_EVENT_TYPE_DEFERRED: _DeliveryEventType.ValueType  # 3
@@ -125,7 +125,7 @@ class DeliveryEventType(_DeliveryEventType, metaclass=_DeliveryEventTypeEnumType
 DELIVERY_EVENT_TYPE_UNSPECIFIED: DeliveryEventType.ValueType  # 0
 """Never sent by the server."""
 DELIVERY_EVENT_TYPE_ACCEPTED: DeliveryEventType.ValueType  # 1
-"""Postroad said 250."""
+"""Postroad said 250, or OK by API."""
 DELIVERY_EVENT_TYPE_SENT: DeliveryEventType.ValueType  # 2
 """An attempt ended with 250 of the next hop."""
 DELIVERY_EVENT_TYPE_DEFERRED: DeliveryEventType.ValueType  # 3
@@ -162,6 +162,26 @@ class Message(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     ACCEPT_TIME_FIELD_NUMBER: _builtins.int
     SENDER_FIELD_NUMBER: _builtins.int
@@ -181,6 +201,8 @@ class Message(_message.Message):
     DUPLICATE_OF_FIELD_NUMBER: _builtins.int
     SEND_TIME_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`accounts/{account}/messages/{message}`; the id is the one that the 250
     named: a UUIDv7 in its usual form.
@@ -200,7 +222,8 @@ class Message(_message.Message):
     """
     credential: _builtins.str
     """`accounts/{account}/smtpCredentials/{credential}`, empty when the account
-    is bound to the submitter's network.
+    is bound to the submitter's network; the name of the API key when it was
+    sent by API.
     """
     client_address: _builtins.str
     """Address of the submitter."""
@@ -209,12 +232,15 @@ class Message(_message.Message):
     client_tls: _builtins.str
     """TLS version of the submission, empty without TLS."""
     session: _builtins.str
-    """Names the SMTP session in the node's log."""
+    """Names the SMTP session in the node's log, or the call in the control
+    plane's.
+    """
     node: _builtins.str
-    """`nodes/{node}` that accepted the message."""
+    """`nodes/{node}` that accepted the message; empty when it was sent by API."""
     spool: _builtins.str
-    """UUID of the spool that owns the message; all zeros while it is between two
-    nodes, one of which is drained.
+    """UUID of the spool that owns the message; that of the replicated queue, all
+    zeros but for a 1 at its end, when it was sent by API; all zeros while it is
+    between two nodes, one of which is drained.
     """
     duplicate_of: _builtins.str
     """`accounts/{account}/messages/{message}` that another spool had stored in
@@ -243,6 +269,14 @@ class Message(_message.Message):
         absent when it was due at once. Its lifetime counts from here.
         """
 
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tags that it was sent with, by API only."""
+
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What else the sender noted of it, by API only."""
+
     def __init__(
         self,
         *,
@@ -265,10 +299,12 @@ class Message(_message.Message):
         duplicate_of: _builtins.str = ...,
         send_time: _timestamp_pb2.Timestamp | None = ...,
         priority: _builtins.int = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "send_time", b"send_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "client_address", b"client_address", "client_helo", b"client_helo", "client_tls", b"client_tls", "credential", b"credential", "duplicate_of", b"duplicate_of", "events", b"events", "header_message_id", b"header_message_id", "name", b"name", "node", b"node", "priority", b"priority", "recipients", b"recipients", "send_time", b"send_time", "sender", b"sender", "session", b"session", "size_bytes", b"size_bytes", "spool", b"spool", "state", b"state", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "client_address", b"client_address", "client_helo", b"client_helo", "client_tls", b"client_tls", "credential", b"credential", "duplicate_of", b"duplicate_of", "events", b"events", "header_message_id", b"header_message_id", "metadata", b"metadata", "name", b"name", "node", b"node", "priority", b"priority", "recipients", b"recipients", "send_time", b"send_time", "sender", b"sender", "session", b"session", "size_bytes", b"size_bytes", "spool", b"spool", "state", b"state", "subject", b"subject", "tags", b"tags"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -374,6 +410,26 @@ class DeliveryEvent(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MESSAGE_FIELD_NUMBER: _builtins.int
     RECIPIENT_INDEX_FIELD_NUMBER: _builtins.int
     RECIPIENT_FIELD_NUMBER: _builtins.int
@@ -392,6 +448,8 @@ class DeliveryEvent(_message.Message):
     REPLY_TEXT_FIELD_NUMBER: _builtins.int
     STAGE_TIMES_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
     message: _builtins.str
     """`accounts/{account}/messages/{message}`."""
     recipient_index: _builtins.int
@@ -403,7 +461,7 @@ class DeliveryEvent(_message.Message):
     type: Global___DeliveryEventType.ValueType
     """What happened."""
     node: _builtins.str
-    """`nodes/{node}`."""
+    """`nodes/{node}`; empty for what the control plane did."""
     spool: _builtins.str
     """UUID of the spool."""
     attempt: _builtins.int
@@ -434,6 +492,14 @@ class DeliveryEvent(_message.Message):
     def stage_times(self) -> Global___DeliveryEvent.StageTimes:
         """Where the attempt's time went."""
 
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The message's tags."""
+
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The message's metadata."""
+
     def __init__(
         self,
         *,
@@ -455,10 +521,12 @@ class DeliveryEvent(_message.Message):
         reply_text: _builtins.str = ...,
         stage_times: Global___DeliveryEvent.StageTimes | None = ...,
         position: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_recipient_index", b"_recipient_index", "event_time", b"event_time", "recipient_index", b"recipient_index", "stage_times", b"stage_times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recipient_index", b"_recipient_index", "attempt", b"attempt", "bundle_revision", b"bundle_revision", "enhanced_code", b"enhanced_code", "event_time", b"event_time", "message", b"message", "node", b"node", "position", b"position", "provider", b"provider", "recipient", b"recipient", "recipient_index", b"recipient_index", "remote_host", b"remote_host", "reply_code", b"reply_code", "reply_text", b"reply_text", "rule", b"rule", "spool", b"spool", "stage_times", b"stage_times", "tls", b"tls", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recipient_index", b"_recipient_index", "attempt", b"attempt", "bundle_revision", b"bundle_revision", "enhanced_code", b"enhanced_code", "event_time", b"event_time", "message", b"message", "metadata", b"metadata", "node", b"node", "position", b"position", "provider", b"provider", "recipient", b"recipient", "recipient_index", b"recipient_index", "remote_host", b"remote_host", "reply_code", b"reply_code", "reply_text", b"reply_text", "rule", b"rule", "spool", b"spool", "stage_times", b"stage_times", "tags", b"tags", "tls", b"tls", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__recipient_index: _TypeAlias = _typing.Literal["recipient_index"]  # noqa: Y015
     _WhichOneofArgType__recipient_index: _TypeAlias = _typing.Literal["_recipient_index", b"_recipient_index"]  # noqa: Y015

@@ -29,16 +29,26 @@ from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
 from google.longrunning import operations_pb2 as google_dot_longrunning_dot_operations__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from postroad.control.v1 import message_pb2 as postroad_dot_control_dot_v1_dot_message__pb2
+from postroad.control.v1 import outgoing_message_pb2 as postroad_dot_control_dot_v1_dot_outgoing__message__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)postroad/control/v1/message_service.proto\x12\x13postroad.control.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a#google/longrunning/operations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!postroad/control/v1/message.proto\"<\n\x11GetMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\"\x8c\x02\n\x13ListMessagesRequest\x12)\n\x06parent\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\x12\x10postroad/Message\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x32\n\x05state\x18\x04 \x01(\x0e\x32#.postroad.control.v1.RecipientState\x12\x11\n\trecipient\x18\x05 \x01(\t\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"_\n\x14ListMessagesResponse\x12.\n\x08messages\x18\x01 \x03(\x0b\x32\x1c.postroad.control.v1.Message\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"y\n\x12WatchEventsRequest\x12)\n\x06parent\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\x12\x10postroad/Message\x12&\n\x07message\x18\x02 \x01(\tB\x15\xfa\x41\x12\n\x10postroad/Message\x12\x10\n\x08position\x18\x03 \x01(\t\"I\n\x13WatchEventsResponse\x12\x32\n\x06\x65vents\x18\x01 \x03(\x0b\x32\".postroad.control.v1.DeliveryEvent\"j\n\x14\x43\x61ncelMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"h\n\x12HoldMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"k\n\x15ReleaseMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"i\n\x13RetryMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"j\n\x14\x42ounceMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"\x99\x01\n\x15RerouteMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12,\n\x08provider\x18\x04 \x01(\tB\x1a\xe2\x41\x01\x02\xfa\x41\x13\n\x11postroad/Provider\"\x82\x02\n\x16\x43ommandMessagesRequest\x12)\n\x06parent\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\x12\x10postroad/Message\x12\x34\n\x04verb\x18\x02 \x01(\x0e\x32 .postroad.control.v1.CommandVerbB\x04\xe2\x41\x01\x02\x12\x32\n\x06\x66ilter\x18\x03 \x01(\x0b\x32\".postroad.control.v1.MessageFilter\x12(\n\x08provider\x18\x04 \x01(\tB\x16\xfa\x41\x13\n\x11postroad/Provider\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\"\xb4\x01\n\rMessageFilter\x12(\n\x08provider\x18\x01 \x01(\tB\x16\xfa\x41\x13\n\x11postroad/Provider\x12\x18\n\x10recipient_domain\x18\x02 \x01(\t\x12*\n\x07min_age\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x06states\x18\x04 \x03(\x0e\x32#.postroad.control.v1.RecipientState\"\xe3\x02\n\x0f\x43ommandMetadata\x12.\n\x04verb\x18\x01 \x01(\x0e\x32 .postroad.control.v1.CommandVerb\x12\x0f\n\x07message\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x06\x66ilter\x18\x04 \x01(\x0b\x32\".postroad.control.v1.MessageFilter\x12\x10\n\x08provider\x18\x05 \x01(\t\x12\x15\n\rchanged_count\x18\x06 \x01(\x03\x12\x16\n\x0etoo_late_count\x18\x07 \x01(\x03\x12\x13\n\x0bspool_count\x18\x08 \x01(\x05\x12\x18\n\x10\x64one_spool_count\x18\t \x01(\x05\x12:\n\x0epending_spools\x18\n \x03(\x0b\x32\".postroad.control.v1.SpoolProgress\"r\n\rCommandResult\x12\x15\n\rchanged_count\x18\x01 \x01(\x03\x12\x16\n\x0etoo_late_count\x18\x02 \x01(\x03\x12\x32\n\x06spools\x18\x03 \x03(\x0b\x32\".postroad.control.v1.SpoolProgress\"\x9b\x01\n\rSpoolProgress\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x15\n\rchanged_count\x18\x03 \x01(\x03\x12\x16\n\x0etoo_late_count\x18\x04 \x01(\x03\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x06 \x01(\t*\xc0\x01\n\x0b\x43ommandVerb\x12\x1c\n\x18\x43OMMAND_VERB_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43OMMAND_VERB_CANCEL\x10\x01\x12\x15\n\x11\x43OMMAND_VERB_HOLD\x10\x02\x12\x18\n\x14\x43OMMAND_VERB_RELEASE\x10\x03\x12\x16\n\x12\x43OMMAND_VERB_RETRY\x10\x04\x12\x17\n\x13\x43OMMAND_VERB_BOUNCE\x10\x05\x12\x18\n\x14\x43OMMAND_VERB_REROUTE\x10\x06\x32\xa6\x0c\n\x0eMessageService\x12\x87\x01\n\nGetMessage\x12&.postroad.control.v1.GetMessageRequest\x1a\x1c.postroad.control.v1.Message\"3\xda\x41\x04name\x82\xd3\xe4\x93\x02&\x12$/api/v1/{name=accounts/*/messages/*}\x12\x9a\x01\n\x0cListMessages\x12(.postroad.control.v1.ListMessagesRequest\x1a).postroad.control.v1.ListMessagesResponse\"5\xda\x41\x06parent\x82\xd3\xe4\x93\x02&\x12$/api/v1/{parent=accounts/*}/messages\x12\x96\x01\n\x0bWatchEvents\x12\'.postroad.control.v1.WatchEventsRequest\x1a(.postroad.control.v1.WatchEventsResponse\"2\x82\xd3\xe4\x93\x02,\x12*/api/v1/{parent=accounts/*}/messages:watch0\x01\x12\x98\x01\n\rCancelMessage\x12).postroad.control.v1.CancelMessageRequest\x1a\x1d.google.longrunning.Operation\"=\xda\x41\x04name\x82\xd3\xe4\x93\x02\x30\"+/api/v1/{name=accounts/*/messages/*}:cancel:\x01*\x12\x92\x01\n\x0bHoldMessage\x12\'.postroad.control.v1.HoldMessageRequest\x1a\x1d.google.longrunning.Operation\";\xda\x41\x04name\x82\xd3\xe4\x93\x02.\")/api/v1/{name=accounts/*/messages/*}:hold:\x01*\x12\x9b\x01\n\x0eReleaseMessage\x12*.postroad.control.v1.ReleaseMessageRequest\x1a\x1d.google.longrunning.Operation\">\xda\x41\x04name\x82\xd3\xe4\x93\x02\x31\",/api/v1/{name=accounts/*/messages/*}:release:\x01*\x12\x95\x01\n\x0cRetryMessage\x12(.postroad.control.v1.RetryMessageRequest\x1a\x1d.google.longrunning.Operation\"<\xda\x41\x04name\x82\xd3\xe4\x93\x02/\"*/api/v1/{name=accounts/*/messages/*}:retry:\x01*\x12\x98\x01\n\rBounceMessage\x12).postroad.control.v1.BounceMessageRequest\x1a\x1d.google.longrunning.Operation\"=\xda\x41\x04name\x82\xd3\xe4\x93\x02\x30\"+/api/v1/{name=accounts/*/messages/*}:bounce:\x01*\x12\xa4\x01\n\x0eRerouteMessage\x12*.postroad.control.v1.RerouteMessageRequest\x1a\x1d.google.longrunning.Operation\"G\xda\x41\rname,provider\x82\xd3\xe4\x93\x02\x31\",/api/v1/{name=accounts/*/messages/*}:reroute:\x01*\x12\xab\x01\n\x0f\x43ommandMessages\x12+.postroad.control.v1.CommandMessagesRequest\x1a\x1d.google.longrunning.Operation\"L\xda\x41\x12parent,verb,filter\x82\xd3\xe4\x93\x02\x31\",/api/v1/{parent=accounts/*}/messages:command:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)postroad/control/v1/message_service.proto\x12\x13postroad.control.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a#google/longrunning/operations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a!postroad/control/v1/message.proto\x1a*postroad/control/v1/outgoing_message.proto\"\xa7\x01\n\x12SendMessageRequest\x12)\n\x06parent\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\x12\x10postroad/Message\x12;\n\x07message\x18\x02 \x01(\x0b\x32$.postroad.control.v1.OutgoingMessageB\x04\xe2\x41\x01\x02\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"Y\n\x13SendMessageResponse\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x18\n\x10repeated_request\x18\x02 \x01(\x08\x12\x17\n\x0frecipient_count\x18\x03 \x01(\x05\"\x9d\x01\n\x18\x42\x61tchSendMessagesRequest\x12)\n\x06parent\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\x12\x10postroad/Message\x12?\n\x08requests\x18\x02 \x03(\x0b\x32\'.postroad.control.v1.SendMessageRequestB\x04\xe2\x41\x01\x02\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"\xd7\x01\n\x19\x42\x61tchSendMessagesResponse\x12\x46\n\x07results\x18\x01 \x03(\x0b\x32\x35.postroad.control.v1.BatchSendMessagesResponse.Result\x1ar\n\x06Result\x12\x38\n\x04sent\x18\x01 \x01(\x0b\x32(.postroad.control.v1.SendMessageResponseH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"<\n\x11GetMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\"\x99\x02\n\x13ListMessagesRequest\x12)\n\x06parent\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\x12\x10postroad/Message\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x32\n\x05state\x18\x04 \x01(\x0e\x32#.postroad.control.v1.RecipientState\x12\x11\n\trecipient\x18\x05 \x01(\t\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03tag\x18\x08 \x01(\t\"_\n\x14ListMessagesResponse\x12.\n\x08messages\x18\x01 \x03(\x0b\x32\x1c.postroad.control.v1.Message\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"y\n\x12WatchEventsRequest\x12)\n\x06parent\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\x12\x10postroad/Message\x12&\n\x07message\x18\x02 \x01(\tB\x15\xfa\x41\x12\n\x10postroad/Message\x12\x10\n\x08position\x18\x03 \x01(\t\"I\n\x13WatchEventsResponse\x12\x32\n\x06\x65vents\x18\x01 \x03(\x0b\x32\".postroad.control.v1.DeliveryEvent\"j\n\x14\x43\x61ncelMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"h\n\x12HoldMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"k\n\x15ReleaseMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"i\n\x13RetryMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"j\n\x14\x42ounceMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"\x99\x01\n\x15RerouteMessageRequest\x12\'\n\x04name\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\n\x10postroad/Message\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12,\n\x08provider\x18\x04 \x01(\tB\x1a\xe2\x41\x01\x02\xfa\x41\x13\n\x11postroad/Provider\"\x82\x02\n\x16\x43ommandMessagesRequest\x12)\n\x06parent\x18\x01 \x01(\tB\x19\xe2\x41\x01\x02\xfa\x41\x12\x12\x10postroad/Message\x12\x34\n\x04verb\x18\x02 \x01(\x0e\x32 .postroad.control.v1.CommandVerbB\x04\xe2\x41\x01\x02\x12\x32\n\x06\x66ilter\x18\x03 \x01(\x0b\x32\".postroad.control.v1.MessageFilter\x12(\n\x08provider\x18\x04 \x01(\tB\x16\xfa\x41\x13\n\x11postroad/Provider\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\"\xb4\x01\n\rMessageFilter\x12(\n\x08provider\x18\x01 \x01(\tB\x16\xfa\x41\x13\n\x11postroad/Provider\x12\x18\n\x10recipient_domain\x18\x02 \x01(\t\x12*\n\x07min_age\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x06states\x18\x04 \x03(\x0e\x32#.postroad.control.v1.RecipientState\"\xe3\x02\n\x0f\x43ommandMetadata\x12.\n\x04verb\x18\x01 \x01(\x0e\x32 .postroad.control.v1.CommandVerb\x12\x0f\n\x07message\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x06\x66ilter\x18\x04 \x01(\x0b\x32\".postroad.control.v1.MessageFilter\x12\x10\n\x08provider\x18\x05 \x01(\t\x12\x15\n\rchanged_count\x18\x06 \x01(\x03\x12\x16\n\x0etoo_late_count\x18\x07 \x01(\x03\x12\x13\n\x0bspool_count\x18\x08 \x01(\x05\x12\x18\n\x10\x64one_spool_count\x18\t \x01(\x05\x12:\n\x0epending_spools\x18\n \x03(\x0b\x32\".postroad.control.v1.SpoolProgress\"r\n\rCommandResult\x12\x15\n\rchanged_count\x18\x01 \x01(\x03\x12\x16\n\x0etoo_late_count\x18\x02 \x01(\x03\x12\x32\n\x06spools\x18\x03 \x03(\x0b\x32\".postroad.control.v1.SpoolProgress\"\x9b\x01\n\rSpoolProgress\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x15\n\rchanged_count\x18\x03 \x01(\x03\x12\x16\n\x0etoo_late_count\x18\x04 \x01(\x03\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x06 \x01(\t*\xc0\x01\n\x0b\x43ommandVerb\x12\x1c\n\x18\x43OMMAND_VERB_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43OMMAND_VERB_CANCEL\x10\x01\x12\x15\n\x11\x43OMMAND_VERB_HOLD\x10\x02\x12\x18\n\x14\x43OMMAND_VERB_RELEASE\x10\x03\x12\x16\n\x12\x43OMMAND_VERB_RETRY\x10\x04\x12\x17\n\x13\x43OMMAND_VERB_BOUNCE\x10\x05\x12\x18\n\x14\x43OMMAND_VERB_REROUTE\x10\x06\x32\x92\x0f\n\x0eMessageService\x12\xa7\x01\n\x0bSendMessage\x12\'.postroad.control.v1.SendMessageRequest\x1a(.postroad.control.v1.SendMessageResponse\"E\xda\x41\x0eparent,message\x82\xd3\xe4\x93\x02.\")/api/v1/{parent=accounts/*}/messages:send:\x01*\x12\xbf\x01\n\x11\x42\x61tchSendMessages\x12-.postroad.control.v1.BatchSendMessagesRequest\x1a..postroad.control.v1.BatchSendMessagesResponse\"K\xda\x41\x0fparent,requests\x82\xd3\xe4\x93\x02\x33\"./api/v1/{parent=accounts/*}/messages:batchSend:\x01*\x12\x87\x01\n\nGetMessage\x12&.postroad.control.v1.GetMessageRequest\x1a\x1c.postroad.control.v1.Message\"3\xda\x41\x04name\x82\xd3\xe4\x93\x02&\x12$/api/v1/{name=accounts/*/messages/*}\x12\x9a\x01\n\x0cListMessages\x12(.postroad.control.v1.ListMessagesRequest\x1a).postroad.control.v1.ListMessagesResponse\"5\xda\x41\x06parent\x82\xd3\xe4\x93\x02&\x12$/api/v1/{parent=accounts/*}/messages\x12\x96\x01\n\x0bWatchEvents\x12\'.postroad.control.v1.WatchEventsRequest\x1a(.postroad.control.v1.WatchEventsResponse\"2\x82\xd3\xe4\x93\x02,\x12*/api/v1/{parent=accounts/*}/messages:watch0\x01\x12\x98\x01\n\rCancelMessage\x12).postroad.control.v1.CancelMessageRequest\x1a\x1d.google.longrunning.Operation\"=\xda\x41\x04name\x82\xd3\xe4\x93\x02\x30\"+/api/v1/{name=accounts/*/messages/*}:cancel:\x01*\x12\x92\x01\n\x0bHoldMessage\x12\'.postroad.control.v1.HoldMessageRequest\x1a\x1d.google.longrunning.Operation\";\xda\x41\x04name\x82\xd3\xe4\x93\x02.\")/api/v1/{name=accounts/*/messages/*}:hold:\x01*\x12\x9b\x01\n\x0eReleaseMessage\x12*.postroad.control.v1.ReleaseMessageRequest\x1a\x1d.google.longrunning.Operation\">\xda\x41\x04name\x82\xd3\xe4\x93\x02\x31\",/api/v1/{name=accounts/*/messages/*}:release:\x01*\x12\x95\x01\n\x0cRetryMessage\x12(.postroad.control.v1.RetryMessageRequest\x1a\x1d.google.longrunning.Operation\"<\xda\x41\x04name\x82\xd3\xe4\x93\x02/\"*/api/v1/{name=accounts/*/messages/*}:retry:\x01*\x12\x98\x01\n\rBounceMessage\x12).postroad.control.v1.BounceMessageRequest\x1a\x1d.google.longrunning.Operation\"=\xda\x41\x04name\x82\xd3\xe4\x93\x02\x30\"+/api/v1/{name=accounts/*/messages/*}:bounce:\x01*\x12\xa4\x01\n\x0eRerouteMessage\x12*.postroad.control.v1.RerouteMessageRequest\x1a\x1d.google.longrunning.Operation\"G\xda\x41\rname,provider\x82\xd3\xe4\x93\x02\x31\",/api/v1/{name=accounts/*/messages/*}:reroute:\x01*\x12\xab\x01\n\x0f\x43ommandMessages\x12+.postroad.control.v1.CommandMessagesRequest\x1a\x1d.google.longrunning.Operation\"L\xda\x41\x12parent,verb,filter\x82\xd3\xe4\x93\x02\x31\",/api/v1/{parent=accounts/*}/messages:command:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'postroad.control.v1.message_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SENDMESSAGEREQUEST'].fields_by_name['parent']._loaded_options = None
+  _globals['_SENDMESSAGEREQUEST'].fields_by_name['parent']._serialized_options = b'\342A\001\002\372A\022\022\020postroad/Message'
+  _globals['_SENDMESSAGEREQUEST'].fields_by_name['message']._loaded_options = None
+  _globals['_SENDMESSAGEREQUEST'].fields_by_name['message']._serialized_options = b'\342A\001\002'
+  _globals['_BATCHSENDMESSAGESREQUEST'].fields_by_name['parent']._loaded_options = None
+  _globals['_BATCHSENDMESSAGESREQUEST'].fields_by_name['parent']._serialized_options = b'\342A\001\002\372A\022\022\020postroad/Message'
+  _globals['_BATCHSENDMESSAGESREQUEST'].fields_by_name['requests']._loaded_options = None
+  _globals['_BATCHSENDMESSAGESREQUEST'].fields_by_name['requests']._serialized_options = b'\342A\001\002'
   _globals['_GETMESSAGEREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_GETMESSAGEREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\022\n\020postroad/Message'
   _globals['_LISTMESSAGESREQUEST'].fields_by_name['parent']._loaded_options = None
@@ -69,6 +79,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMANDMESSAGESREQUEST'].fields_by_name['provider']._serialized_options = b'\372A\023\n\021postroad/Provider'
   _globals['_MESSAGEFILTER'].fields_by_name['provider']._loaded_options = None
   _globals['_MESSAGEFILTER'].fields_by_name['provider']._serialized_options = b'\372A\023\n\021postroad/Provider'
+  _globals['_MESSAGESERVICE'].methods_by_name['SendMessage']._loaded_options = None
+  _globals['_MESSAGESERVICE'].methods_by_name['SendMessage']._serialized_options = b'\332A\016parent,message\202\323\344\223\002.\")/api/v1/{parent=accounts/*}/messages:send:\001*'
+  _globals['_MESSAGESERVICE'].methods_by_name['BatchSendMessages']._loaded_options = None
+  _globals['_MESSAGESERVICE'].methods_by_name['BatchSendMessages']._serialized_options = b'\332A\017parent,requests\202\323\344\223\0023\"./api/v1/{parent=accounts/*}/messages:batchSend:\001*'
   _globals['_MESSAGESERVICE'].methods_by_name['GetMessage']._loaded_options = None
   _globals['_MESSAGESERVICE'].methods_by_name['GetMessage']._serialized_options = b'\332A\004name\202\323\344\223\002&\022$/api/v1/{name=accounts/*/messages/*}'
   _globals['_MESSAGESERVICE'].methods_by_name['ListMessages']._loaded_options = None
@@ -89,40 +103,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGESERVICE'].methods_by_name['RerouteMessage']._serialized_options = b'\332A\rname,provider\202\323\344\223\0021\",/api/v1/{name=accounts/*/messages/*}:reroute:\001*'
   _globals['_MESSAGESERVICE'].methods_by_name['CommandMessages']._loaded_options = None
   _globals['_MESSAGESERVICE'].methods_by_name['CommandMessages']._serialized_options = b'\332A\022parent,verb,filter\202\323\344\223\0021\",/api/v1/{parent=accounts/*}/messages:command:\001*'
-  _globals['_COMMANDVERB']._serialized_start=2717
-  _globals['_COMMANDVERB']._serialized_end=2909
-  _globals['_GETMESSAGEREQUEST']._serialized_start=318
-  _globals['_GETMESSAGEREQUEST']._serialized_end=378
-  _globals['_LISTMESSAGESREQUEST']._serialized_start=381
-  _globals['_LISTMESSAGESREQUEST']._serialized_end=649
-  _globals['_LISTMESSAGESRESPONSE']._serialized_start=651
-  _globals['_LISTMESSAGESRESPONSE']._serialized_end=746
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=748
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=869
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=871
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=944
-  _globals['_CANCELMESSAGEREQUEST']._serialized_start=946
-  _globals['_CANCELMESSAGEREQUEST']._serialized_end=1052
-  _globals['_HOLDMESSAGEREQUEST']._serialized_start=1054
-  _globals['_HOLDMESSAGEREQUEST']._serialized_end=1158
-  _globals['_RELEASEMESSAGEREQUEST']._serialized_start=1160
-  _globals['_RELEASEMESSAGEREQUEST']._serialized_end=1267
-  _globals['_RETRYMESSAGEREQUEST']._serialized_start=1269
-  _globals['_RETRYMESSAGEREQUEST']._serialized_end=1374
-  _globals['_BOUNCEMESSAGEREQUEST']._serialized_start=1376
-  _globals['_BOUNCEMESSAGEREQUEST']._serialized_end=1482
-  _globals['_REROUTEMESSAGEREQUEST']._serialized_start=1485
-  _globals['_REROUTEMESSAGEREQUEST']._serialized_end=1638
-  _globals['_COMMANDMESSAGESREQUEST']._serialized_start=1641
-  _globals['_COMMANDMESSAGESREQUEST']._serialized_end=1899
-  _globals['_MESSAGEFILTER']._serialized_start=1902
-  _globals['_MESSAGEFILTER']._serialized_end=2082
-  _globals['_COMMANDMETADATA']._serialized_start=2085
-  _globals['_COMMANDMETADATA']._serialized_end=2440
-  _globals['_COMMANDRESULT']._serialized_start=2442
-  _globals['_COMMANDRESULT']._serialized_end=2556
-  _globals['_SPOOLPROGRESS']._serialized_start=2559
-  _globals['_SPOOLPROGRESS']._serialized_end=2714
-  _globals['_MESSAGESERVICE']._serialized_start=2912
-  _globals['_MESSAGESERVICE']._serialized_end=4486
+  _globals['_COMMANDVERB']._serialized_start=3438
+  _globals['_COMMANDVERB']._serialized_end=3630
+  _globals['_SENDMESSAGEREQUEST']._serialized_start=388
+  _globals['_SENDMESSAGEREQUEST']._serialized_end=555
+  _globals['_SENDMESSAGERESPONSE']._serialized_start=557
+  _globals['_SENDMESSAGERESPONSE']._serialized_end=646
+  _globals['_BATCHSENDMESSAGESREQUEST']._serialized_start=649
+  _globals['_BATCHSENDMESSAGESREQUEST']._serialized_end=806
+  _globals['_BATCHSENDMESSAGESRESPONSE']._serialized_start=809
+  _globals['_BATCHSENDMESSAGESRESPONSE']._serialized_end=1024
+  _globals['_BATCHSENDMESSAGESRESPONSE_RESULT']._serialized_start=910
+  _globals['_BATCHSENDMESSAGESRESPONSE_RESULT']._serialized_end=1024
+  _globals['_GETMESSAGEREQUEST']._serialized_start=1026
+  _globals['_GETMESSAGEREQUEST']._serialized_end=1086
+  _globals['_LISTMESSAGESREQUEST']._serialized_start=1089
+  _globals['_LISTMESSAGESREQUEST']._serialized_end=1370
+  _globals['_LISTMESSAGESRESPONSE']._serialized_start=1372
+  _globals['_LISTMESSAGESRESPONSE']._serialized_end=1467
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1469
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1590
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=1592
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=1665
+  _globals['_CANCELMESSAGEREQUEST']._serialized_start=1667
+  _globals['_CANCELMESSAGEREQUEST']._serialized_end=1773
+  _globals['_HOLDMESSAGEREQUEST']._serialized_start=1775
+  _globals['_HOLDMESSAGEREQUEST']._serialized_end=1879
+  _globals['_RELEASEMESSAGEREQUEST']._serialized_start=1881
+  _globals['_RELEASEMESSAGEREQUEST']._serialized_end=1988
+  _globals['_RETRYMESSAGEREQUEST']._serialized_start=1990
+  _globals['_RETRYMESSAGEREQUEST']._serialized_end=2095
+  _globals['_BOUNCEMESSAGEREQUEST']._serialized_start=2097
+  _globals['_BOUNCEMESSAGEREQUEST']._serialized_end=2203
+  _globals['_REROUTEMESSAGEREQUEST']._serialized_start=2206
+  _globals['_REROUTEMESSAGEREQUEST']._serialized_end=2359
+  _globals['_COMMANDMESSAGESREQUEST']._serialized_start=2362
+  _globals['_COMMANDMESSAGESREQUEST']._serialized_end=2620
+  _globals['_MESSAGEFILTER']._serialized_start=2623
+  _globals['_MESSAGEFILTER']._serialized_end=2803
+  _globals['_COMMANDMETADATA']._serialized_start=2806
+  _globals['_COMMANDMETADATA']._serialized_end=3161
+  _globals['_COMMANDRESULT']._serialized_start=3163
+  _globals['_COMMANDRESULT']._serialized_end=3277
+  _globals['_SPOOLPROGRESS']._serialized_start=3280
+  _globals['_SPOOLPROGRESS']._serialized_end=3435
+  _globals['_MESSAGESERVICE']._serialized_start=3633
+  _globals['_MESSAGESERVICE']._serialized_end=5571
 # @@protoc_insertion_point(module_scope)

@@ -10,7 +10,9 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 from postroad.control.v1 import message_pb2 as _message_pb2
+from postroad.control.v1 import outgoing_message_pb2 as _outgoing_message_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -63,6 +65,162 @@ COMMAND_VERB_REROUTE: CommandVerb.ValueType  # 6
 Global___CommandVerb: _TypeAlias = CommandVerb  # noqa: Y015
 
 @_typing.final
+class SendMessageRequest(_message.Message):
+    """Request of SendMessage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`accounts/{account}`; in a batch it may be empty, or the batch's."""
+    request_id: _builtins.str
+    """A UUID; the same message repeated within 24 h under it is not sent again,
+    and answered with the name of the first. Another message under it is
+    REQUEST_ID_REUSED. It is a key of the account as `Idempotency-Key` is by
+    SMTP.
+    """
+    validate_only: _builtins.bool
+    """Checks everything but the limits, commits nothing."""
+    @_builtins.property
+    def message(self) -> _outgoing_message_pb2.OutgoingMessage:
+        """What to send."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        message: _outgoing_message_pb2.OutgoingMessage | None = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "parent", b"parent", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendMessageRequest: _TypeAlias = SendMessageRequest  # noqa: Y015
+
+@_typing.final
+class SendMessageResponse(_message.Message):
+    """Answer of SendMessage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    REPEATED_REQUEST_FIELD_NUMBER: _builtins.int
+    RECIPIENT_COUNT_FIELD_NUMBER: _builtins.int
+    message: _builtins.str
+    """`accounts/{account}/messages/{message}`; empty with `validate_only`."""
+    repeated_request: _builtins.bool
+    """Whether it had been sent before under this request id."""
+    recipient_count: _builtins.int
+    """How many recipients it goes to: each address once."""
+    def __init__(
+        self,
+        *,
+        message: _builtins.str = ...,
+        repeated_request: _builtins.bool = ...,
+        recipient_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "recipient_count", b"recipient_count", "repeated_request", b"repeated_request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SendMessageResponse: _TypeAlias = SendMessageResponse  # noqa: Y015
+
+@_typing.final
+class BatchSendMessagesRequest(_message.Message):
+    """Request of BatchSendMessages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`accounts/{account}`."""
+    validate_only: _builtins.bool
+    """Checks everything but the limits, commits nothing."""
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___SendMessageRequest]:
+        """1 to 500."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        requests: _abc.Iterable[Global___SendMessageRequest] | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "requests", b"requests", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchSendMessagesRequest: _TypeAlias = BatchSendMessagesRequest  # noqa: Y015
+
+@_typing.final
+class BatchSendMessagesResponse(_message.Message):
+    """Answer of BatchSendMessages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Result(_message.Message):
+        """What became of one message."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SENT_FIELD_NUMBER: _builtins.int
+        ERROR_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def sent(self) -> Global___SendMessageResponse:
+            """It was accepted."""
+
+        @_builtins.property
+        def error(self) -> _status_pb2.Status:
+            """It was not: code, text and the details that SendMessage would have."""
+
+        def __init__(
+            self,
+            *,
+            sent: Global___SendMessageResponse | None = ...,
+            error: _status_pb2.Status | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "sent", b"sent"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "sent", b"sent"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["sent", "error"]  # noqa: Y015
+        _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchSendMessagesResponse.Result]:
+        """One for each request, in their order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___BatchSendMessagesResponse.Result] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchSendMessagesResponse: _TypeAlias = BatchSendMessagesResponse  # noqa: Y015
+
+@_typing.final
 class GetMessageRequest(_message.Message):
     """Request of GetMessage."""
 
@@ -97,6 +255,7 @@ class ListMessagesRequest(_message.Message):
     RECIPIENT_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """`accounts/{account}`."""
     page_size: _builtins.int
@@ -107,6 +266,8 @@ class ListMessagesRequest(_message.Message):
     """Only messages with a recipient in this state."""
     recipient: _builtins.str
     """Only messages with this recipient address, exactly."""
+    tag: _builtins.str
+    """Only messages with this tag."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """Only messages accepted at or after this time."""
@@ -125,10 +286,11 @@ class ListMessagesRequest(_message.Message):
         recipient: _builtins.str = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        tag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "recipient", b"recipient", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "recipient", b"recipient", "start_time", b"start_time", "state", b"state", "tag", b"tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,9 +28,9 @@ if _version_not_supported:
 
 
 class MessageServiceStub:
-    """The record of every message, and commands on what still waits. Reading needs
-    `messages.read`, commands need `messages.write`; operators reach every
-    account's.
+    """Sending by API, the record of every message, and commands on what still
+    waits. Reading needs `messages.read`, sending and commands need
+    `messages.write`; operators reach every account's.
 
     A command is an Operation with CommandMetadata, done when the result of every
     spool that it went to is in the ledger, with a CommandResult. It goes on
@@ -44,6 +44,16 @@ class MessageServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.SendMessage = channel.unary_unary(
+                '/postroad.control.v1.MessageService/SendMessage',
+                request_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.SendMessageRequest.SerializeToString,
+                response_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.SendMessageResponse.FromString,
+                _registered_method=True)
+        self.BatchSendMessages = channel.unary_unary(
+                '/postroad.control.v1.MessageService/BatchSendMessages',
+                request_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.BatchSendMessagesRequest.SerializeToString,
+                response_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.BatchSendMessagesResponse.FromString,
+                _registered_method=True)
         self.GetMessage = channel.unary_unary(
                 '/postroad.control.v1.MessageService/GetMessage',
                 request_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.GetMessageRequest.SerializeToString,
@@ -97,15 +107,40 @@ class MessageServiceStub:
 
 
 class MessageServiceServicer:
-    """The record of every message, and commands on what still waits. Reading needs
-    `messages.read`, commands need `messages.write`; operators reach every
-    account's.
+    """Sending by API, the record of every message, and commands on what still
+    waits. Reading needs `messages.read`, sending and commands need
+    `messages.write`; operators reach every account's.
 
     A command is an Operation with CommandMetadata, done when the result of every
     spool that it went to is in the ledger, with a CommandResult. It goes on
     through restarts of nodes and control planes, and changes nothing twice. A
     spool that nobody has open keeps it pending; the metadata says which.
     """
+
+    def SendMessage(self, request, context):
+        """Accepts a message for delivery: after the answer it is in PostgreSQL, and a
+        node of the account's pool sends it, whatever the account's durability is.
+        What an SMTP submission is refused for is refused here: INVALID_ARGUMENT
+        names the field; FAILED_PRECONDITION has SENDER_NOT_OWNED, NO_ROUTE or
+        ACCOUNT_SUSPENDED; RESOURCE_EXHAUSTED has LIMIT_EXHAUSTED and how long to
+        wait. NOT_FOUND for an account that does not exist. After UNAVAILABLE or
+        DEADLINE_EXCEEDED nobody knows whether it was stored: send it again with the
+        same `request_id`. A call may be larger than others, up to 32 MiB.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchSendMessages(self, request, context):
+        """Sends up to 500 messages in one call, each as SendMessage would and with a
+        result of its own: what is wrong with one keeps none of the others. Those
+        that are accepted are stored in one transaction. The call itself fails when
+        nothing can be done at all: a malformed call, no such account, PostgreSQL
+        away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def GetMessage(self, request, context):
         """Returns a message with its recipients and timeline. NOT_FOUND also for a
@@ -200,6 +235,16 @@ class MessageServiceServicer:
 
 def add_MessageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'SendMessage': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendMessage,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.SendMessageRequest.FromString,
+                    response_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.SendMessageResponse.SerializeToString,
+            ),
+            'BatchSendMessages': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchSendMessages,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.BatchSendMessagesRequest.FromString,
+                    response_serializer=postroad_dot_control_dot_v1_dot_message__service__pb2.BatchSendMessagesResponse.SerializeToString,
+            ),
             'GetMessage': grpc.unary_unary_rpc_method_handler(
                     servicer.GetMessage,
                     request_deserializer=postroad_dot_control_dot_v1_dot_message__service__pb2.GetMessageRequest.FromString,
@@ -259,15 +304,69 @@ def add_MessageServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MessageService:
-    """The record of every message, and commands on what still waits. Reading needs
-    `messages.read`, commands need `messages.write`; operators reach every
-    account's.
+    """Sending by API, the record of every message, and commands on what still
+    waits. Reading needs `messages.read`, sending and commands need
+    `messages.write`; operators reach every account's.
 
     A command is an Operation with CommandMetadata, done when the result of every
     spool that it went to is in the ledger, with a CommandResult. It goes on
     through restarts of nodes and control planes, and changes nothing twice. A
     spool that nobody has open keeps it pending; the metadata says which.
     """
+
+    @staticmethod
+    def SendMessage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.MessageService/SendMessage',
+            postroad_dot_control_dot_v1_dot_message__service__pb2.SendMessageRequest.SerializeToString,
+            postroad_dot_control_dot_v1_dot_message__service__pb2.SendMessageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchSendMessages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.MessageService/BatchSendMessages',
+            postroad_dot_control_dot_v1_dot_message__service__pb2.BatchSendMessagesRequest.SerializeToString,
+            postroad_dot_control_dot_v1_dot_message__service__pb2.BatchSendMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def GetMessage(request,

@@ -29,9 +29,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class MessageServiceStub:
-    """The record of every message, and commands on what still waits. Reading needs
-    `messages.read`, commands need `messages.write`; operators reach every
-    account's.
+    """Sending by API, the record of every message, and commands on what still
+    waits. Reading needs `messages.read`, sending and commands need
+    `messages.write`; operators reach every account's.
 
     A command is an Operation with CommandMetadata, done when the result of every
     spool that it went to is in the ledger, with a CommandResult. It goes on
@@ -43,6 +43,23 @@ class MessageServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MessageServiceAsyncStub: ...
+    SendMessage: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.SendMessageRequest, _message_service_pb2.SendMessageResponse]
+    """Accepts a message for delivery: after the answer it is in PostgreSQL, and a
+    node of the account's pool sends it, whatever the account's durability is.
+    What an SMTP submission is refused for is refused here: INVALID_ARGUMENT
+    names the field; FAILED_PRECONDITION has SENDER_NOT_OWNED, NO_ROUTE or
+    ACCOUNT_SUSPENDED; RESOURCE_EXHAUSTED has LIMIT_EXHAUSTED and how long to
+    wait. NOT_FOUND for an account that does not exist. After UNAVAILABLE or
+    DEADLINE_EXCEEDED nobody knows whether it was stored: send it again with the
+    same `request_id`. A call may be larger than others, up to 32 MiB.
+    """
+    BatchSendMessages: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.BatchSendMessagesRequest, _message_service_pb2.BatchSendMessagesResponse]
+    """Sends up to 500 messages in one call, each as SendMessage would and with a
+    result of its own: what is wrong with one keeps none of the others. Those
+    that are accepted are stored in one transaction. The call itself fails when
+    nothing can be done at all: a malformed call, no such account, PostgreSQL
+    away.
+    """
     GetMessage: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.GetMessageRequest, _message_pb2.Message]
     """Returns a message with its recipients and timeline. NOT_FOUND also for a
     message that the node has accepted and not yet reported: it appears
@@ -95,9 +112,9 @@ class MessageServiceStub:
 
 @_typing.type_check_only
 class MessageServiceAsyncStub(MessageServiceStub):
-    """The record of every message, and commands on what still waits. Reading needs
-    `messages.read`, commands need `messages.write`; operators reach every
-    account's.
+    """Sending by API, the record of every message, and commands on what still
+    waits. Reading needs `messages.read`, sending and commands need
+    `messages.write`; operators reach every account's.
 
     A command is an Operation with CommandMetadata, done when the result of every
     spool that it went to is in the ledger, with a CommandResult. It goes on
@@ -106,6 +123,23 @@ class MessageServiceAsyncStub(MessageServiceStub):
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    SendMessage: _aio.UnaryUnaryMultiCallable[_message_service_pb2.SendMessageRequest, _message_service_pb2.SendMessageResponse]  # type: ignore[assignment]
+    """Accepts a message for delivery: after the answer it is in PostgreSQL, and a
+    node of the account's pool sends it, whatever the account's durability is.
+    What an SMTP submission is refused for is refused here: INVALID_ARGUMENT
+    names the field; FAILED_PRECONDITION has SENDER_NOT_OWNED, NO_ROUTE or
+    ACCOUNT_SUSPENDED; RESOURCE_EXHAUSTED has LIMIT_EXHAUSTED and how long to
+    wait. NOT_FOUND for an account that does not exist. After UNAVAILABLE or
+    DEADLINE_EXCEEDED nobody knows whether it was stored: send it again with the
+    same `request_id`. A call may be larger than others, up to 32 MiB.
+    """
+    BatchSendMessages: _aio.UnaryUnaryMultiCallable[_message_service_pb2.BatchSendMessagesRequest, _message_service_pb2.BatchSendMessagesResponse]  # type: ignore[assignment]
+    """Sends up to 500 messages in one call, each as SendMessage would and with a
+    result of its own: what is wrong with one keeps none of the others. Those
+    that are accepted are stored in one transaction. The call itself fails when
+    nothing can be done at all: a malformed call, no such account, PostgreSQL
+    away.
+    """
     GetMessage: _aio.UnaryUnaryMultiCallable[_message_service_pb2.GetMessageRequest, _message_pb2.Message]  # type: ignore[assignment]
     """Returns a message with its recipients and timeline. NOT_FOUND also for a
     message that the node has accepted and not yet reported: it appears
@@ -157,15 +191,44 @@ class MessageServiceAsyncStub(MessageServiceStub):
     """
 
 class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The record of every message, and commands on what still waits. Reading needs
-    `messages.read`, commands need `messages.write`; operators reach every
-    account's.
+    """Sending by API, the record of every message, and commands on what still
+    waits. Reading needs `messages.read`, sending and commands need
+    `messages.write`; operators reach every account's.
 
     A command is an Operation with CommandMetadata, done when the result of every
     spool that it went to is in the ledger, with a CommandResult. It goes on
     through restarts of nodes and control planes, and changes nothing twice. A
     spool that nobody has open keeps it pending; the metadata says which.
     """
+
+    @_abc_1.abstractmethod
+    def SendMessage(
+        self,
+        request: _message_service_pb2.SendMessageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_message_service_pb2.SendMessageResponse, _abc.Awaitable[_message_service_pb2.SendMessageResponse]]:
+        """Accepts a message for delivery: after the answer it is in PostgreSQL, and a
+        node of the account's pool sends it, whatever the account's durability is.
+        What an SMTP submission is refused for is refused here: INVALID_ARGUMENT
+        names the field; FAILED_PRECONDITION has SENDER_NOT_OWNED, NO_ROUTE or
+        ACCOUNT_SUSPENDED; RESOURCE_EXHAUSTED has LIMIT_EXHAUSTED and how long to
+        wait. NOT_FOUND for an account that does not exist. After UNAVAILABLE or
+        DEADLINE_EXCEEDED nobody knows whether it was stored: send it again with the
+        same `request_id`. A call may be larger than others, up to 32 MiB.
+        """
+
+    @_abc_1.abstractmethod
+    def BatchSendMessages(
+        self,
+        request: _message_service_pb2.BatchSendMessagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_message_service_pb2.BatchSendMessagesResponse, _abc.Awaitable[_message_service_pb2.BatchSendMessagesResponse]]:
+        """Sends up to 500 messages in one call, each as SendMessage would and with a
+        result of its own: what is wrong with one keeps none of the others. Those
+        that are accepted are stored in one transaction. The call itself fails when
+        nothing can be done at all: a malformed call, no such account, PostgreSQL
+        away.
+        """
 
     @_abc_1.abstractmethod
     def GetMessage(

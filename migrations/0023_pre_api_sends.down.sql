@@ -1,0 +1,1 @@
+ALTER TABLE postroad.messages DROP COLUMN metadata, DROP COLUMN tags;
