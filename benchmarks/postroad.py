@@ -95,7 +95,6 @@ def role_of(command: str) -> str:
 class Postroad:
     """One stack; `port` takes mail without TLS or AUTH from loopback, `tls_port` with STARTTLS and AUTH."""
 
-    name = "postroad"
     holders = ("worker",)
 
     def __init__(
@@ -104,13 +103,17 @@ class Postroad:
         *,
         workers: int = 1,
         tenants: Sequence[Tenant] = (),
+        replicated: bool = False,
         environment: dict[str, str] | None = None,
     ) -> None:
         """Start and configure it; one account `bench` for all of loopback unless tenants are given.
 
+        `replicated` is the durability of the accounts.
         ToolError with the stack's own words when it does not come up.
         """
         self.tenants = tuple(tenants) or (Tenant("bench", "127.0.0.0/8", sink_port),)
+        self.name = "replicated" if replicated else "postroad"
+        self._durability = Account.DURABILITY_REPLICATED if replicated else Account.DURABILITY_LOCAL
         self.root = Path(tempfile.mkdtemp(prefix="postroad-bench-"))
         self.root.chmod(0o711)
         self.folder = self.root / "stack"
@@ -183,7 +186,7 @@ class Postroad:
         mask = FieldMask(paths=["submission_limits"])
         client.nodes.UpdateNodePool(UpdateNodePoolRequest(node_pool=pool, update_mask=mask))
         for tenant in self.tenants:
-            _create_tenant(client, tenant)
+            _create_tenant(client, tenant, self._durability)
         self._wait_synced(client)
 
     def _wait_synced(self, client: Client) -> None:
@@ -259,8 +262,8 @@ class Postroad:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def _create_tenant(client: Client, tenant: Tenant) -> None:
-    account = Account(sender_domains=[f"{tenant.name}.example.org"], networks=[tenant.network])
+def _create_tenant(client: Client, tenant: Tenant, durability: Account.Durability.ValueType) -> None:
+    account = Account(sender_domains=[f"{tenant.name}.example.org"], networks=[tenant.network], durability=durability)
     client.accounts.CreateAccount(CreateAccountRequest(account_id=tenant.name, account=account))
     parent = f"accounts/{tenant.name}"
     endpoint = SmtpProvider.Endpoint(host="127.0.0.1", port=tenant.sink_port)

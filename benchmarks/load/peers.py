@@ -15,7 +15,8 @@ from benchmarks.postfix import Postfix
 from benchmarks.postroad import Postroad, Tenant
 from benchmarks.smtp_tools import ToolError
 
-NAMES = ("postroad", "postfix", "haraka")
+NAMES = ("postroad", "replicated", "postfix", "haraka")
+"""`replicated` is Postroad with accounts whose mail PostgreSQL keeps."""
 
 
 class Server(Peer, Protocol):
@@ -59,12 +60,12 @@ class Needs:
 
 def start_peer(name: str, sink_ports: Mapping[str, int], needs: Needs, workers: int) -> Server:
     """Start a server that relays to the sinks, by name; see the module."""
-    if name == "postroad":
+    if name in ("postroad", "replicated"):
         tenants = [
             Tenant(place.account, f"{place.address}/32", sink_ports[place.sink], place.messages_per_s)
             for place in needs.places
         ]
-        return Postroad(sink_ports["live"], workers=workers, tenants=tenants)
+        return Postroad(sink_ports["live"], workers=workers, tenants=tenants, replicated=name == "replicated")
     if needs.places or needs.postroad_only:
         raise ToolError(f"this scenario needs accounts, TLS or the API, which {name} is not set up for here")
     return Haraka(sink_ports["live"], workers) if name == "haraka" else Postfix(sink_ports["live"])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from email.errors import MessageError
 from email.message import EmailMessage
 from email.policy import SMTP, SMTPUTF8
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import aiosmtplib
 import typer
@@ -135,25 +135,42 @@ async def _submit(
     accepted: list[str],
     parameters: Sequence[Parameter],
 ) -> None:
-    async with client:
-        options = ["SMTPUTF8"] if not (sender + "".join(recipients)).isascii() else []
-        for parameter in parameters:
-            # Without the extension the server would refuse the parameter, or worse, not know what it was asked.
-            if not client.supports_extension(parameter.extension):
-                raise CommandError(f"the server does not offer {parameter.extension}: nothing was submitted")
-            options.append(parameter.text)
-        for _ in range(count):
-            errors, reply = await client.sendmail(sender, list(recipients), content, mail_options=options)
-            found = _QUEUED.search(reply)
-            if found is not None:
-                accepted.append(found.group(1))
-            if errors:
-                address, (code, text) = next(iter(errors.items()))
-                raise CommandError(
-                    f"recipient {address} was refused, the others were accepted: {code} {text} ({reply})"
-                )
-            if found is None:
-                raise CommandError(f"the server accepted the message, but named no id: {reply}")
+    transport: asyncio.Transport | None = None
+    try:
+        async with client:
+            transport = cast("asyncio.Transport", client.transport)
+            await _submit_copies(client, sender, recipients, content, count, accepted, parameters)
+    finally:
+        if transport is not None:
+            # The loop ends with this, and would leave a socket open that waits for the other end's word on TLS.
+            transport.abort()
+
+
+async def _submit_copies(
+    client: aiosmtplib.SMTP,
+    sender: str,
+    recipients: Sequence[str],
+    content: bytes,
+    count: int,
+    accepted: list[str],
+    parameters: Sequence[Parameter],
+) -> None:
+    options = ["SMTPUTF8"] if not (sender + "".join(recipients)).isascii() else []
+    for parameter in parameters:
+        # Without the extension the server would refuse the parameter, or worse, not know what it was asked.
+        if not client.supports_extension(parameter.extension):
+            raise CommandError(f"the server does not offer {parameter.extension}: nothing was submitted")
+        options.append(parameter.text)
+    for _ in range(count):
+        errors, reply = await client.sendmail(sender, list(recipients), content, mail_options=options)
+        found = _QUEUED.search(reply)
+        if found is not None:
+            accepted.append(found.group(1))
+        if errors:
+            address, (code, text) = next(iter(errors.items()))
+            raise CommandError(f"recipient {address} was refused, the others were accepted: {code} {text} ({reply})")
+        if found is None:
+            raise CommandError(f"the server accepted the message, but named no id: {reply}")
 
 
 def _tls_context(settings: SmtpSettings) -> ssl.SSLContext:
