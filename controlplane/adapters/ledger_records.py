@@ -101,7 +101,7 @@ Key = tuple[bytes, int]
 class QueueReport(NamedTuple):
     """What a spool says of a recipient that it holds under a lease; `uncertain`: nobody saw its attempt end.
 
-    `provider` is whom it was tried with, empty for none.
+    `wait_ms` is how long the next attempt is to wait, `provider` whom it was tried with, empty for none.
     """
 
     message_id: UUID
@@ -109,7 +109,7 @@ class QueueReport(NamedTuple):
     epoch: int
     state: int
     attempt: int
-    due_ms: int
+    wait_ms: int
     uncertain: bool
     provider: str
 
@@ -174,7 +174,9 @@ class RecordRows:
                 last = last_event.get(index)
                 uncertain = last is not None and last.type == _UNCERTAIN
                 provider = self._text(last.provider) if last is not None else ""
-                said = (update.state, update.attempts, update.next_attempt_ms, uncertain, provider)
+                # By the node's clock, whatever that shows: the queue has its own.
+                wait_ms = max(0, update.next_attempt_ms - update.update_ms)
+                said = (update.state, update.attempts, wait_ms, uncertain, provider)
                 self.reports[(record.message_id, index)] = QueueReport(message_id, index, record.epoch, *said)
         if handover is not None:
             self._add_handover(message_id, account, record)

@@ -210,7 +210,7 @@ async def test_who_claims_what_was_rerouted_is_told_the_provider(holder: Holder,
     assert len(await holder.confirm(claim_id, claimed)) == 2
     tried = event(WireEvent.EVENT_TYPE_DEFERRED, 0, provider=HOP)
     await holder.report(changed(raw_id, update(0, DEFERRED), events=(tried,)))
-    _, claimed = await holder.claim(after_s=1)
+    _, claimed = await holder.claim()
     assert providers_of(claimed) == {raw_id: [OTHER]}
 
 

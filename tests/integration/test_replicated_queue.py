@@ -106,16 +106,21 @@ async def test_an_outcome_leaves_the_queue_with_the_record_that_tells_it(
     assert await ledger_states(migrated_database, raw_id) == [SENT, SENT]
 
 
+@pytest.mark.parametrize("off_ms", [0, 3_600_000, -3_600_000])
 async def test_what_was_deferred_waits_for_anybody_until_it_is_due(
-    holder: Holder, other: Holder, migrated_database: Database
+    holder: Holder, other: Holder, migrated_database: Database, off_ms: int
 ) -> None:
     raw_id = await holder.store()
-    due = update(0, DEFERRED)
-    due.next_attempt_ms = NOW_MS + 600_000
-    await holder.report(changed(raw_id, due))
-    assert (await queue_row(migrated_database, raw_id))["epoch"] is None
-    assert (await other.claim())[1] == []
-    claim_id, claimed = await other.claim(after_s=601)
+    # The node's clock is an hour ahead, or behind: what counts is how long it wants to wait.
+    deferred = update(0, DEFERRED, at_ms=NOW_MS + off_ms)
+    deferred.next_attempt_ms = NOW_MS + off_ms + 600_000
+    await holder.report(changed(raw_id, deferred))
+    row = await queue_row(migrated_database, raw_id)
+    assert row["epoch"] is None
+    assert (await other.claim(now=row["due_time"] - timedelta(seconds=1)))[1] == []
+    (by_database,) = await fetch(migrated_database, "SELECT now() AS now")
+    assert timedelta(0) <= by_database["now"] + timedelta(minutes=10) - row["due_time"] < timedelta(minutes=5)
+    claim_id, claimed = await other.claim(now=row["due_time"])
     assert [(one.message_id, one.content) for one in claimed] == [(raw_id, b"hello\r\n")]
     assert [(one.index, one.attempt) for one in claimed[0].recipients] == [(0, 2)]
     assert await other.confirm(claim_id, claimed) == [raw_id]

@@ -8,7 +8,7 @@ Rows are locked in order of message id, or not at all where somebody has them lo
 
     what is said of a recipient     becomes
     terminal                        gone
-    deferred, queued                waits until the time that was said
+    deferred, queued                waits for as long as was said, by the clock of the database
     uncertain                       the same, or held, as its account chose
     nothing, the lease ended        uncertain, due at once, or held, with an event; not begun where the claim was not
                                     confirmed
@@ -38,7 +38,7 @@ _APPLY = f"""
 UPDATE postroad.queue_recipients AS r
 SET state = CASE WHEN u.h AND a.uncertain_policy = {_HOLD} THEN {_HELD} ELSE u.s END,
     attempt = u.n,
-    due_time = timestamptz 'epoch' + interval '1 ms' * u.d,
+    due_time = transaction_timestamp() + interval '1 ms' * u.d,
     next_hop = CASE WHEN u.p = '' OR r.pinned THEN r.next_hop ELSE u.p END
 FROM unnest(
     $2::uuid[], $3::integer[], $4::bigint[], $5::smallint[], $6::integer[], $7::bigint[], $8::boolean[], $9::text[]
