@@ -133,6 +133,16 @@ async def test_a_large_content_is_stored_in_chunks_and_whole(sending: Sending) -
     assert await sending.count("queue_contents") > 1
 
 
+async def test_the_books_of_the_queue_count_every_recipient(sending: Sending) -> None:
+    await asyncio.gather(*(sending.send(raw("a@example.net", "b@example.net")) for _ in range(20)))
+    (row,) = await sending.stack.as_superuser(
+        "SELECT sum(accepted)::integer AS accepted, count(DISTINCT spool) AS rows FROM postroad.queue_entries"
+    )
+    assert row["accepted"] == await sending.count("queue_recipients") == 40
+    # One row alone would let each wait for the commit of the one before.
+    assert row["rows"] > 1
+
+
 async def test_nothing_is_stored_of_a_rehearsal(sending: Sending) -> None:
     answer = await sending.send(raw("a@example.net", "b@example.net"), validate_only=True)
     assert (answer.message, answer.recipient_count) == ("", 2)

@@ -19,6 +19,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import cycle
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -40,6 +41,7 @@ from dataplane.core.queue import State
 
 ACCOUNTS = 1_000
 _CHUNK_BYTES = 256 * 1024
+_BOOKS = 8
 _SCHEDULED, _QUEUED = int(State.SCHEDULED), int(State.QUEUED)
 _EPOCH = "timestamptz 'epoch' + interval '1 ms' *"
 _WINDOW = f"interval '{KEY_WINDOW_MS // 1000} s'"
@@ -142,8 +144,8 @@ class PostgresOutbox:
     def __init__(self, database: FleetDatabase, ledger: PostgresLedger) -> None:
         self._database = database
         self._ledger = ledger
-        # A row of the books for each process: those of one that share it wait for each other's commits.
-        self._book = uuid4()
+        # Whose statements share a row of the books wait for each other's commits: as many as an account has at a time.
+        self._books = cycle([uuid4() for _ in range(_BOOKS)])
         self._made: OrderedDict[str, _Made] = OrderedDict()
 
     async def account(self, account: str) -> SendingAccount | None:
@@ -198,7 +200,7 @@ class PostgresOutbox:
         rows = columns([_row(one) for one in messages], 17)
         async with self._database.statement("outbox_store") as connection:
             stored = await connection.fetch(
-                _STORE, account, *rows, *columns(recipients, 4), *columns(contents, 3), self._book
+                _STORE, account, *rows, *columns(recipients, 4), *columns(contents, 3), next(self._books)
             )
         return {row["message_id"].bytes for row in stored}
 
