@@ -33,8 +33,8 @@ from dataplane.core.queue import State
 from dataplane.core.waiting import WaitingQuestion
 from support.databases import Database
 from support.fleet import NOW, NOW_MS, accepted, add_node, execute, fetch, fleet_database, message_id
-from support.queue import add_account, ledger_states, queue_row, queued
 from support.random_mail import Mail, harm
+from support.replicated import add_account, ledger_states, queue_row, queued
 from support.spools import ManualClock, open_durable
 
 NODE = "node-1"

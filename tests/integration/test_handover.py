@@ -275,6 +275,10 @@ async def test_each_recipient_waits_in_one_book_at_most_and_the_books_agree_at_e
         assert await taker.book() == (True, True)
         await taker.report()
         assert await taker.book() == (True, True)
+        # What was not given up with the first commit is the giver's.
+        await giver.report_acceptance()
+        await giver.report()
+        assert await giver.book() == (True, True)
         books = await plane.books.read_books([FIRST, SECOND])
         sides = [books[name].accounts["demo"] for name in (FIRST, SECOND)]
         assert sum(one.entries.accepted for one in sides) == sum(one.waiting.count for one in sides) == 15

@@ -18,7 +18,7 @@ from controlplane.domain.books import Comparison, FindingKind
 from dataplane.core.queue import State, Verb
 from support.databases import Database
 from support.fleet import NOW, accepted, add_node, changed, execute, fetch, fleet_database, message_id, text_id, update
-from support.queue import Holder, add_account, end_lease, queue_row
+from support.replicated import Holder, add_account, end_lease, queue_row
 
 ENDS = (State.SENT, State.BOUNCED, State.FAILED, State.EXPIRED)
 

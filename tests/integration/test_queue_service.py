@@ -18,7 +18,7 @@ from support.databases import Database
 from support.fleet import accepted, execute, message_id
 from support.ingress import Log
 from support.nodes_port import Certificate, NodesPort, nodes_port
-from support.queue import add_account, end_lease
+from support.replicated import add_account, end_lease
 
 OK = 0
 INVALID_ARGUMENT, PERMISSION_DENIED, ABORTED, UNAVAILABLE, UNAUTHENTICATED = (

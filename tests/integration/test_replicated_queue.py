@@ -40,7 +40,7 @@ from support.fleet import (
     text_id,
     update,
 )
-from support.queue import (
+from support.replicated import (
     Holder,
     add_account,
     end_lease,

@@ -25,7 +25,7 @@ from support.delivery import delivery_bench
 from support.fleet import NOW_MS, fetch
 from support.ingress import ACCOUNT, Clock, Config, Log, Node, Peer, make_node, running, until
 from support.nodes_port import NodesPort, nodes_port
-from support.queue import add_account, queue_states
+from support.replicated import add_account, queue_states
 
 EHLO = b"EHLO client.example\r\n"
 ENVELOPE = b"MAIL FROM:<app@example.com>%s\r\nRCPT TO:<someone@example.net>\r\nDATA\r\n"

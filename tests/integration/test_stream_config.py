@@ -157,9 +157,13 @@ async def test_denials_have_a_lane_of_their_own(port: NodesPort, migrated_databa
 
 async def _deny(database: Database, denial: str, kind: int) -> int:
     """As the API does; returns the version that has it."""
-    (state,) = await fetch(database, "UPDATE postroad.denial_state SET version = version + 1 RETURNING version")
-    await execute(
-        database, "INSERT INTO postroad.denials (denial, kind, version) VALUES ($1, $2, $3)", denial, kind, state[0]
+    (state,) = await fetch(
+        database,
+        """
+        WITH moved AS (UPDATE postroad.denial_state SET version = version + 1 RETURNING version)
+        INSERT INTO postroad.denials (denial, kind, version) SELECT $1, $2, version FROM moved RETURNING version
+        """,
+        *(denial, kind),
     )
     await execute(database, "SELECT pg_notify('postroad_denials', '')")
     return int(state[0])

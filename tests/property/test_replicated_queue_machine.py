@@ -33,7 +33,7 @@ from controlplane.ports_fleet import Claimed
 from dataplane.core.queue import TERMINAL, State, Verb
 from support.databases import Database
 from support.fleet import NOW_MS, add_node, changed, execute, fetch, fleet_database, text_id, update
-from support.queue import Holder, add_account, end_lease
+from support.replicated import Holder, add_account, end_lease
 
 Result = TypeVar("Result")
 

@@ -95,9 +95,8 @@ BUILDS = (
         (
             Edit(
                 "dataplane/ingress/submission.py",
-                "        future = shared.spool.accept(envelope, stored, rows)\n",
-                "        future = shared.spool.accept(envelope, stored, rows)\n"
-                "        UNDER_WAY[self.session_id] = future\n",
+                "        future = owner.accept(envelope, stored, rows)\n",
+                "        future = owner.accept(envelope, stored, rows)\n        UNDER_WAY[self.session_id] = future\n",
             ),
             Edit("dataplane/ingress/submission.py", "\nclass Submitter:", "\nUNDER_WAY = {}\n\n\nclass Submitter:"),
             Edit(
@@ -149,7 +148,7 @@ BUILDS = (
     Build(
         "poll-removed",
         "a node asks for REPLICATED mail only when it has stored some itself",
-        (Edit("dataplane/adapters/replicated_queue.py", "asyncio.timeout(CLAIM_S)", "asyncio.timeout(None)"),),
+        (Edit("dataplane/adapters/replicated_queue.py", "asyncio.timeout(wait_s)", "asyncio.timeout(None)"),),
         "tests/chaos/test_fleet.py::test_replicated_mail_of_a_node_that_is_lost_is_sent_by_the_other",
         frozenset({"lost"}),
     ),
