@@ -152,7 +152,10 @@ class Giver:
                 await asyncio.sleep(LOOK_S)
 
     async def give_all(self, name: str, spool: HandoverSpool) -> int:
-        """Give up all that waits and is not being sent, as long as its records are stored; how many messages went."""
+        """Give up all that waits and is not being sent, as long as its records are stored; how many messages went.
+
+        SpoolError when the spool could not give all of a batch up; the rest of the batch went.
+        """
         position, given = _BEFORE_ALL, 0
         while rows := await spool.walk(position, _AFTER_ALL, SLICE_ROWS):
             position = (rows[-1].message_id, rows[-1].index)
@@ -169,6 +172,8 @@ class Giver:
                     self.given_count += batch.given_count
                     self._tools.log.info("handover.given", spool=name, count=batch.given_count)
                 await _acknowledged(spool, batch.last_record)
+                if batch.error is not None:
+                    raise batch.error
         return given
 
 
@@ -181,6 +186,7 @@ class _Batch:
         self._tools = tools
         self.given_count = 0
         self.last_record = 0
+        self.error: SpoolError | None = None
 
     async def give(self, message_ids: Sequence[MessageId]) -> list[MessageId]:
         """Give up some of these, from the first one on; returns those that were not looked at."""
@@ -204,10 +210,11 @@ class _Batch:
                 futures.append(self._spool.give(message_id, stored.recipients, records))
                 await asyncio.sleep(0)
         finally:
-            for number in await asyncio.gather(*futures, return_exceptions=True):
-                if isinstance(number, int) and number:
-                    self.given_count += 1
-                    self.last_record = max(self.last_record, number)
+            ended = await asyncio.gather(*futures, return_exceptions=True)
+            numbers = [number for number in ended if isinstance(number, int) and number]
+            self.given_count = len(numbers)
+            self.last_record = max(numbers, default=0)
+            self.error = next((error for error in ended if isinstance(error, SpoolError)), None)
             self._engine.unlock(locked, keys)
         return list(message_ids[len(locked) :])
 

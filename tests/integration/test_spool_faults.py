@@ -12,11 +12,14 @@ from pathlib import Path
 import apsw
 import pytest
 
+from dataplane.adapters.handover_codec import decode_part, encode_given, encode_taken
 from dataplane.adapters.spool_sqlite import SpoolLimits, SqliteSpool
 from dataplane.core.envelope import Envelope
 from dataplane.core.queue import State
+from dataplane.handover import Giver, HandoverTools
 from dataplane.ports import SpoolError, SpoolFailedError, SpoolFullError
 from support.faulty_disk import FaultyDisk
+from support.handover import QuietDelivery, QuietLog
 from support.spools import ManualClock, change, make_envelope, make_row, open_durable, settlement
 
 CONTENT = b"x" * 4096
@@ -84,6 +87,22 @@ async def test_a_full_disk_in_the_midst_of_a_batch_is_452_and_passes_by_itself(
     assert await spool.load(refused.message_id) is None
     assert await spool.load(later.message_id) is not None
     assert failures == []
+
+
+async def test_mail_that_a_full_disk_keeps_from_being_given_up_stays_and_the_drain_says_why(
+    spool: SqliteSpool, disk: FaultyDisk
+) -> None:
+    name, kept = spool.identity.spool, make_envelope()
+    await spool.accept(kept, CONTENT, [make_row()])
+    tools = HandoverTools({name: QuietDelivery()}, encode_given, encode_taken, decode_part, QuietLog())
+    giver = Giver({name: spool}, tools, asyncio.Lock(), lambda _: True)
+    giver.tell(wanted=True)
+    disk.faults.full.add("-wal")
+    with pytest.raises(SpoolFullError):
+        await giver.give_all(name, spool)
+    disk.faults.full.clear()
+    assert giver.given_count == 0
+    assert await spool.load(kept.message_id) is not None
 
 
 async def test_a_full_disk_gives_back_the_numbers_of_records(spool: SqliteSpool, disk: FaultyDisk) -> None:

@@ -8,9 +8,10 @@ server's words; without TLS nothing is sent, the password least of all.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from email.errors import MessageError
 from email.message import EmailMessage
 from email.policy import SMTP, SMTPUTF8
@@ -126,6 +127,19 @@ def submit(
         raise CommandError(f"{server}: {error.message}") from error
 
 
+@contextlib.asynccontextmanager
+async def _connected(client: aiosmtplib.SMTP) -> AsyncIterator[None]:
+    """Be connected, and leave nothing open: a loop that ends would not wait for the other end's word on TLS."""
+    transport: asyncio.Transport | None = None
+    try:
+        async with client:
+            transport = cast("asyncio.Transport", client.transport)
+            yield
+    finally:
+        if transport is not None:
+            transport.abort()
+
+
 async def _submit(
     client: aiosmtplib.SMTP,
     sender: str,
@@ -135,42 +149,25 @@ async def _submit(
     accepted: list[str],
     parameters: Sequence[Parameter],
 ) -> None:
-    transport: asyncio.Transport | None = None
-    try:
-        async with client:
-            transport = cast("asyncio.Transport", client.transport)
-            await _submit_copies(client, sender, recipients, content, count, accepted, parameters)
-    finally:
-        if transport is not None:
-            # The loop ends with this, and would leave a socket open that waits for the other end's word on TLS.
-            transport.abort()
-
-
-async def _submit_copies(
-    client: aiosmtplib.SMTP,
-    sender: str,
-    recipients: Sequence[str],
-    content: bytes,
-    count: int,
-    accepted: list[str],
-    parameters: Sequence[Parameter],
-) -> None:
-    options = ["SMTPUTF8"] if not (sender + "".join(recipients)).isascii() else []
-    for parameter in parameters:
-        # Without the extension the server would refuse the parameter, or worse, not know what it was asked.
-        if not client.supports_extension(parameter.extension):
-            raise CommandError(f"the server does not offer {parameter.extension}: nothing was submitted")
-        options.append(parameter.text)
-    for _ in range(count):
-        errors, reply = await client.sendmail(sender, list(recipients), content, mail_options=options)
-        found = _QUEUED.search(reply)
-        if found is not None:
-            accepted.append(found.group(1))
-        if errors:
-            address, (code, text) = next(iter(errors.items()))
-            raise CommandError(f"recipient {address} was refused, the others were accepted: {code} {text} ({reply})")
-        if found is None:
-            raise CommandError(f"the server accepted the message, but named no id: {reply}")
+    async with _connected(client):
+        options = ["SMTPUTF8"] if not (sender + "".join(recipients)).isascii() else []
+        for parameter in parameters:
+            # Without the extension the server would refuse the parameter, or worse, not know what it was asked.
+            if not client.supports_extension(parameter.extension):
+                raise CommandError(f"the server does not offer {parameter.extension}: nothing was submitted")
+            options.append(parameter.text)
+        for _ in range(count):
+            errors, reply = await client.sendmail(sender, list(recipients), content, mail_options=options)
+            found = _QUEUED.search(reply)
+            if found is not None:
+                accepted.append(found.group(1))
+            if errors:
+                address, (code, text) = next(iter(errors.items()))
+                raise CommandError(
+                    f"recipient {address} was refused, the others were accepted: {code} {text} ({reply})"
+                )
+            if found is None:
+                raise CommandError(f"the server accepted the message, but named no id: {reply}")
 
 
 def _tls_context(settings: SmtpSettings) -> ssl.SSLContext:
