@@ -236,7 +236,7 @@ class SmtpCredentialsService:
             if stored.suspend_time is None:
                 if await work.smtp_credentials.count_suspended(account) >= _DENIED_LIMIT:
                     raise FailedPreconditionError(
-                        Reason.TOO_MANY_DENIED_CREDENTIALS,
+                        Reason.TOO_MANY_SUSPENDED_CREDENTIALS,
                         f"{_DENIED_LIMIT:,} SMTP credentials of accounts/{account} are suspended: suspend the account",
                         subject=_name(stored),
                     )

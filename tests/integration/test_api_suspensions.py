@@ -116,7 +116,7 @@ async def test_so_many_credentials_can_be_suspended_that_the_account_should_be(
     await client.credential("CreateSmtpCredential", request)
     other = service.SuspendSmtpCredentialRequest(name=f"{ACCOUNT}/smtpCredentials/two")
     error = await client.refused(client.credential("SuspendSmtpCredential", other))
-    assert error.reason == "TOO_MANY_DENIED_CREDENTIALS"
+    assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "TOO_MANY_SUSPENDED_CREDENTIALS")
 
 
 async def test_the_receipt_names_the_nodes_of_the_account_s_pool_that_have_confirmed_it_and_those_that_have_not(

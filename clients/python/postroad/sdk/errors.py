@@ -200,6 +200,7 @@ BY_REASON: Mapping[str, type[PostroadError]] = {
     "READER_TOO_SLOW": ResourceExhaustedError,
     "TOO_MANY_WATCHERS": ResourceExhaustedError,
     "TOO_MANY_DENIED_CREDENTIALS": ResourceExhaustedError,
+    "TOO_MANY_SUSPENDED_CREDENTIALS": FailedPreconditionError,
     "TOO_MANY_SUSPENDED_DESTINATIONS": FailedPreconditionError,
     "DATABASE_UNAVAILABLE": UnavailableError,
     "DRAINING": UnavailableError,
