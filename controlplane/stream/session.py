@@ -64,6 +64,7 @@ class Hello(NamedTuple):
     spools: tuple[SpoolStatus, ...]
     features: frozenset[str] = frozenset()
     told_to_drain: bool = False
+    node_pool: str = ""
 
 
 class Ack(NamedTuple):
@@ -166,7 +167,7 @@ class _Unanswered:
     base: Mapping[str, bytes] | None
     result: dict[str, bytes]
     bundles: tuple[Bundle, ...]
-    whole: bool
+    snapshot_pool: str  # empty for a Delta
 
 
 @dataclass(slots=True)
@@ -182,6 +183,7 @@ class Session:
     _close: Close | None = None
     _target: PoolConfig | None = None
     _held: dict[str, bytes] | None = None
+    _pool: str = ""  # what the node was told that it belongs to
     _dirty: bool = False
     _unanswered: _Unanswered | None = None
     _refused_set: bytes | None = None
@@ -264,6 +266,7 @@ class Session:
             return
         self.refused = dict(refused)
         self._held = dict(hello.bundles)
+        self._pool = hello.node_pool
         self._denials_held = hello.denials_version
         self._features = hello.features
         self.opened_anew(hello.spools)
@@ -278,6 +281,7 @@ class Session:
             self._denials_error = ""
         elif (sent := self._take_unanswered(ack.nonce)) is not None:
             self._held = sent.result
+            self._pool = sent.snapshot_pool or self._pool
             self._refused_set = None
 
     def receive_nack(self, nack: Nack) -> None:
@@ -400,14 +404,14 @@ class Session:
         return step
 
     def _may_send_delta(self, target: PoolConfig, held: Mapping[str, bytes]) -> bool:
-        # Only a Snapshot tells a node that it changed pools.
-        return f"pools/{target.pool}/settings" in held
+        # Only a Snapshot tells a node that it changed pools; one of older software does not say which it has.
+        return self._pool == target.pool or f"pools/{target.pool}/settings" in held
 
     def _delta(self, target: PoolConfig, held: dict[str, bytes], goal: dict[str, bytes]) -> Delta:
         upserts = tuple(target.bundles[name] for name in sorted(goal) if held.get(name) != goal[name])
         removed = tuple(sorted(held.keys() - goal.keys()))
         nonce = self._new_nonce("c")
-        self._unanswered = _Unanswered(nonce, held, goal, upserts, whole=False)
+        self._unanswered = _Unanswered(nonce, held, goal, upserts, snapshot_pool="")
         return Delta(nonce, digest_of(held), upserts, removed, target.pool_keys)
 
     def _snapshot(self, target: PoolConfig, goal: dict[str, bytes]) -> Snapshot | None:
@@ -416,7 +420,7 @@ class Session:
             # A whole set cannot say "keep what you have": wait until the refused bundle moves on.
             return None
         nonce = self._new_nonce("c")
-        self._unanswered = _Unanswered(nonce, self._held, goal, bundles, whole=True)
+        self._unanswered = _Unanswered(nonce, self._held, goal, bundles, target.pool)
         return Snapshot(nonce, target.pool, bundles, target.pool_keys)
 
     def _take_unanswered(self, nonce: str) -> _Unanswered | None:
@@ -428,7 +432,7 @@ class Session:
 
     def _note_refusal(self, sent: _Unanswered, nack: Nack) -> None:
         self._error = self._refusal_text(nack)
-        if nack.reason == BASE_MISMATCH and not sent.whole:
+        if nack.reason == BASE_MISMATCH and not sent.snapshot_pool:
             self._held = None
             return
         by_name = {bundle.name: bundle for bundle in sent.bundles}
@@ -437,6 +441,7 @@ class Session:
             self._note_refused_bundle(by_name[name])
         if refused_names:
             held = _with_former(sent, refused_names)
+            self._pool = sent.snapshot_pool or self._pool
         else:
             self._refused_set = digest_of(sent.result)
             held = None if sent.base is None else dict(sent.base)

@@ -214,7 +214,7 @@ class StreamMachine:
 
     def connected(self, spools: Sequence[SpoolStatus]) -> list[Action]:
         """A stream was opened: Hello is the first message."""
-        held = {} if self._forget else self.config.bundles
+        held, pool = ({}, "") if self._forget else (self.config.bundles, self.config.node_pool)
         self._forget = False
         hello = Hello(
             node=self._facts.node,
@@ -227,6 +227,7 @@ class StreamMachine:
             denials_version=self.denials_in_force,
             spools=spools,
             told_to_drain=self.told_to_drain,
+            node_pool=pool,
         )
         return [Send(StreamConfigRequest(hello=hello))]
 

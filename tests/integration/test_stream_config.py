@@ -62,6 +62,15 @@ async def test_a_new_node_gets_everything_and_is_synced(port: NodesPort, migrate
     await until(is_synced)
 
 
+async def test_a_node_that_names_its_pool_is_sent_what_it_lacks_without_the_pools_settings(port: NodesPort) -> None:
+    stream = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
+    await stream.hello(node_pool="nodePools/default")
+
+    delta = await stream.expect("delta")
+
+    assert [one.name for one in delta.upserts] == [SETTINGS]
+
+
 async def test_an_edit_reaches_the_node_well_under_a_second(port: NodesPort, migrated_database: Database) -> None:
     stream = await _synced(port)
     begun = time.monotonic()

@@ -14,7 +14,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from controlplane.ports_fleet import Bundle, ConfigStatus, DenialSet, PoolConfig, digest_of
+from controlplane.ports_fleet import (
+    Bundle,
+    ConfigStatus,
+    DenialSet,
+    PoolConfig,
+    digest_of,
+)
 from controlplane.stream.session import (
     BASE_MISMATCH,
     Ack,
@@ -40,12 +46,13 @@ class ModelNode:
     """What an agent does, without its disk: holds bundles by hash and denials by version."""
 
     held: dict[str, bytes] = field(default_factory=dict)
+    pool: str = ""
     denials_version: int = 0
     # Refusals that reached the control plane and whose bundle has not moved on since.
     reported: set[tuple[str, bytes]] = field(default_factory=set)
 
     def hello(self) -> Hello:
-        return Hello("edge-1", "boot", "1.0", list(self.held.items()), self.denials_version, ())
+        return Hello(*("edge-1", "boot", "1.0", list(self.held.items()), self.denials_version, ()), node_pool=self.pool)
 
     def answer(self, output: Output) -> Ack | Nack | None:
         match output:
@@ -53,9 +60,11 @@ class ModelNode:
                 assert denials.version > self.denials_version, "denials go forward only"
                 self.denials_version = denials.version
                 return Ack(nonce, denials.version)
-            case Snapshot(nonce, _, bundles, _):
+            case Snapshot(nonce, pool, bundles, _):
+                self.pool = pool
                 return self._apply(nonce, bundles, dict(self.held), whole=True)
             case Delta(nonce, base, upserts, removed, _):
+                assert self.pool, "what changed is of no use without a pool"
                 if base != digest_of(self.held):
                     return Nack(nonce, BASE_MISMATCH, "", (), digest_of(self.held), self.denials_version)
                 kept = {name: h for name, h in self.held.items() if name not in removed}
@@ -232,3 +241,16 @@ class StreamMachine(RuleBasedStateMachine):
 
 StreamMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 test_faults_never_keep_a_node_from_the_target = StreamMachine.TestCase
+
+
+def test_a_node_that_refused_the_settings_of_its_pool_is_sent_what_it_lacks() -> None:
+    machine = StreamMachine()
+    machine.edit("accounts/a", b"one")
+    machine.edit("accounts/b", b"one")
+    machine.edit("pools/default/settings", b"bad")
+    machine.exchange(20)
+    machine.edit("accounts/b", b"bad")
+    machine.exchange(20)
+    del machine.node.held["accounts/a"]
+    # A whole set could not say that it shall keep its former accounts/b.
+    machine.teardown()

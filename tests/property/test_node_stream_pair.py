@@ -14,7 +14,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from controlplane.ports_fleet import Bundle, DenialSet, PoolConfig, digest_of
+from controlplane.adapters.grpc.stream_codec import hello_of
+from controlplane.ports_fleet import (
+    Bundle,
+    DenialSet,
+    PoolConfig,
+    digest_of,
+)
 from controlplane.stream import session as control
 from dataplane.agent import stream_machine as node
 from dataplane.agent.applied import WorkerTable
@@ -143,9 +149,7 @@ class Pair(RuleBasedStateMachine):
         message = self.to_server.popleft()
         match message.WhichOneof("message"):
             case "hello":
-                bundles = [(one.name, one.hash) for one in message.hello.bundles]
-                hello = control.Hello("nodes/edge-1", "boot", "1.0", bundles, message.hello.denials_version, ())
-                self.session.receive_hello(hello, self.refused)
+                self.session.receive_hello(hello_of(message.hello), self.refused)
             case "ack":
                 self.session.receive_ack(control.Ack(message.ack.nonce, message.ack.denials_version))
             case "nack":

@@ -51,6 +51,7 @@ def hello_of(message: pb.Hello) -> session.Hello:
         spools_of(message.spools),
         frozenset(message.client_features),
         message.told_to_drain,
+        message.node_pool.removeprefix("nodePools/"),
     )
 
 

@@ -140,6 +140,7 @@ class Hello(_message.Message):
     DENIALS_VERSION_FIELD_NUMBER: _builtins.int
     SPOOLS_FIELD_NUMBER: _builtins.int
     TOLD_TO_DRAIN_FIELD_NUMBER: _builtins.int
+    NODE_POOL_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """`nodes/{node}`; must be the certificate's."""
     boot_id: _builtins.str
@@ -150,6 +151,10 @@ class Hello(_message.Message):
     """Denials in force, 0 for none."""
     told_to_drain: _builtins.bool
     """Whether the node was told ACTION_DRAIN, and not ACTION_RESUME since."""
+    node_pool: _builtins.str
+    """`nodePools/{node_pool}` whose configuration is on the disk, empty for none. A node
+    that was told of its pool is sent what it lacks, and else the whole set.
+    """
     @_builtins.property
     def client_features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the node understands beyond the first release: the sender uses only
@@ -176,10 +181,11 @@ class Hello(_message.Message):
         denials_version: _builtins.int = ...,
         spools: _abc.Iterable[Global___SpoolStatus] | None = ...,
         told_to_drain: _builtins.bool = ...,
+        node_pool: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "bundles", b"bundles", "client_features", b"client_features", "denials_version", b"denials_version", "node", b"node", "software_version", b"software_version", "spools", b"spools", "told_to_drain", b"told_to_drain"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "bundles", b"bundles", "client_features", b"client_features", "denials_version", b"denials_version", "node", b"node", "node_pool", b"node_pool", "software_version", b"software_version", "spools", b"spools", "told_to_drain", b"told_to_drain"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
