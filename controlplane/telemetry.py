@@ -31,7 +31,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from controlplane.domain.acceptance import Accepted
 from controlplane.domain.books import FindingKind
 from controlplane.metric_table import HTTP_VERBS, METRICS, MetricSpec
-from controlplane.ports_fleet import BookHealth, HandoverCounts
+from controlplane.ports_fleet import BookHealth
+from controlplane.ports_queue import HandoverCounts
 from dataplane.core.ids import format_message_id
 
 METRICS_CONTENT_TYPE = CONTENT_TYPE_LATEST

@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import NamedTuple
 
 from controlplane.domain.errors import UnavailableError
-from controlplane.ports_fleet import Handover, HandoverCounts, HandoverStore
+from controlplane.ports_queue import Handover, HandoverCounts, HandoverStore
 
 LOOK_S = 1.0
 SWEEP_LOOKS = 30

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime
 
 from controlplane.domain.errors import UnavailableError
-from controlplane.ports_fleet import (
+from controlplane.ports_queue import (
     BadQueueRequestError,
     Claimed,
     ClaimWish,

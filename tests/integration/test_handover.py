@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.ports_fleet import NO_SPOOL
+from controlplane.ports_queue import NO_SPOOL
 from dataplane.core.envelope import make_queue_key
 from dataplane.core.idempotency import SubmissionKey
 from dataplane.core.queue import State, Verb

@@ -16,7 +16,7 @@ from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.queue import PostgresQueue
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
-from controlplane.ports_fleet import Claimed
+from controlplane.ports_queue import Claimed
 from dataplane.core.commands import EVENTS, Other, decide
 from dataplane.core.envelope import RecipientRow, is_pinned, make_queue_key, split_queue_key
 from dataplane.core.queue import EventType, State, Verb

@@ -17,7 +17,7 @@ from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.queue import BY_AGE, CLAIMED_OF_ACCOUNT, PostgresQueue
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
-from controlplane.ports_fleet import (
+from controlplane.ports_queue import (
     BadQueueRequestError,
     LeaseLostError,
     QueuedMessage,

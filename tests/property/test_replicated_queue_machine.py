@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.queue import PostgresQueue
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
-from controlplane.ports_fleet import Claimed
+from controlplane.ports_queue import Claimed
 from dataplane.core.queue import TERMINAL, State, Verb
 from support.databases import Database
 from support.fleet import NOW_MS, add_node, changed, execute, fetch, fleet_database, text_id, update

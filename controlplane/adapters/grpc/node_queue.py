@@ -19,12 +19,12 @@ from controlplane.adapters.grpc.stream_codec import BadMessageError, uuid_text
 from controlplane.adapters.grpc.transport import identity_of
 from controlplane.adapters.pki import PkiError
 from controlplane.domain.errors import UnavailableError
-from controlplane.ports_fleet import (
+from controlplane.ports_fleet import NodeRecord
+from controlplane.ports_queue import (
     BadQueueRequestError,
     Claimed,
     ClaimWish,
     LeaseLostError,
-    NodeRecord,
     QueuedMessage,
     Repeated,
     SpoolOwnershipError,

@@ -32,7 +32,8 @@ from controlplane.domain.books import (
     name_waiting,
     unbalanced,
 )
-from controlplane.ports_fleet import NO_SPOOL, BookHealth, LedgerBooks, SilentSpool
+from controlplane.ports_fleet import BookHealth, LedgerBooks, SilentSpool
+from controlplane.ports_queue import NO_SPOOL
 from dataplane.core.queue import State
 from dataplane.core.waiting import Tally, Waiting, tally_of_sum
 

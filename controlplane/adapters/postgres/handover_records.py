@@ -18,7 +18,7 @@ from uuid import UUID
 from controlplane.adapters.ledger_records import GivenRow, PieceRow, columns
 from controlplane.adapters.postgres.book_entries import BY_DAY, Entered
 from controlplane.adapters.postgres.session import Connection
-from controlplane.ports_fleet import NO_SPOOL
+from controlplane.ports_queue import NO_SPOOL
 
 _STORE_PIECES = """
 INSERT INTO postroad.handover_contents (message_id, piece, data)

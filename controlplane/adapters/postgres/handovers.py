@@ -1,6 +1,6 @@
 """Mail between two owners in PostgreSQL: who may take it, what it is, and when a drain is over.
 
-Contract. Implements `ports_fleet.HandoverStore`. What a spool was given is its own, however often it asks: until it
+Contract. Implements `ports_queue.HandoverStore`. What a spool was given is its own, however often it asks: until it
 says that it has it, it is given the same again, and no other spool is. A spool that asks before all that it said of
 earlier ones is stored is given nothing. Rows that another transaction gives away are passed over.
 """
@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
-from controlplane.ports_fleet import Handover, HandoverCounts
+from controlplane.ports_queue import Handover, HandoverCounts
 
 TAKEN_MESSAGES = 200
 TAKEN_BYTES = 8 * 1024 * 1024
@@ -62,7 +62,7 @@ RETURNING node
 
 
 class PostgresHandovers:
-    """`ports_fleet.HandoverStore`; see the module."""
+    """`ports_queue.HandoverStore`; see the module."""
 
     def __init__(self, database: FleetDatabase) -> None:
         self._database = database

@@ -1,6 +1,6 @@
 """The replicated queue in PostgreSQL: leases, messages as they come, and claims of them.
 
-Contract. Implements `ports_fleet.QueueStore`; every method is one transaction on the database's clock. `LeaseLostError`
+Contract. Implements `ports_queue.QueueStore`; every method is one transaction on the database's clock. `LeaseLostError`
 for a lease that has ended, another spool's, and what it does not hold: nothing was changed then. Of accounts that wait
 each gives at most CLAIMED_OF_ACCOUNT messages to a claim, or its part of it where that is more, the highest priority
 first and of that the oldest, so that a flood of one account leaves room for the others. Which accounts come first is
@@ -26,7 +26,7 @@ from controlplane.adapters.postgres.ledger import PostgresLedger, insert_replica
 from controlplane.adapters.postgres.queue_commands import run_command
 from controlplane.adapters.postgres.queue_reports import return_ended
 from controlplane.adapters.postgres.session import Connection
-from controlplane.ports_fleet import (
+from controlplane.ports_queue import (
     BadQueueRequestError,
     Claimed,
     ClaimedRecipient,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from controlplane.domain.errors import Reason, UnavailableError
-from controlplane.ports_fleet import BadQueueRequestError, ClaimWish, Lease
+from controlplane.ports_queue import BadQueueRequestError, ClaimWish, Lease
 from controlplane.services.queue import ADOPT_AFTER_S, MAX_BYTES, MAX_MESSAGES, SILENT_S, QueueService
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
