@@ -42,7 +42,7 @@ SENDS = 40
 def arrivals(stack: LocalStack) -> Iterator[Arrivals]:
     arrivals = Arrivals(stack.inbox)
     yield arrivals
-    assert arrivals.repeated() == []
+    arrivals.check_once(stack)
 
 
 def raw(content: bytes, *recipients: str) -> OutgoingMessage:

@@ -52,7 +52,7 @@ each_client = pytest.mark.parametrize(
 def arrivals(stack: LocalStack) -> Iterator[Arrivals]:
     arrivals = Arrivals(stack.inbox)
     yield arrivals
-    assert arrivals.repeated() == []
+    arrivals.check_once(stack)
 
 
 # --- all clients -----------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def postfix(request: pytest.FixtureRequest, stack: LocalStack) -> Iterator[Smart
 def arrivals(stack: LocalStack) -> Iterator[Arrivals]:
     arrivals = Arrivals(stack.inbox)
     yield arrivals
-    assert arrivals.repeated() == []
+    arrivals.check_once(stack)
 
 
 def _check(arrived: bytes, submitted: bytes, expected: Expected, first_words: bytes) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from postroad.inbox import Inbox, ReceivedMail
+from support.local_stack import LocalStack
 
 _TIMEOUT_S = 30.0
 _POLL_S = 0.02
@@ -44,6 +45,15 @@ class Arrivals:
         """Ids that arrived more than once, as far as the inbox knows now."""
         self._look()
         return [message for message, mails in self._mails.items() if message and len(mails) > 1]
+
+    def check_once(self, stack: LocalStack) -> None:
+        """AssertionError when an id arrived more than once, with the recipients of each copy and what was recorded."""
+        told = [
+            {"copies": [(mail.receive_time, mail.recipients) for mail in self._mails[message]]}
+            | {"recorded": stack.json("messages", "get", message)}
+            for message in self.repeated()
+        ]
+        assert told == [], stack.logs()
 
     def _wait(self, has_come: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + _TIMEOUT_S
