@@ -57,8 +57,10 @@ async def ledger(migrated_database: Database) -> AsyncIterator[PostgresLedger]:
         yield PostgresLedger(database, retention=timedelta(days=30))
 
 
-async def _open(ledger: PostgresLedger, incarnation: int = 1, last: int = 1_000, oldest: int = 1) -> Cursor | Refusal:
-    return await ledger.open_spool("edge-1", SpoolOpening(SPOOL, incarnation, 0, oldest, last), NOW)
+async def _open(
+    ledger: PostgresLedger, incarnation: int = 1, last: int = 1_000, oldest: int = 1, acknowledged: int = 0
+) -> Cursor | Refusal:
+    return await ledger.open_spool("edge-1", SpoolOpening(SPOOL, incarnation, acknowledged, oldest, last), NOW)
 
 
 async def _store(
@@ -336,14 +338,37 @@ async def test_a_restored_disk_is_refused_until_an_operator_accepts_it(
     assert isinstance(refused, Refusal)
     assert refused.reason is RefusalReason.WENT_BACKWARDS
     assert isinstance(stored.answer, Refusal)
+    await _accept(migrated_database)
+    assert await _open(ledger, incarnation=incarnation + 1, last=last) == Cursor(SPOOL, 0)
+
+
+async def _accept(database: Database) -> None:
+    """As AcceptSpool does."""
     await execute(
-        migrated_database,
+        database,
         """
         UPDATE postroad.spools
-        SET accepted = true, incarnation = reported_incarnation, cursor = reported_last_record
+        SET accepted = true, incarnation = reported_incarnation, cursor = reported_acknowledged
         """,
     )
-    assert await _open(ledger, incarnation=incarnation + 1, last=last) == Cursor(SPOOL, last)
+
+
+async def test_what_a_restored_disk_wrote_before_it_was_refused_is_stored_once_it_is_accepted(
+    ledger: PostgresLedger, migrated_database: Database
+) -> None:
+    before, lost, since = message_id(), message_id(), message_id()
+    await _open(ledger)
+    await _store(ledger, 1, accepted(before), changed(before, update(0, SENT)), accepted(lost), accepted(message_id()))
+
+    # The disk is of the time of record 2, of which it knew that record 1 was stored, and took mail at its start.
+    assert isinstance(await _open(ledger, incarnation=2, last=3, acknowledged=1), Refusal)
+    await _accept(migrated_database)
+    assert await _open(ledger, incarnation=2, last=3, acknowledged=1) == Cursor(SPOOL, 1)
+    stored = await _store(ledger, 2, changed(before, update(0, SENT)), accepted(since), incarnation=2)
+
+    assert stored == Stored(Cursor(SPOOL, 3), 2, 0)
+    assert await _states(migrated_database, before) == [SENT]
+    assert await _states(migrated_database, since) == [QUEUED]
 
 
 async def test_mail_that_a_restored_disk_tells_anew_keeps_its_outcome(

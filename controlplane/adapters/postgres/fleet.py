@@ -254,19 +254,19 @@ class PostgresFleet:
             rows = await connection.fetch(
                 """
                 WITH known AS (
-                    SELECT p.spool, u.i, u.w, u.l, u.c, u.n, u.r, u.h
+                    SELECT p.spool, u.i, u.w, u.l, u.c, u.n, u.r, u.h, u.a
                     FROM postroad.spools p
                     JOIN unnest(
                         $1::uuid[], $2::bigint[], $3::bigint[], $6::text[], $7::bigint[], $8::boolean[], $9::bigint[],
-                        $10::boolean[]
-                    ) AS u (s, i, w, l, c, n, r, h) ON p.spool = u.s
+                        $10::boolean[], $11::bigint[]
+                    ) AS u (s, i, w, l, c, n, r, h, a) ON p.spool = u.s
                     WHERE p.node = $4
                     ORDER BY p.spool FOR UPDATE OF p
                 )
                 UPDATE postroad.spools p
                 SET waiting_count = k.w, reported_incarnation = k.i, update_time = $5,
                     accepted = p.accepted AND k.i >= p.incarnation AND NOT (k.h AND k.r < p.cursor),
-                    reported_last_record = CASE WHEN k.h THEN k.r ELSE p.reported_last_record END,
+                    reported_acknowledged = CASE WHEN k.h THEN k.a ELSE p.reported_acknowledged END,
                     lost_messages = string_to_array(k.l, ','),
                     lost_count = k.c, unnamed_losses = k.n
                 FROM known k WHERE p.spool = k.spool
@@ -282,6 +282,7 @@ class PostgresFleet:
                 [spool.losses.unnamed for spool in spools],
                 [spool.last_record for spool in spools],
                 [spool.refused for spool in spools],
+                [spool.acknowledged for spool in spools],
             )
         return [_owner(row) for row in rows]
 

@@ -231,13 +231,13 @@ class PostgresLedger:
             await connection.execute(
                 """
                 UPDATE postroad.spools
-                SET reported_incarnation = $2, reported_last_record = $3, accepted = $4, cursor = $5, update_time = $6,
+                SET reported_incarnation = $2, reported_acknowledged = $3, accepted = $4, cursor = $5, update_time = $6,
                     incarnation = CASE WHEN $4 THEN $2 ELSE incarnation END
                 WHERE spool = $1
                 """,
                 spool,
                 opening.incarnation,
-                opening.last_record,
+                opening.acknowledged,
                 accepted,
                 cursor,
                 now,
