@@ -430,8 +430,11 @@ class FleetStack(ChaosStack):
         self._new_disk.rename(self._spools)
         incarnations = {spool.name: _incarnation(spool) for spool in self._spools.iterdir()}
         self._start_second()
+        # It is refused for what the old one was, and its worker takes mail until it hears of it.
+        self.books.note_strike(Strike("second worker", "ended by a refusal", ends_worker=True))
         # What the control plane accepts must be what this disk says, and not what the old one said.
         wait_until(lambda: self._reported_above(incarnations), "the newest disk is reported")
+        self.books.note_strike(Strike("second worker", "ended by an acceptance", ends_worker=True))
         asyncio.run(self._accept(incarnations))
         wait_until(lambda: not any(map(is_refused, self._spools.iterdir())), "the newest disk is sent from")
 
