@@ -357,18 +357,25 @@ async def test_what_a_restored_disk_wrote_before_it_was_refused_is_stored_once_i
     ledger: PostgresLedger, migrated_database: Database
 ) -> None:
     before, lost, since = message_id(), message_id(), message_id()
+    sent = changed(before, update(0, SENT), events=(event(EventType.EVENT_TYPE_SENT, 0),))
     await _open(ledger)
-    await _store(ledger, 1, accepted(before), changed(before, update(0, SENT)), accepted(lost), accepted(message_id()))
+    await _store(ledger, 1, accepted(before), sent, accepted(lost), accepted(message_id()))
 
     # The disk is of the time of record 2, of which it knew that record 1 was stored, and took mail at its start.
     assert isinstance(await _open(ledger, incarnation=2, last=3, acknowledged=1), Refusal)
     await _accept(migrated_database)
     assert await _open(ledger, incarnation=2, last=3, acknowledged=1) == Cursor(SPOOL, 1)
-    stored = await _store(ledger, 2, changed(before, update(0, SENT)), accepted(since), incarnation=2)
+    stored = await _store(ledger, 2, sent, accepted(since), incarnation=2)
 
     assert stored == Stored(Cursor(SPOOL, 3), 2, 0)
     assert await _states(migrated_database, before) == [SENT]
     assert await _states(migrated_database, since) == [QUEUED]
+    # What is told anew is not listed twice; another attempt is another event.
+    assert await _count(migrated_database, "delivery_events") == 1
+    again = event(EventType.EVENT_TYPE_SENT, 0)
+    again.attempt = 2
+    await _store(ledger, 4, changed(before, update(0, SENT, attempts=2), events=(again,)), incarnation=2)
+    assert await _count(migrated_database, "delivery_events") == 2
 
 
 async def test_mail_that_a_restored_disk_tells_anew_keeps_its_outcome(

@@ -141,6 +141,10 @@ FROM unnest(
     $17::bigint[], $18::bigint[]
 ) AS u (m, i, a, y, t, n, b, r, p, h, l, c, e, x, q, w, g, f)
 """
+_SELECT_EVENTS = """
+SELECT message_id, recipient_index, type, (extract(epoch FROM event_time) * 1000)::bigint, attempt
+FROM postroad.delivery_events WHERE message_id = ANY ($1)
+"""
 _COUNT_OWN = """
 SELECT count(*)
 FROM postroad.messages AS m JOIN unnest($1::uuid[], $2::text[]) AS u (i, a) ON m.message_id = u.i AND m.account = u.a
@@ -456,14 +460,7 @@ class _Writer:
             if _count(answer) == len(rows.messages):
                 new = {row[:2] for row in rows.messages}
         await self._check_own(rows, new)
-        events = rows.events
-        if rows.accepted:
-            written = await connection.fetch(_INSERT_RECIPIENTS, *columns(rows.accepted.values(), 12))
-            if entered.accepted(written) != len(rows.accepted):
-                # A disk that was restored tells known mail anew.
-                events = events + await self._update(list(rows.accepted.values()), entered)
-        for changed, into in self._by_book(rows, entered, moving):
-            events = events + await self._update(changed, into)
+        events = await self._write_recipients(rows, entered, moving)
         if events:
             await connection.execute(_INSERT_EVENTS, *columns(events, 18), self._node_id, self._spool)
         if rows.reports:
@@ -476,6 +473,19 @@ class _Writer:
             # Last: what is found must not be undone with what follows.
             self.duplicates += await _find_duplicates(connection, rows.keys)
         return entered, moving
+
+    async def _write_recipients(self, rows: RecordRows, entered: Entered, moving: Entered) -> Sequence[tuple[Any, ...]]:
+        """Write what became of recipients; the events that are to be listed."""
+        events = rows.events
+        ended: set[tuple[UUID, int]] = set()
+        if rows.accepted:
+            written = await self._connection.fetch(_INSERT_RECIPIENTS, *columns(rows.accepted.values(), 12))
+            if entered.accepted(written) != len(rows.accepted):
+                # A disk that was restored tells known mail anew.
+                events = events + await self._update(list(rows.accepted.values()), entered, ended)
+        for changed, into in self._by_book(rows, entered, moving):
+            events = events + await self._update(changed, into, ended)
+        return await self._new_events(events, ended) if ended else events
 
     @staticmethod
     def _by_book(rows: RecordRows, entered: Entered, moving: Entered) -> list[tuple[list[list[Any]], Entered]]:
@@ -515,8 +525,13 @@ class _Writer:
         if count < len(named):
             raise _UnknownRecipientError("a message is none that this spool accepted")
 
-    async def _update(self, rows: list[list[Any]], entered: Entered) -> list[tuple[Any, ...]]:
-        """Change recipients that are not terminal yet; returns the events of outcomes that came too late."""
+    async def _update(
+        self, rows: list[list[Any]], entered: Entered, ended: set[tuple[UUID, int]]
+    ) -> list[tuple[Any, ...]]:
+        """Change recipients that are not terminal yet; returns the events of outcomes that came too late.
+
+        Recipients that had ended as is said now are added to `ended`.
+        """
         ids = [row[0] for row in rows]
         least, greatest = min(ids), max(ids)
         written = await self._connection.fetch(_UPDATE_RECIPIENTS, *columns(rows, 12), least, greatest, _TERMINAL)
@@ -530,9 +545,22 @@ class _Writer:
         conflicts = []
         for row in rows:
             present = states[row[0], row[1]]
-            if row[STATE] in _TERMINAL and present in _TERMINAL and row[STATE] != present:
+            if row[STATE] not in _TERMINAL or present not in _TERMINAL:
+                continue
+            if row[STATE] == present:
+                ended.add((row[0], row[1]))
+            else:
                 conflicts.append(conflict_event(row, present))
         return conflicts
+
+    async def _new_events(
+        self, events: Sequence[tuple[Any, ...]], ended: set[tuple[UUID, int]]
+    ) -> list[tuple[Any, ...]]:
+        """Leave out what a disk that was restored tells anew of recipients that had ended."""
+        message_ids = list({message_id for message_id, _ in ended})
+        found = await self._connection.fetch(_SELECT_EVENTS, message_ids)
+        known = {tuple(row) for row in found}
+        return [event for event in events if (*event[:2], *event[3:6]) not in known]
 
 
 def _count(answer: str) -> int:
