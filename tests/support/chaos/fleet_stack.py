@@ -355,10 +355,11 @@ class FleetStack(ChaosStack):
         """End PostgreSQL, and let it go on from the copy: what was committed since is lost."""
         self.books.note_strike(Strike("postgres", "failed over, the last commits lost"))
         assert self._process is not None
+        postmaster = self._postmaster()
         # Who starts it again must not do so before the copy is in its place.
         os.kill(self._process.pid, signal.SIGSTOP)
         try:
-            pids = self._database_pids()
+            pids = [postmaster, *pids_below(postmaster)]
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
             for pid in pids:
@@ -377,13 +378,14 @@ class FleetStack(ChaosStack):
     def _standby(self) -> Path:
         return self._cluster.with_name("standby")
 
-    def _database_pids(self) -> list[int]:
-        (postmaster,) = super().pids_of("postgres")
-        return [postmaster, *pids_below(postmaster)]
+    def _postmaster(self) -> int:
+        """PostgreSQL's first process, once it runs: a strike before this one may have ended it."""
+        wait_until(lambda: len(self.pids_of("postgres")) == 1, "PostgreSQL runs")
+        return self.pids_of("postgres")[0]
 
     @contextlib.contextmanager
     def _still_database(self) -> Iterator[None]:
-        (postmaster,) = super().pids_of("postgres")
+        postmaster = self._postmaster()
         os.kill(postmaster, signal.SIGSTOP)  # first, for it makes the others
         pids = pids_below(postmaster)
         try:
