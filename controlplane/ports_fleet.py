@@ -17,6 +17,7 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from controlplane.domain.books import Comparison, Finding, FindingKind, LedgerSide
+from controlplane.domain.openings import Openings
 from dataplane.core.waiting import Tally, Waiting
 
 # --- configuration -------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class SpoolLosses(NamedTuple):
 
 
 class SpoolStatus(NamedTuple):
-    """A spool as its node sees it; `refused`: the node sends nothing from it."""
+    """A spool as its node sees it; `refused`: the node sends nothing from it, and tells its former openings."""
 
     spool: str
     incarnation: int
@@ -144,6 +145,7 @@ class SpoolStatus(NamedTuple):
     open: bool
     refused: bool = False
     losses: SpoolLosses = SpoolLosses()
+    openings: Openings = Openings()
 
 
 class ConfigStatus(IntEnum):
@@ -299,12 +301,13 @@ class FleetRepository(Protocol):
 
 
 class SpoolOwner(NamedTuple):
-    """Whose a spool is, whether its records are taken, and the last one that is stored."""
+    """Whose a spool is, whether its records are taken, the last one that is stored, and under which opening."""
 
     spool: str
     node_id: str
     accepted: bool
     cursor: int
+    opening: bytes | None = None
 
 
 # --- ledger --------------------------------------------------------------------------------------------------------
@@ -342,6 +345,7 @@ class SpoolOpening(NamedTuple):
     acknowledged: int
     oldest_record: int
     last_record: int
+    openings: Openings = Openings()
 
 
 class RawBatch(NamedTuple):

@@ -46,7 +46,8 @@ class LinkError(Exception):
 
 class SpoolState(NamedTuple):
     """A spool that a worker has open; `oldest_record` is the oldest it can still send, 0 for none written
-    yet. `refused`: nothing is sent from it. The rest is what it lost, as in `ports.SpoolLosses`.
+    yet. `refused`: nothing is sent from it. Then come what it lost, as in `ports.SpoolLosses`, and its openings as in
+    `ports.Openings`, ids in hexadecimal.
     """
 
     spool: str
@@ -59,6 +60,8 @@ class SpoolState(NamedTuple):
     lost_messages: tuple[str, ...] = ()
     lost_count: int = 0
     unnamed_losses: bool = False
+    opening: str = ""
+    former_openings: tuple[tuple[str, int], ...] = ()
 
 
 class WorkerHello(NamedTuple):
@@ -288,7 +291,8 @@ def _spools(rows: list[list[Any]]) -> tuple[SpoolState, ...]:
 
 def _spool(*fields: Any) -> SpoolState:
     state = SpoolState(*fields)
-    return state._replace(lost_messages=tuple(state.lost_messages))
+    former = tuple((opening, last_record) for opening, last_record in state.former_openings)
+    return state._replace(lost_messages=tuple(state.lost_messages), former_openings=former)
 
 
 def _read_hello(fields: list[Any]) -> WorkerHello:

@@ -56,6 +56,22 @@ class SpoolIdentity:
     incarnation: int
 
 
+class FormerOpening(NamedTuple):
+    """An opening of a spool that is over: its id, and the last record written before the next one."""
+
+    id: bytes
+    last_record: int
+
+
+class Openings(NamedTuple):
+    """Id of the present opening of a spool, drawn at random, and those of before that somebody may ask for: a copy of
+    the disk knows none that came after it.
+    """
+
+    present: bytes
+    former: tuple[FormerOpening, ...] = ()
+
+
 class SpoolLosses(NamedTuple):
     """What a spool lost when damaged files were replaced: ids of messages (1,000 at most), how many messages and
     records, and how many stretches could not be read, of which nobody can name the losses.
@@ -213,6 +229,11 @@ class Spool(Protocol):
     @property
     def identity(self) -> SpoolIdentity:
         """Which spool this is."""
+        ...
+
+    @property
+    def openings(self) -> Openings:
+        """What tells it from a copy of its disk."""
         ...
 
     def has_room(self, size_bytes: int) -> bool:

@@ -418,6 +418,7 @@ class WorkerSide:
 
 def spool_state(spool: Spool, stats: SpoolStats, losses: SpoolLosses, *, refused: bool) -> SpoolState:
     """A spool as the agent hears of it."""
+    openings = spool.openings
     return SpoolState(
         spool=spool.identity.spool,
         incarnation=spool.identity.incarnation,
@@ -429,6 +430,8 @@ def spool_state(spool: Spool, stats: SpoolStats, losses: SpoolLosses, *, refused
         lost_messages=losses.messages,
         lost_count=losses.message_count,
         unnamed_losses=losses.damaged_places > 0,
+        opening=openings.present.hex(),
+        former_openings=tuple((former.id.hex(), former.last_record) for former in openings.former),
     )
 
 

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
+from controlplane.domain.openings import is_old_copy
 from controlplane.ports_fleet import (
     BundleVersion,
     ConfigReport,
@@ -227,15 +228,19 @@ class FleetService:
 
 def refused_spools(reported: Mapping[str, SpoolStatus], own: Sequence[SpoolOwner]) -> frozenset[str]:
     """Of which of its spools a node must send nothing: what was refused, what it reported and is another's, and what
-    waits to be let send and holds fewer records than are stored of it: an old copy, whatever its incarnation says.
+    waits to be let send and is an old copy, whatever its incarnation says.
     """
     owners = {owner.spool: owner for owner in own}
     refused = {owner.spool for owner in own if not owner.accepted}
     for spool, status in reported.items():
         owner = owners.get(spool)
-        if owner is None or (status.refused and status.last_record < owner.cursor):
+        if owner is None or (status.refused and _is_old_copy(status, owner)):
             refused.add(spool)
     return frozenset(refused)
+
+
+def _is_old_copy(status: SpoolStatus, owner: SpoolOwner) -> bool:
+    return is_old_copy(owner.opening, owner.cursor, status.openings, status.last_record)
 
 
 def _is_good(node: NodeRecord, certificate_serial: str) -> bool:

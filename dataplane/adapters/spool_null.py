@@ -7,6 +7,7 @@ reads find nothing. It never fails, except after `close`. Never for mail that ma
 from __future__ import annotations
 
 import asyncio
+import secrets
 import uuid
 from collections.abc import Sequence
 from typing import ClassVar, TypeVar
@@ -18,6 +19,7 @@ from dataplane.ports import (
     Cursor,
     Due,
     KeyHead,
+    Openings,
     QueueDepth,
     Settlement,
     SpoolError,
@@ -38,6 +40,7 @@ class NullSpool:
 
     def __init__(self, *, node: str = "node-1") -> None:
         self._identity = SpoolIdentity(str(uuid.uuid4()), node, 1)
+        self._openings = Openings(secrets.token_bytes(16))
         self._last = 0
         self._acknowledged = 0
         self._writes = 0
@@ -47,6 +50,11 @@ class NullSpool:
     def identity(self) -> SpoolIdentity:
         """A random UUID, always the first incarnation."""
         return self._identity
+
+    @property
+    def openings(self) -> Openings:
+        """The first one."""
+        return self._openings
 
     def has_room(self, size_bytes: int) -> bool:
         """Nothing is kept, so there is always room until the end."""

@@ -9,6 +9,7 @@ accepting fails with SpoolFullError, settling goes on.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import uuid
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
@@ -28,6 +29,7 @@ from dataplane.ports import (
     Cursor,
     Due,
     KeyHead,
+    Openings,
     QueueDepth,
     RecipientChange,
     Settlement,
@@ -62,6 +64,7 @@ class RamSpool:
     def __init__(self, clock: Clock, *, node: str = "node-1", capacity_bytes: int = 1 << 30) -> None:
         self._clock = clock
         self._identity = SpoolIdentity(str(uuid.uuid4()), node, 1)
+        self._openings = Openings(secrets.token_bytes(16))
         self._capacity_bytes = capacity_bytes
         self._bytes = 0
         self._messages: dict[MessageId, _Message] = {}
@@ -79,6 +82,11 @@ class RamSpool:
     def identity(self) -> SpoolIdentity:
         """A random UUID, always the first incarnation."""
         return self._identity
+
+    @property
+    def openings(self) -> Openings:
+        """The first one."""
+        return self._openings
 
     def has_room(self, size_bytes: int) -> bool:
         """Whether a message of this size would be taken now."""

@@ -34,6 +34,7 @@ from postroad.node.v1.ledger_service_pb2 import (
 )
 from postroad.node.v1.ledger_service_pb2 import LedgerStatement as StatementMessage
 from postroad.node.v1.ledger_service_pb2 import LedgerTake as TakeMessage
+from postroad.node.v1.spool_pb2 import FormerOpening
 
 MAX_UNANSWERED = 8
 MAX_UNANSWERED_BYTES = 32 * 1024 * 1024
@@ -117,6 +118,11 @@ class _SpoolReport:
     taken_meanwhile: bool = False
     # Last number and size of each batch that is not answered.
     unanswered: deque[tuple[int, int]] = field(default_factory=deque)
+
+
+def former_openings(state: SpoolState) -> list[FormerOpening]:
+    """What tells the spool from a copy of its disk, as the control plane hears of it."""
+    return [FormerOpening(id=bytes.fromhex(text), last_record=last) for text, last in state.former_openings]
 
 
 class LedgerMachine:
@@ -229,6 +235,8 @@ class LedgerMachine:
             acknowledged=max(state.acknowledged, report.cursor),
             oldest_record=state.oldest_record,
             last_record=max(state.last_record, report.sent_up_to),
+            opening_id=bytes.fromhex(state.opening),
+            former_openings=former_openings(state),
         )
         return [SendLedger(ReportLedgerRequest(open=opened))]
 

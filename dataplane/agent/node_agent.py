@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from dataplane.agent.held import EMPTY, HeldConfig
 from dataplane.agent.ledger import LedgerStream
+from dataplane.agent.ledger_machine import former_openings
 from dataplane.agent.queue_relay import QueueRelay
 from dataplane.agent.stream import ConfigStream
 from dataplane.agent.stream_machine import StreamMachine
@@ -167,6 +168,9 @@ class NodeAgent:
                 lost_messages=state.lost_messages,
                 lost_count=state.lost_count,
                 unnamed_losses=state.unnamed_losses,
+                opening_id=bytes.fromhex(state.opening),
+                # Only where the ledger is not asked: it hears of them at each opening.
+                former_openings=former_openings(state) if state.refused else (),
             )
             for state in self._hub.spools
         ]

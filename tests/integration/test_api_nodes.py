@@ -115,12 +115,15 @@ async def test_a_refused_spool_is_accepted_as_it_reported_itself(stack: ApiStack
     await stack.operator.node("CreateNode", service.CreateNodeRequest(node_id="edge-1"))
     await stack.as_superuser(
         "INSERT INTO postroad.spools (spool, node, incarnation, cursor, accepted, reported_incarnation,"
-        " reported_acknowledged) VALUES ($1, 'edge-1', 9, 500, false, 4, 120)",
+        " reported_acknowledged, opening, reported_opening)"
+        " VALUES ($1, 'edge-1', 9, 500, false, 4, 120, '\\x01', '\\x02')",
         SPOOL,
     )
     request = service.AcceptSpoolRequest(name="nodes/edge-1", spool=SPOOL)
     (spool,) = (await stack.operator.node("AcceptSpool", request)).spools
     assert (spool.incarnation, spool.cursor, spool.accepted) == (4, 120, True)
+    (row,) = await stack.as_superuser("SELECT opening FROM postroad.spools")
+    assert row["opening"] == b"\x02"
     error = await stack.operator.refused(stack.operator.node("AcceptSpool", request))
     assert error.reason == "SPOOL_NOT_REFUSED"
     unknown = service.AcceptSpoolRequest(name="nodes/edge-1", spool=UUID_1)

@@ -376,10 +376,10 @@ async def test_a_flipped_bit_in_a_key_is_found_and_never_answers(folder: Path, c
     await spool.close()
 
 
-async def test_a_file_without_a_table_of_keys_is_salvaged_all_the_same(folder: Path, clock: ManualClock) -> None:
+async def test_a_file_of_the_first_layout_is_salvaged_all_the_same(folder: Path, clock: ManualClock) -> None:
     envelopes = await fill(folder, clock)
     connection = apsw.Connection(str(folder / "spool.db"))
-    connection.execute("DROP TABLE submission_key")
+    connection.execute("DROP TABLE submission_key; DROP TABLE opening; ALTER TABLE state DROP COLUMN answered")
     connection.execute("PRAGMA user_version = 1")
     connection.close()
     (folder / "failed").write_text("a test says so")

@@ -130,7 +130,7 @@ async def test_the_file_is_made_as_it_has_to_stay(folder: Path, clock: ManualClo
     spool = await open_durable(folder, clock)
     writer = spool._commits._connection
     pragmas = ["journal_mode", "synchronous", "auto_vacuum", "page_size", "wal_autocheckpoint", "user_version"]
-    assert [writer.execute(f"PRAGMA {name}").get for name in pragmas] == ["wal", 2, 2, 8192, 0, 2]
+    assert [writer.execute(f"PRAGMA {name}").get for name in pragmas] == ["wal", 2, 2, 8192, 0, 3]
     await spool.close()
 
 
@@ -154,7 +154,7 @@ async def test_a_newer_layout_that_says_so_is_used_by_the_version_before(folder:
     envelope = make_envelope()
     await spool.accept(envelope, CONTENT, [make_row()])
     await spool.close()
-    set_layout(folder, 3, 2)
+    set_layout(folder, 4, 3)
     spool = await open_durable(folder, clock)
     assert await spool.load(envelope.message_id) is not None
     await spool.accept(make_envelope(), CONTENT, [make_row()])
@@ -163,7 +163,7 @@ async def test_a_newer_layout_that_says_so_is_used_by_the_version_before(folder:
 
 async def test_a_newer_layout_that_does_not_is_refused_and_left_alone(folder: Path, clock: ManualClock) -> None:
     await (await open_durable(folder, clock)).close()
-    set_layout(folder, 3, 3)
+    set_layout(folder, 4, 4)
     before = (folder / "spool.db").read_bytes()
     with pytest.raises(SpoolError, match="newer version"):
         await open_durable(folder, clock)
@@ -171,18 +171,22 @@ async def test_a_newer_layout_that_does_not_is_refused_and_left_alone(folder: Pa
     assert not (folder / "failed").exists()
 
 
-async def test_a_file_of_the_first_layout_is_given_its_table_of_keys(folder: Path, clock: ManualClock) -> None:
+@pytest.mark.parametrize("layout", [1, 2])
+async def test_a_file_of_an_older_layout_is_given_what_it_lacks(folder: Path, clock: ManualClock, layout: int) -> None:
     spool = await open_durable(folder, clock)
     envelope = make_envelope()
     await spool.accept(envelope, CONTENT, [make_row()])
     await spool.close()
     connection = apsw.Connection(str(folder / "spool.db"))
-    connection.execute("DROP TABLE submission_key")
+    if layout == 1:
+        connection.execute("DROP TABLE submission_key")
+    connection.execute("DROP TABLE opening; ALTER TABLE state DROP COLUMN answered")
     connection.close()
-    set_layout(folder, 1, 1)
-    for _ in range(2):
+    set_layout(folder, layout, 1)
+    for former in range(2):
         spool = await open_durable(folder, clock)
         assert spool.salvage is None
+        assert len(spool.openings.former) == former
         assert await spool.load(envelope.message_id) is not None
         key = SubmissionKey(uuid.uuid4().bytes * 2, b"c" * 32)
         await spool.accept(replace(make_envelope(), submission_key=key), CONTENT, [make_row()])
@@ -190,7 +194,7 @@ async def test_a_file_of_the_first_layout_is_given_its_table_of_keys(folder: Pat
         await spool.close()
     connection = apsw.Connection(str(folder / "spool.db"))
     # What this version writes the one before can go on with.
-    assert connection.execute("PRAGMA user_version").get == 2
+    assert connection.execute("PRAGMA user_version").get == 3
     assert connection.execute("SELECT readable_by FROM state").get == 1
     connection.close()
 

@@ -371,6 +371,52 @@ async def test_an_old_copy_of_a_spool_that_moved_is_refused_until_it_is_accepted
     assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
 
 
+async def test_a_copy_of_a_spool_that_moved_is_refused_however_much_it_recorded(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    spool, known, unknown = str(uuid.uuid4()), b"k" * 16, b"u" * 16
+    certificate = await port.enrolled("edge-1")
+    await execute(
+        migrated_database,
+        "INSERT INTO postroad.spools (spool, node, incarnation, cursor, opening) VALUES ($1, 'edge-1', 5, 40, $2)",
+        uuid.UUID(spool),
+        known,
+    )
+    stream = NodeStream(port.channel(certificate), "edge-1")
+    status = pb.SpoolStatus(spool=spool, incarnation=9, last_record=90, refused=True, opening_id=b"p" * 16)
+    # It knows the opening, and had fewer records at its end than are stored.
+    status.former_openings.add(id=known, last_record=39)
+    status.former_openings.add(id=unknown, last_record=60)
+    await stream.hello(spools=[status])
+    await stream.expect("snapshot")
+    (row,) = await fetch(migrated_database, "SELECT accepted, opening, reported_opening FROM postroad.spools")
+    assert tuple(row) == (False, known, b"p" * 16)
+
+    await execute(migrated_database, "UPDATE postroad.spools SET accepted = true, opening = reported_opening")
+    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
+    given = await stream.expect("directive")
+    assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+
+
+async def test_a_spool_that_waits_and_knows_the_opening_that_is_stored_is_let_send(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    spool = str(uuid.uuid4())
+    certificate = await port.enrolled("edge-1")
+    await execute(
+        migrated_database,
+        "INSERT INTO postroad.spools (spool, node, incarnation, cursor, opening) VALUES ($1, 'edge-1', 5, 40, $2)",
+        uuid.UUID(spool),
+        b"k" * 16,
+    )
+    stream = NodeStream(port.channel(certificate), "edge-1")
+    status = pb.SpoolStatus(spool=spool, incarnation=9, last_record=90, refused=True, opening_id=b"p" * 16)
+    status.former_openings.add(id=b"k" * 16, last_record=40)
+    await stream.hello(spools=[status])
+    given = await stream.expect("directive")
+    assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+
+
 async def test_anything_before_hello_is_refused(port: NodesPort) -> None:
     stream = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
     await stream.ack("c1")

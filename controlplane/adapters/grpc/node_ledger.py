@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 
 from controlplane.adapters.grpc.node_config import Report
-from controlplane.adapters.grpc.stream_codec import BadMessageError, uuid_text
+from controlplane.adapters.grpc.stream_codec import BadMessageError, openings_of, uuid_text
 from controlplane.adapters.grpc.transport import identity_of
 from controlplane.adapters.pki import NodeIdentity, PkiError
 from controlplane.domain.errors import UnavailableError
@@ -275,4 +275,5 @@ def _opening(message: pb.LedgerOpen) -> SpoolOpening:
         message.acknowledged,
         message.oldest_record,
         message.last_record,
+        openings_of(message),
     )

@@ -14,6 +14,7 @@ from uuid import UUID
 
 from google.rpc import error_details_pb2, status_pb2
 
+from controlplane.domain.openings import ID_BYTES, MAX_FORMER, Openings
 from controlplane.ports_fleet import (
     Bundle,
     DenialSet,
@@ -27,6 +28,7 @@ from controlplane.stream import session
 from controlplane.stream.session import Output
 from postroad.config.v1 import bundle_pb2, denials_pb2
 from postroad.node.v1 import config_stream_service_pb2 as pb
+from postroad.node.v1.ledger_service_pb2 import LedgerOpen
 
 CHUNK_BYTES = 4 * 1024 * 1024
 
@@ -94,6 +96,7 @@ def spools_of(messages: Iterable[pb.SpoolStatus]) -> tuple[SpoolStatus, ...]:
             one.open,
             one.refused,
             _losses_of(one),
+            openings_of(one),
         )
         for one in messages
     )
@@ -106,6 +109,16 @@ def _losses_of(message: pb.SpoolStatus) -> SpoolLosses:
     if len(message.lost_messages) > _LOST_MESSAGES:
         raise BadMessageError("too many lost messages are named")
     return SpoolLosses(tuple(map(uuid_text, message.lost_messages)), message.lost_count, message.unnamed_losses)
+
+
+def openings_of(message: pb.SpoolStatus | LedgerOpen) -> Openings:
+    """What a spool tells of its openings; BadMessageError for what is no id."""
+    former = tuple((one.id, one.last_record) for one in message.former_openings)
+    if len(former) > MAX_FORMER:
+        raise BadMessageError("too many former openings are told")
+    if len(message.opening_id) not in {0, ID_BYTES} or any(len(opening) != ID_BYTES for opening, _ in former):
+        raise BadMessageError(f"the id of an opening has {ID_BYTES} bytes")
+    return Openings(message.opening_id, former)
 
 
 def uuid_text(text: str) -> str:

@@ -233,7 +233,7 @@ class PostgresFleet:
 
         Of a spool that is in use only an older incarnation is held against it here: its records travel on another
         stream and may be ahead of what this one says of them. The ledger compares both. One that the node holds back
-        must have all that is stored of it, since the ledger may have refused to hear of it.
+        is judged here as `domain.openings` says, since the ledger may have refused to hear of it.
         """
         if not spools:
             return []
@@ -254,23 +254,26 @@ class PostgresFleet:
             rows = await connection.fetch(
                 """
                 WITH known AS (
-                    SELECT p.spool, u.i, u.w, u.l, u.c, u.n, u.r, u.h, u.a
+                    SELECT p.spool, u.i, u.w, u.l, u.c, u.n, u.r, u.h, u.a, u.o,
+                        p.opening IS NULL
+                            OR coalesce((u.e::jsonb ->> encode(p.opening, 'hex'))::bigint, -1) >= p.cursor AS knows
                     FROM postroad.spools p
                     JOIN unnest(
                         $1::uuid[], $2::bigint[], $3::bigint[], $6::text[], $7::bigint[], $8::boolean[], $9::bigint[],
-                        $10::boolean[], $11::bigint[]
-                    ) AS u (s, i, w, l, c, n, r, h, a) ON p.spool = u.s
+                        $10::boolean[], $11::bigint[], $12::bytea[], $13::text[]
+                    ) AS u (s, i, w, l, c, n, r, h, a, o, e) ON p.spool = u.s
                     WHERE p.node = $4
                     ORDER BY p.spool FOR UPDATE OF p
                 )
                 UPDATE postroad.spools p
                 SET waiting_count = k.w, reported_incarnation = k.i, update_time = $5,
-                    accepted = p.accepted AND k.i >= p.incarnation AND NOT (k.h AND k.r < p.cursor),
+                    accepted = p.accepted AND k.i >= p.incarnation AND NOT (k.h AND (k.r < p.cursor OR NOT k.knows)),
                     reported_acknowledged = CASE WHEN k.h THEN k.a ELSE p.reported_acknowledged END,
+                    reported_opening = k.o,
                     lost_messages = string_to_array(k.l, ','),
                     lost_count = k.c, unnamed_losses = k.n
                 FROM known k WHERE p.spool = k.spool
-                RETURNING p.spool, p.node, p.accepted, p.cursor
+                RETURNING p.spool, p.node, p.accepted, p.cursor, p.opening
                 """,
                 ids,
                 incarnations,
@@ -283,6 +286,8 @@ class PostgresFleet:
                 [spool.last_record for spool in spools],
                 [spool.refused for spool in spools],
                 [spool.acknowledged for spool in spools],
+                [spool.openings.present or None for spool in spools],
+                [_ends(spool) for spool in spools],
             )
         return [_owner(row) for row in rows]
 
@@ -290,7 +295,7 @@ class PostgresFleet:
         """As the port says."""
         async with self._database.transaction("spools_list") as connection:
             rows = await connection.fetch(
-                "SELECT spool, node, accepted, cursor FROM postroad.spools WHERE node = ANY ($1::text[])",
+                "SELECT spool, node, accepted, cursor, opening FROM postroad.spools WHERE node = ANY ($1::text[])",
                 list(node_ids),
             )
         return [_owner(row) for row in rows]
@@ -410,4 +415,10 @@ def _denial(row: asyncpg.Record) -> Denial:
 
 
 def _owner(row: asyncpg.Record) -> SpoolOwner:
-    return SpoolOwner(str(row["spool"]), row["node"], row["accepted"], row["cursor"])
+    return SpoolOwner(str(row["spool"]), row["node"], row["accepted"], row["cursor"], row["opening"])
+
+
+def _ends(spool: SpoolStatus) -> str:
+    """With which record each opening ended, where that is asked for."""
+    ends = spool.openings.ends(spool.last_record) if spool.refused else {}
+    return json.dumps({opening.hex(): last_record for opening, last_record in ends.items()})

@@ -10,6 +10,7 @@ UnavailableError leaves everything as it was.
     begins earlier (sent again)             the part above the cursor is stored
     begins later                            refused: GAP
     older incarnation than the newest       refused: SUPERSEDED
+    Open of an old copy of the disk         refused: WENT_BACKWARDS
     spool refused before                    refused: WENT_BACKWARDS, until AcceptSpool
     newer incarnation                       stored: the worker was restarted
     another node's spool                    refused: NOT_OWNED
@@ -50,6 +51,7 @@ from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.handover_records import NotAssignedError, store_given, store_pieces, store_taken
 from controlplane.adapters.postgres.queue_reports import apply_reports
 from controlplane.adapters.postgres.session import Connection
+from controlplane.domain.openings import is_old_copy
 from controlplane.ports_fleet import (
     WAITING_DAYS,
     Cursor,
@@ -70,7 +72,7 @@ _DETAIL_LIMIT = 1_000
 _BAD_CONTENT = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, OverflowError, ValueError)
 
 _LOCK = """
-SELECT node, incarnation, cursor, accepted FROM postroad.spools WHERE spool = $1 FOR UPDATE
+SELECT node, incarnation, cursor, accepted, opening FROM postroad.spools WHERE spool = $1 FOR UPDATE
 """
 _EPOCH = "timestamptz 'epoch' + interval '1 ms' *"
 _WINDOW = "interval '24 hours'"
@@ -227,8 +229,7 @@ class PostgresLedger:
             row = await connection.fetchrow(_LOCK, spool)
             if row is None or row["node"] != node_id:
                 return _not_owned(opening.spool)
-            backwards = opening.incarnation < row["incarnation"] or opening.last_record < row["cursor"]
-            accepted = row["accepted"] and not backwards
+            accepted = row["accepted"] and not _went_backwards(opening, row)
             cursor: int = row["cursor"]
             if accepted and opening.oldest_record > cursor + 1:
                 cursor = await self._pass_over(connection, node_id, opening, cursor)
@@ -236,7 +237,8 @@ class PostgresLedger:
                 """
                 UPDATE postroad.spools
                 SET reported_incarnation = $2, reported_acknowledged = $3, accepted = $4, cursor = $5, update_time = $6,
-                    incarnation = CASE WHEN $4 THEN $2 ELSE incarnation END
+                    incarnation = CASE WHEN $4 THEN $2 ELSE incarnation END,
+                    reported_opening = $7, opening = CASE WHEN $4 THEN $7 ELSE opening END
                 WHERE spool = $1
                 """,
                 spool,
@@ -245,12 +247,13 @@ class PostgresLedger:
                 accepted,
                 cursor,
                 now,
+                opening.openings.present or None,
             )
             if row["accepted"] and not accepted:
                 await connection.execute("SELECT pg_notify('postroad_commands', '')")
         if accepted:
             return Cursor(opening.spool, cursor)
-        detail = f"incarnation {opening.incarnation}, last record {opening.last_record}: older than known"
+        detail = f"incarnation {opening.incarnation}, last record {opening.last_record}: {_why_refused(opening, row)}"
         self._report(opening.spool, "WENT_BACKWARDS", detail)
         return Refusal(opening.spool, RefusalReason.WENT_BACKWARDS, detail)
 
@@ -385,6 +388,20 @@ def _decode(records: Numbered, bounds: IdBounds, *, clean: bool = False) -> _Dec
         except RecordError as error:
             decoded.rejects.append(_Reject(number, raw, error.reason, str(error)))
     return decoded
+
+
+def _went_backwards(opening: SpoolOpening, row: asyncpg.Record) -> bool:
+    return opening.incarnation < row["incarnation"] or is_old_copy(
+        row["opening"], row["cursor"], opening.openings, opening.last_record
+    )
+
+
+def _why_refused(opening: SpoolOpening, row: asyncpg.Record) -> str:
+    if opening.incarnation < row["incarnation"] or opening.last_record < row["cursor"]:
+        return "older than known"
+    if _went_backwards(opening, row):
+        return "a copy of the disk, made before it reported last"
+    return "it waits for AcceptSpool"
 
 
 def _not_owned(spool: str) -> Refusal:

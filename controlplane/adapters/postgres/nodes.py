@@ -151,7 +151,7 @@ class NodesRepository:
             """
             UPDATE postroad.spools
             SET accepted = true, incarnation = reported_incarnation, cursor = reported_acknowledged,
-                update_time = transaction_timestamp()
+                opening = reported_opening, update_time = transaction_timestamp()
             WHERE node = $1 AND spool = $2
             """,
             *(node, spool),

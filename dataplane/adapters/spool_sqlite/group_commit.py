@@ -325,7 +325,7 @@ class GroupCommit:
 _FRAME_HEADER_BYTES = 24
 _FRAME_BYTES = schema.PAGE_BYTES + _FRAME_HEADER_BYTES
 _RESTING = frozenset({_State.IDLE, _State.FAILED, _State.CLOSED})
-_COUNTERS = "SELECT waiting_count, outbox_first, outbox_last, outbox_bytes, acknowledged FROM state"
+_COUNTERS = "SELECT waiting_count, outbox_first, outbox_last, outbox_bytes, acknowledged, answered FROM state"
 
 
 def _reject(operation: Operation, error: SpoolError) -> None:

@@ -207,6 +207,7 @@ def _copy_from(folder: Path, copy: _Copy, vfs: str | None) -> None:
         copy.copy_outbox(old)
         copy.copy_quarantine(old)
         copy.copy_keys(old)
+        copy.copy_openings(old)
     finally:
         old.close()
 
@@ -378,6 +379,22 @@ class _Copy:
                 with contextlib.suppress(DamagedRowError):
                     decode_key(KeyRow(*row))
                     self._new.execute(insert, row)
+
+    def copy_openings(self, old: apsw.Connection) -> None:
+        """What tells the spool from a copy; where it is lost the control plane takes the spool for one."""
+        if not schema.scalar(old, "SELECT count(*) FROM sqlite_schema WHERE name = 'opening'"):
+            return
+
+        def fetch(position: int, limit: int) -> list[tuple[int, Row]]:
+            sql = "SELECT incarnation, id, last_record FROM opening WHERE incarnation > ? ORDER BY incarnation LIMIT ?"
+            return [(row[0], row) for row in schema.fetch(old, sql, (position, limit))]
+
+        with self._new:
+            for row in self._walk(fetch, (1 << 63) - 1):
+                self._new.execute("INSERT OR IGNORE INTO opening VALUES (?, ?, ?)", row)
+            # Unknown, it is 0: then all of them are kept.
+            with contextlib.suppress(apsw.Error):
+                self._new.execute("UPDATE state SET answered = ?", (schema.scalar(old, "SELECT answered FROM state"),))
 
     def finish(self, reason: str, quarantine: Path) -> SalvageReport:
         """Drop recipients without a message, count what is there, and say what is not."""

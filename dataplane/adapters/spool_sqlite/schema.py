@@ -7,11 +7,13 @@
     outbox           records not acknowledged and the tail of those that are, many to a row
     quarantine       messages whose row or content did not match its checksum
     submission_key   keys of messages of the last 24 hours, in the order of acceptance; they outlive their message
+    opening          ids of openings that the control plane may ask for, see openings.py
 
 `user_version` is the layout's number. A newer layout that this code can still read and write says so in
 `state.readable_by`; otherwise opening fails. A file of an older layout is given what it lacks when it is opened: layout
-2 added `submission_key`, which code of layout 1 leaves alone. `rank` is the negated priority, so that one comparison of
-row values follows the order of `ports.Cursor`. Opening raises apsw's errors; the caller tells damage from the rest.
+2 added `submission_key`, layout 3 `opening` and `state.answered`; older code leaves them alone. `rank` is the negated
+priority, so that one comparison of row values follows the order of `ports.Cursor`. Opening raises apsw's errors; the
+caller tells damage from the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from dataplane.ports import SpoolError
 Row = tuple[Any, ...]
 
 DATABASE = "spool.db"
-LAYOUT = 2
+LAYOUT = 3
 # The oldest code that may use what this code writes.
 _READABLE_BY = 1
 APPLICATION_ID = 0x50525350
@@ -111,6 +113,17 @@ CREATE TABLE submission_key (
     checksum INTEGER NOT NULL
 ) STRICT;
 """
+# `last_record` is known when the next one begins; `answered` is the newest incarnation that the control plane took.
+_OPENINGS = """
+CREATE TABLE opening (
+    incarnation INTEGER PRIMARY KEY,
+    id BLOB NOT NULL CONSTRAINT uq_opening_id UNIQUE,
+    last_record INTEGER
+) STRICT;
+ALTER TABLE state ADD COLUMN answered INTEGER NOT NULL DEFAULT 0;
+"""
+# By the layout that lacked them.
+_ADDITIONS = {1: _SUBMISSION_KEYS, 2: _OPENINGS}
 
 
 def open_writer(path: Path, vfs: str | None = None) -> apsw.Connection:
@@ -140,9 +153,9 @@ def prepare(connection: apsw.Connection, spool: str) -> None:
     layout = scalar(connection, "PRAGMA user_version")
     if layout == 0:
         with connection:
-            connection.execute(_TABLES + _SUBMISSION_KEYS)
+            connection.execute(_TABLES + "".join(_ADDITIONS.values()))
             connection.execute(
-                "INSERT INTO state VALUES (1, ?, ?, 0, 0, 1, 0, 0, 0)",
+                "INSERT INTO state VALUES (1, ?, ?, 0, 0, 1, 0, 0, 0, 0)",
                 (spool, _READABLE_BY),
             )
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -155,7 +168,7 @@ def prepare(connection: apsw.Connection, spool: str) -> None:
         raise SpoolError(f"spool.db belongs to spool {owner}, not to {spool}")
     if layout < LAYOUT:
         with connection:
-            connection.execute(_SUBMISSION_KEYS)
+            connection.execute("".join(sql for lacking, sql in _ADDITIONS.items() if lacking >= layout))
             connection.execute(f"PRAGMA user_version = {LAYOUT}")
 
 

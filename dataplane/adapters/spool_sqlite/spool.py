@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -38,6 +39,7 @@ from dataplane.adapters.spool_sqlite.group_commit import GroupCommit
 from dataplane.adapters.spool_sqlite.identity import lock_folder, read_identity, write_identity
 from dataplane.adapters.spool_sqlite.incoming import SqliteIncoming, content_error
 from dataplane.adapters.spool_sqlite.limits import SpoolLimits
+from dataplane.adapters.spool_sqlite.openings import ID_BYTES, begin_opening
 from dataplane.adapters.spool_sqlite.reader import Loaded, Reader
 from dataplane.adapters.spool_sqlite.room import Room, free_bytes
 from dataplane.adapters.spool_sqlite.salvage import SalvageReport, leave_marker, open_database
@@ -66,6 +68,7 @@ from dataplane.ports import (
     Cursor,
     Due,
     KeyHead,
+    Openings,
     QueueDepth,
     Settlement,
     SpoolError,
@@ -96,7 +99,7 @@ class SqliteSpool:
     def __init__(
         self,
         folder: Path,
-        identity: SpoolIdentity,
+        begun: tuple[SpoolIdentity, Openings],
         lock: int,
         connections: tuple[apsw.Connection, apsw.Connection],
         clock: Clock,
@@ -105,7 +108,7 @@ class SqliteSpool:
         room: Room,
     ) -> None:
         self._folder = folder
-        self._identity = identity
+        self._identity, self._openings = begun
         self._lock = lock
         self._clock = clock
         self._limits = limits
@@ -122,7 +125,7 @@ class SqliteSpool:
         self._reserve = Reserve(folder / RESERVE, limits.reserve_bytes)
         self._commits = GroupCommit(
             connections[0],
-            identity.incarnation,
+            self._identity.incarnation,
             clock,
             limits,
             self._note_failure,
@@ -155,14 +158,14 @@ class SqliteSpool:
         lock = lock_folder(folder)
         try:
             try:
-                identity, writer, report = _open_writer(folder, node, vfs)
+                begun, writer, report = _open_writer(folder, node, vfs)
             except (apsw.Error, OSError) as error:
                 if not (is_full(error) and Reserve(folder / RESERVE, limits.reserve_bytes).give_up()):
                     raise
-                identity, writer, report = _open_writer(folder, node, vfs)
+                begun, writer, report = _open_writer(folder, node, vfs)
             connections = (writer, schema.open_reader(folder / schema.DATABASE, vfs))
             room = Room(ask_free_bytes or partial(free_bytes, folder), limits.floor_bytes, clock)
-            spool = cls(folder, identity, lock, connections, clock, limits, on_failed, room)
+            spool = cls(folder, begun, lock, connections, clock, limits, on_failed, room)
         except (apsw.Error, OSError) as error:
             os.close(lock)
             raise translate(error) from error
@@ -176,6 +179,11 @@ class SqliteSpool:
     def identity(self) -> SpoolIdentity:
         """UUID, node and incarnation."""
         return self._identity
+
+    @property
+    def openings(self) -> Openings:
+        """As this process found and began them."""
+        return self._openings
 
     # --- writes ---
 
@@ -601,8 +609,8 @@ class SqliteSpool:
 
 def _open_writer(
     folder: Path, node: str, vfs: str | None
-) -> tuple[SpoolIdentity, apsw.Connection, SalvageReport | None]:
-    """Open the file and count the incarnation up."""
+) -> tuple[tuple[SpoolIdentity, Openings], apsw.Connection, SalvageReport | None]:
+    """Open the file, count the incarnation up and begin an opening."""
     identity = read_identity(folder, node)
     Contents(folder).prepare()
     writer, report = open_database(folder, identity, vfs)
@@ -611,10 +619,11 @@ def _open_writer(
         write_identity(folder, identity)
         with writer:
             writer.execute("UPDATE state SET incarnation = ?", (identity.incarnation,))
+            openings = begin_opening(writer, identity.incarnation, secrets.token_bytes(ID_BYTES))
     except BaseException:
         writer.close()
         raise
-    return identity, writer, report
+    return (identity, openings), writer, report
 
 
 def _next_incarnation(writer: apsw.Connection, identity: SpoolIdentity) -> SpoolIdentity:

@@ -82,7 +82,8 @@ _OLDEST_PACKS = "SELECT first, count, end_bytes FROM outbox ORDER BY first LIMIT
 _END_BYTES_OF = "SELECT end_bytes FROM outbox WHERE first <= ? ORDER BY first DESC LIMIT 1"
 _TRIM = "DELETE FROM outbox WHERE first < ?"
 _UPDATE_STATE = (
-    "UPDATE state SET waiting_count = ?, outbox_first = ?, outbox_last = ?, outbox_bytes = ?, acknowledged = ?"
+    "UPDATE state SET waiting_count = ?, outbox_first = ?, outbox_last = ?, outbox_bytes = ?, acknowledged = ?, "
+    "answered = ?"
 )
 _QUARANTINE_MESSAGE = (
     "INSERT OR REPLACE INTO quarantine (id, reason, time_ms, envelope, content) "
@@ -110,6 +111,7 @@ class Counters:
     outbox_last: int
     outbox_bytes: int
     acknowledged: int
+    answered: int
 
 
 @dataclass(slots=True, eq=False)
@@ -255,6 +257,7 @@ class Transaction:
         self._last = counters.outbox_last
         self._bytes = counters.outbox_bytes
         self._acknowledged = counters.acknowledged
+        self._answered = counters.answered
         self._records: list[bytes] = []
         self._acknowledges = False
         self.files_to_remove: list[MessageId] = []
@@ -263,7 +266,7 @@ class Transaction:
     @property
     def counters(self) -> Counters:
         """The counters as this transaction leaves them; true once it is committed."""
-        return Counters(self._waiting_count, self._first, self._last, self._bytes, self._acknowledged)
+        return Counters(self._waiting_count, self._first, self._last, self._bytes, self._acknowledged, self._answered)
 
     def together(self, operations: Sequence[Operation], *, vacuum: bool) -> Iterator[None]:
         """Run a batch; raises what apsw raises, and the caller rolls back."""
@@ -472,6 +475,7 @@ class Transaction:
             return
         self._acknowledged = max(operation.number, self._first - 1)
         self._acknowledges = True
+        self._answered = self._incarnation
 
     def _finish(self, *, vacuum: bool) -> Iterator[None]:
         yield from self._pack()
@@ -482,7 +486,7 @@ class Transaction:
         if counters != self._before:
             self._execute(
                 _UPDATE_STATE,
-                (self._waiting_count, self._first, self._last, self._bytes, self._acknowledged),
+                (self._waiting_count, self._first, self._last, self._bytes, self._acknowledged, self._answered),
             )
         if vacuum:
             self._execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()

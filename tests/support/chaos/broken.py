@@ -121,12 +121,12 @@ BUILDS = (
     ),
     Build(
         "cursor-not-checked",
-        "a spool that has fewer records than are stored is taken for the newest",
+        "a spool that has fewer records than are stored, and another opening, is taken for the newest",
         (
             Edit(
-                "controlplane/adapters/postgres/ledger.py",
-                'opening.incarnation < row["incarnation"] or opening.last_record < row["cursor"]',
-                'opening.incarnation < row["incarnation"]',
+                "controlplane/domain/openings.py",
+                "    if last_record < cursor:\n        return True\n    if stored_opening is None:\n",
+                "    if stored_opening is None or stored_opening:\n",
             ),
         ),
         "tests/chaos/test_fleet.py::test_an_old_disk_sends_nothing_and_the_newest_one_goes_on",

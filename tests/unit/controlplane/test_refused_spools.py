@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import pytest
 
+from controlplane.domain.openings import Openings
 from controlplane.ports_fleet import SpoolOwner, SpoolStatus
 from controlplane.stream.fleet import refused_spools
 
 S = "22222222-2222-4222-8222-222222222222"
+FORMER, PRESENT = b"f" * 16, b"p" * 16
 
 
 def status(last_record: int = 10, *, refused: bool = False) -> SpoolStatus:
-    return SpoolStatus(S, 3, 5, last_record, 1, open=True, refused=refused)
+    openings = Openings(PRESENT, ((FORMER, 10),))
+    return SpoolStatus(S, 3, 5, last_record, 1, open=True, refused=refused, openings=openings)
 
 
-def owner(*, accepted: bool = True, cursor: int = 10) -> SpoolOwner:
-    return SpoolOwner(S, "edge-1", accepted, cursor)
+def owner(*, accepted: bool = True, cursor: int = 10, opening: bytes | None = None) -> SpoolOwner:
+    return SpoolOwner(S, "edge-1", accepted, cursor, opening)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,10 @@ def owner(*, accepted: bool = True, cursor: int = 10) -> SpoolOwner:
         # An old copy that waits to be let send; one that is in use may be behind in what it says, not in what it did.
         (status(9, refused=True), [owner()], True),
         (status(9), [owner()], False),
+        (status(refused=True), [owner(opening=FORMER)], False),
+        (status(20, refused=True), [owner(cursor=11, opening=FORMER)], True),
+        (status(20, refused=True), [owner(opening=b"o" * 16)], True),
+        (status(20), [owner(opening=b"o" * 16)], False),
     ],
 )
 def test_what_is_refused(reported: SpoolStatus, own: list[SpoolOwner], *, is_refused: bool) -> None:

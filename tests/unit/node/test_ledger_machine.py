@@ -54,6 +54,17 @@ def test_a_spool_opens_before_it_reports_and_starts_behind_the_cursor() -> None:
     assert machine.receive(cursor(5)) == [lm.Stored(S, 5), lm.Pull(S, 5)]
 
 
+def test_a_spool_says_which_openings_its_disk_knows() -> None:
+    machine = lm.LedgerMachine()
+    machine.connected()
+    known = state(incarnation=3)._replace(opening="0f" * 16, former_openings=(("1e" * 16, 7), ("2d" * 16, 9)))
+    (opened,) = machine.spool_opened(known)
+    assert isinstance(opened, lm.SendLedger)
+    message = opened.request.open
+    assert message.opening_id == b"\x0f" * 16
+    assert [(one.id, one.last_record) for one in message.former_openings] == [(b"\x1e" * 16, 7), (b"\x2d" * 16, 9)]
+
+
 def test_records_go_on_as_they_came_and_the_next_are_pulled() -> None:
     machine = reporting()
     actions = machine.records(records(1, 3))

@@ -15,7 +15,9 @@ from dataplane.core.commands import Filter
 from dataplane.core.ids import MessageId
 
 SPOOL = str(uuid.UUID(int=7))
-STATE = link.SpoolState(SPOOL, 3, 10, 4, 12, 5, True, (SPOOL, SPOOL), 2, True)
+STATE = link.SpoolState(
+    SPOOL, 3, 10, 4, 12, 5, True, (SPOOL, SPOOL), 2, True, "0f" * 16, (("1e" * 16, 11), ("2d" * 16, 12))
+)
 MESSAGES: list[link.Message] = [
     link.WorkerHello(0, 42, "ab" * 32, 9, (STATE,)),
     link.ConfigChanged("cd" * 32),

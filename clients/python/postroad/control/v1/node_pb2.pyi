@@ -106,7 +106,7 @@ class Node(_message.Message):
         """Number of the last ledger record stored."""
         accepted: _builtins.bool
         """Whether the control plane takes its records; false after the spool came
-        back with an older incarnation or cursor than before.
+        back as an older copy of its disk.
         """
         waiting_count: _builtins.int
         """Recipients that wait, as last reported."""

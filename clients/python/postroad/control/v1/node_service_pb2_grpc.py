@@ -176,8 +176,8 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AcceptSpool(self, request, context):
-        """Takes records again from a spool that came back with an older incarnation or
-        cursor (a restored disk). FAILED_PRECONDITION when it was not refused.
+        """Takes records again from a spool that came back as an older copy of its disk
+        (a restored one). FAILED_PRECONDITION when it was not refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -55,8 +55,8 @@ class NodeServiceStub:
     RevokeNode: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.RevokeNodeRequest, _node_pb2.Node]
     """Refuses the node's certificate from now on and closes its stream."""
     AcceptSpool: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.AcceptSpoolRequest, _node_pb2.Node]
-    """Takes records again from a spool that came back with an older incarnation or
-    cursor (a restored disk). FAILED_PRECONDITION when it was not refused.
+    """Takes records again from a spool that came back as an older copy of its disk
+    (a restored one). FAILED_PRECONDITION when it was not refused.
     """
     AttachSpool: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.AttachSpoolRequest, _node_pb2.Node]
     """Gives a spool, with all mail in it, to another node of the pool, which was
@@ -118,8 +118,8 @@ class NodeServiceAsyncStub(NodeServiceStub):
     RevokeNode: _aio.UnaryUnaryMultiCallable[_node_service_pb2.RevokeNodeRequest, _node_pb2.Node]  # type: ignore[assignment]
     """Refuses the node's certificate from now on and closes its stream."""
     AcceptSpool: _aio.UnaryUnaryMultiCallable[_node_service_pb2.AcceptSpoolRequest, _node_pb2.Node]  # type: ignore[assignment]
-    """Takes records again from a spool that came back with an older incarnation or
-    cursor (a restored disk). FAILED_PRECONDITION when it was not refused.
+    """Takes records again from a spool that came back as an older copy of its disk
+    (a restored one). FAILED_PRECONDITION when it was not refused.
     """
     AttachSpool: _aio.UnaryUnaryMultiCallable[_node_service_pb2.AttachSpoolRequest, _node_pb2.Node]  # type: ignore[assignment]
     """Gives a spool, with all mail in it, to another node of the pool, which was
@@ -226,8 +226,8 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.AcceptSpoolRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.Node, _abc.Awaitable[_node_pb2.Node]]:
-        """Takes records again from a spool that came back with an older incarnation or
-        cursor (a restored disk). FAILED_PRECONDITION when it was not refused.
+        """Takes records again from a spool that came back as an older copy of its disk
+        (a restored one). FAILED_PRECONDITION when it was not refused.
         """
 
     @_abc_1.abstractmethod

@@ -27,51 +27,52 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from postroad.config.v1 import bundle_pb2 as postroad_dot_config_dot_v1_dot_bundle__pb2
 from postroad.config.v1 import denials_pb2 as postroad_dot_config_dot_v1_dot_denials__pb2
+from postroad.node.v1 import spool_pb2 as postroad_dot_node_dot_v1_dot_spool__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,postroad/node/v1/config_stream_service.proto\x12\x10postroad.node.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1fpostroad/config/v1/bundle.proto\x1a postroad/config/v1/denials.proto\"\xd1\x01\n\x13StreamConfigRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.postroad.node.v1.HelloH\x00\x12$\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x15.postroad.node.v1.AckH\x00\x12&\n\x04nack\x18\x03 \x01(\x0b\x32\x16.postroad.node.v1.NackH\x00\x12\x37\n\rstatus_report\x18\x04 \x01(\x0b\x32\x1e.postroad.node.v1.StatusReportH\x00\x42\t\n\x07message\"\xb9\x02\n\x14StreamConfigResponse\x12.\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1a.postroad.node.v1.SnapshotH\x00\x12(\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x17.postroad.node.v1.DeltaH\x00\x12,\n\x07\x64\x65nials\x18\x03 \x01(\x0b\x32\x19.postroad.node.v1.DenialsH\x00\x12,\n\x07\x63ommand\x18\x04 \x01(\x0b\x32\x19.postroad.node.v1.CommandH\x00\x12.\n\x08progress\x18\x05 \x01(\x0b\x32\x1a.postroad.node.v1.ProgressH\x00\x12\x30\n\tdirective\x18\x06 \x01(\x0b\x32\x1b.postroad.node.v1.DirectiveH\x00\x42\t\n\x07message\"\xfd\x01\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x18\n\x10software_version\x18\x03 \x01(\t\x12\x17\n\x0f\x63lient_features\x18\x04 \x03(\t\x12\x30\n\x07\x62undles\x18\x05 \x03(\x0b\x32\x1f.postroad.node.v1.BundleVersion\x12\x17\n\x0f\x64\x65nials_version\x18\x06 \x01(\x03\x12-\n\x06spools\x18\x07 \x03(\x0b\x32\x1d.postroad.node.v1.SpoolStatus\x12\x15\n\rtold_to_drain\x18\x08 \x01(\x08\x12\x11\n\tnode_pool\x18\t \x01(\t\"=\n\rBundleVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0c\n\x04hash\x18\x03 \x01(\x0c\"\xd5\x01\n\x0bSpoolStatus\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x03\x12\x13\n\x0blast_record\x18\x04 \x01(\x03\x12\x15\n\rwaiting_count\x18\x05 \x01(\x03\x12\x0c\n\x04open\x18\x06 \x01(\x08\x12\x0f\n\x07refused\x18\x07 \x01(\x08\x12\x15\n\rlost_messages\x18\x08 \x03(\t\x12\x12\n\nlost_count\x18\t \x01(\x03\x12\x16\n\x0eunnamed_losses\x18\n \x01(\x08\"-\n\x03\x41\x63k\x12\r\n\x05nonce\x18\x01 \x01(\t\x12\x17\n\x0f\x64\x65nials_version\x18\x02 \x01(\x03\"\xf2\x01\n\x04Nack\x12\r\n\x05nonce\x18\x01 \x01(\t\x12(\n\x0c\x65rror_detail\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x39\n\rbundle_errors\x18\x03 \x03(\x0b\x32\".postroad.node.v1.Nack.BundleError\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x17\n\x0f\x64\x65nials_version\x18\x05 \x01(\x03\x1aM\n\x0b\x42undleError\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04hash\x18\x02 \x01(\x0c\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\"\x92\x02\n\x0cStatusReport\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x17\n\x0f\x64\x65nials_version\x18\x02 \x01(\x03\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x13\n\x0bqueue_depth\x18\x04 \x01(\x03\x12-\n\noldest_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\tnode_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x06spools\x18\x07 \x03(\x0b\x32\x1d.postroad.node.v1.SpoolStatus\x12\x15\n\rtold_to_drain\x18\x08 \x01(\x08\x12\x0e\n\x06\x63losed\x18\t \x01(\x08\"\xc0\x01\n\x08Snapshot\x12\r\n\x05nonce\x18\x01 \x01(\t\x12\r\n\x05\x63hunk\x18\x02 \x01(\x05\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x14\n\x0c\x62undle_count\x18\x04 \x01(\x05\x12+\n\x07\x62undles\x18\x05 \x03(\x0b\x32\x1a.postroad.config.v1.Bundle\x12.\n\tpool_keys\x18\x06 \x03(\x0b\x32\x1b.postroad.config.v1.PoolKey\x12\x11\n\tnode_pool\x18\x07 \x01(\t\"\xaa\x01\n\x05\x44\x65lta\x12\r\n\x05nonce\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\x0c\x12+\n\x07upserts\x18\x03 \x03(\x0b\x32\x1a.postroad.config.v1.Bundle\x12\x0f\n\x07removed\x18\x04 \x03(\t\x12.\n\tpool_keys\x18\x05 \x03(\x0b\x32\x1b.postroad.config.v1.PoolKey\x12\x0f\n\x07rollout\x18\x06 \x01(\t\"H\n\x07\x44\x65nials\x12\r\n\x05nonce\x18\x01 \x01(\t\x12.\n\x07\x64\x65nials\x18\x02 \x01(\x0b\x32\x1d.postroad.config.v1.DenialSet\"\xb6\x03\n\x07\x43ommand\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\t\x12\r\n\x05spool\x18\x02 \x01(\t\x12,\n\x04verb\x18\x03 \x01(\x0e\x32\x1e.postroad.node.v1.Command.Verb\x12\x0f\n\x07\x61\x63\x63ount\x18\x04 \x01(\t\x12\x13\n\x0bmessage_ids\x18\x05 \x03(\x0c\x12\x30\n\x06\x66ilter\x18\x06 \x01(\x0b\x32 .postroad.node.v1.Command.Filter\x12\x10\n\x08provider\x18\x07 \x01(\t\x1ao\n\x06\x46ilter\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\x18\n\x10recipient_domain\x18\x02 \x01(\t\x12\x1a\n\x12\x61\x63\x63\x65pted_before_ms\x18\x03 \x01(\x03\x12\x0e\n\x06states\x18\x04 \x03(\x05\x12\r\n\x05\x61\x66ter\x18\x05 \x01(\x0c\"\x81\x01\n\x04Verb\x12\x14\n\x10VERB_UNSPECIFIED\x10\x00\x12\x0f\n\x0bVERB_CANCEL\x10\x01\x12\r\n\tVERB_HOLD\x10\x02\x12\x10\n\x0cVERB_RELEASE\x10\x03\x12\x0e\n\nVERB_RETRY\x10\x04\x12\x0f\n\x0bVERB_BOUNCE\x10\x05\x12\x10\n\x0cVERB_REROUTE\x10\x06\"4\n\x08Progress\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc6\x02\n\tDirective\x12\x32\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\".postroad.node.v1.Directive.Action\x12(\n\x05\x61\x66ter\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06jitter\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05spool\x18\x04 \x01(\t\"\xa0\x01\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41\x43TION_DRAIN\x10\x01\x12\x11\n\rACTION_RESUME\x10\x02\x12\x14\n\x10\x41\x43TION_RECONNECT\x10\x03\x12\x11\n\rACTION_RESYNC\x10\x04\x12\x17\n\x13\x41\x43TION_REFUSE_SPOOL\x10\x05\x12\x17\n\x13\x41\x43TION_ACCEPT_SPOOL\x10\x06\x32x\n\x13\x43onfigStreamService\x12\x61\n\x0cStreamConfig\x12%.postroad.node.v1.StreamConfigRequest\x1a&.postroad.node.v1.StreamConfigResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,postroad/node/v1/config_stream_service.proto\x12\x10postroad.node.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1fpostroad/config/v1/bundle.proto\x1a postroad/config/v1/denials.proto\x1a\x1cpostroad/node/v1/spool.proto\"\xd1\x01\n\x13StreamConfigRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.postroad.node.v1.HelloH\x00\x12$\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x15.postroad.node.v1.AckH\x00\x12&\n\x04nack\x18\x03 \x01(\x0b\x32\x16.postroad.node.v1.NackH\x00\x12\x37\n\rstatus_report\x18\x04 \x01(\x0b\x32\x1e.postroad.node.v1.StatusReportH\x00\x42\t\n\x07message\"\xb9\x02\n\x14StreamConfigResponse\x12.\n\x08snapshot\x18\x01 \x01(\x0b\x32\x1a.postroad.node.v1.SnapshotH\x00\x12(\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x17.postroad.node.v1.DeltaH\x00\x12,\n\x07\x64\x65nials\x18\x03 \x01(\x0b\x32\x19.postroad.node.v1.DenialsH\x00\x12,\n\x07\x63ommand\x18\x04 \x01(\x0b\x32\x19.postroad.node.v1.CommandH\x00\x12.\n\x08progress\x18\x05 \x01(\x0b\x32\x1a.postroad.node.v1.ProgressH\x00\x12\x30\n\tdirective\x18\x06 \x01(\x0b\x32\x1b.postroad.node.v1.DirectiveH\x00\x42\t\n\x07message\"\xfd\x01\n\x05Hello\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x18\n\x10software_version\x18\x03 \x01(\t\x12\x17\n\x0f\x63lient_features\x18\x04 \x03(\t\x12\x30\n\x07\x62undles\x18\x05 \x03(\x0b\x32\x1f.postroad.node.v1.BundleVersion\x12\x17\n\x0f\x64\x65nials_version\x18\x06 \x01(\x03\x12-\n\x06spools\x18\x07 \x03(\x0b\x32\x1d.postroad.node.v1.SpoolStatus\x12\x15\n\rtold_to_drain\x18\x08 \x01(\x08\x12\x11\n\tnode_pool\x18\t \x01(\t\"=\n\rBundleVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0c\n\x04hash\x18\x03 \x01(\x0c\"\xa3\x02\n\x0bSpoolStatus\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x03\x12\x13\n\x0blast_record\x18\x04 \x01(\x03\x12\x15\n\rwaiting_count\x18\x05 \x01(\x03\x12\x0c\n\x04open\x18\x06 \x01(\x08\x12\x0f\n\x07refused\x18\x07 \x01(\x08\x12\x15\n\rlost_messages\x18\x08 \x03(\t\x12\x12\n\nlost_count\x18\t \x01(\x03\x12\x16\n\x0eunnamed_losses\x18\n \x01(\x08\x12\x12\n\nopening_id\x18\x0b \x01(\x0c\x12\x38\n\x0f\x66ormer_openings\x18\x0c \x03(\x0b\x32\x1f.postroad.node.v1.FormerOpening\"-\n\x03\x41\x63k\x12\r\n\x05nonce\x18\x01 \x01(\t\x12\x17\n\x0f\x64\x65nials_version\x18\x02 \x01(\x03\"\xf2\x01\n\x04Nack\x12\r\n\x05nonce\x18\x01 \x01(\t\x12(\n\x0c\x65rror_detail\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\x12\x39\n\rbundle_errors\x18\x03 \x03(\x0b\x32\".postroad.node.v1.Nack.BundleError\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x17\n\x0f\x64\x65nials_version\x18\x05 \x01(\x03\x1aM\n\x0b\x42undleError\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04hash\x18\x02 \x01(\x0c\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\"\x92\x02\n\x0cStatusReport\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x17\n\x0f\x64\x65nials_version\x18\x02 \x01(\x03\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12\x13\n\x0bqueue_depth\x18\x04 \x01(\x03\x12-\n\noldest_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\tnode_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x06spools\x18\x07 \x03(\x0b\x32\x1d.postroad.node.v1.SpoolStatus\x12\x15\n\rtold_to_drain\x18\x08 \x01(\x08\x12\x0e\n\x06\x63losed\x18\t \x01(\x08\"\xc0\x01\n\x08Snapshot\x12\r\n\x05nonce\x18\x01 \x01(\t\x12\r\n\x05\x63hunk\x18\x02 \x01(\x05\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x14\n\x0c\x62undle_count\x18\x04 \x01(\x05\x12+\n\x07\x62undles\x18\x05 \x03(\x0b\x32\x1a.postroad.config.v1.Bundle\x12.\n\tpool_keys\x18\x06 \x03(\x0b\x32\x1b.postroad.config.v1.PoolKey\x12\x11\n\tnode_pool\x18\x07 \x01(\t\"\xaa\x01\n\x05\x44\x65lta\x12\r\n\x05nonce\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\x0c\x12+\n\x07upserts\x18\x03 \x03(\x0b\x32\x1a.postroad.config.v1.Bundle\x12\x0f\n\x07removed\x18\x04 \x03(\t\x12.\n\tpool_keys\x18\x05 \x03(\x0b\x32\x1b.postroad.config.v1.PoolKey\x12\x0f\n\x07rollout\x18\x06 \x01(\t\"H\n\x07\x44\x65nials\x12\r\n\x05nonce\x18\x01 \x01(\t\x12.\n\x07\x64\x65nials\x18\x02 \x01(\x0b\x32\x1d.postroad.config.v1.DenialSet\"\xb6\x03\n\x07\x43ommand\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\t\x12\r\n\x05spool\x18\x02 \x01(\t\x12,\n\x04verb\x18\x03 \x01(\x0e\x32\x1e.postroad.node.v1.Command.Verb\x12\x0f\n\x07\x61\x63\x63ount\x18\x04 \x01(\t\x12\x13\n\x0bmessage_ids\x18\x05 \x03(\x0c\x12\x30\n\x06\x66ilter\x18\x06 \x01(\x0b\x32 .postroad.node.v1.Command.Filter\x12\x10\n\x08provider\x18\x07 \x01(\t\x1ao\n\x06\x46ilter\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\x18\n\x10recipient_domain\x18\x02 \x01(\t\x12\x1a\n\x12\x61\x63\x63\x65pted_before_ms\x18\x03 \x01(\x03\x12\x0e\n\x06states\x18\x04 \x03(\x05\x12\r\n\x05\x61\x66ter\x18\x05 \x01(\x0c\"\x81\x01\n\x04Verb\x12\x14\n\x10VERB_UNSPECIFIED\x10\x00\x12\x0f\n\x0bVERB_CANCEL\x10\x01\x12\r\n\tVERB_HOLD\x10\x02\x12\x10\n\x0cVERB_RELEASE\x10\x03\x12\x0e\n\nVERB_RETRY\x10\x04\x12\x0f\n\x0bVERB_BOUNCE\x10\x05\x12\x10\n\x0cVERB_REROUTE\x10\x06\"4\n\x08Progress\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc6\x02\n\tDirective\x12\x32\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\".postroad.node.v1.Directive.Action\x12(\n\x05\x61\x66ter\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06jitter\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05spool\x18\x04 \x01(\t\"\xa0\x01\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x41\x43TION_DRAIN\x10\x01\x12\x11\n\rACTION_RESUME\x10\x02\x12\x14\n\x10\x41\x43TION_RECONNECT\x10\x03\x12\x11\n\rACTION_RESYNC\x10\x04\x12\x17\n\x13\x41\x43TION_REFUSE_SPOOL\x10\x05\x12\x17\n\x13\x41\x43TION_ACCEPT_SPOOL\x10\x06\x32x\n\x13\x43onfigStreamService\x12\x61\n\x0cStreamConfig\x12%.postroad.node.v1.StreamConfigRequest\x1a&.postroad.node.v1.StreamConfigResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'postroad.node.v1.config_stream_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STREAMCONFIGREQUEST']._serialized_start=224
-  _globals['_STREAMCONFIGREQUEST']._serialized_end=433
-  _globals['_STREAMCONFIGRESPONSE']._serialized_start=436
-  _globals['_STREAMCONFIGRESPONSE']._serialized_end=749
-  _globals['_HELLO']._serialized_start=752
-  _globals['_HELLO']._serialized_end=1005
-  _globals['_BUNDLEVERSION']._serialized_start=1007
-  _globals['_BUNDLEVERSION']._serialized_end=1068
-  _globals['_SPOOLSTATUS']._serialized_start=1071
-  _globals['_SPOOLSTATUS']._serialized_end=1284
-  _globals['_ACK']._serialized_start=1286
-  _globals['_ACK']._serialized_end=1331
-  _globals['_NACK']._serialized_start=1334
-  _globals['_NACK']._serialized_end=1576
-  _globals['_NACK_BUNDLEERROR']._serialized_start=1499
-  _globals['_NACK_BUNDLEERROR']._serialized_end=1576
-  _globals['_STATUSREPORT']._serialized_start=1579
-  _globals['_STATUSREPORT']._serialized_end=1853
-  _globals['_SNAPSHOT']._serialized_start=1856
-  _globals['_SNAPSHOT']._serialized_end=2048
-  _globals['_DELTA']._serialized_start=2051
-  _globals['_DELTA']._serialized_end=2221
-  _globals['_DENIALS']._serialized_start=2223
-  _globals['_DENIALS']._serialized_end=2295
-  _globals['_COMMAND']._serialized_start=2298
-  _globals['_COMMAND']._serialized_end=2736
-  _globals['_COMMAND_FILTER']._serialized_start=2493
-  _globals['_COMMAND_FILTER']._serialized_end=2604
-  _globals['_COMMAND_VERB']._serialized_start=2607
-  _globals['_COMMAND_VERB']._serialized_end=2736
-  _globals['_PROGRESS']._serialized_start=2738
-  _globals['_PROGRESS']._serialized_end=2790
-  _globals['_DIRECTIVE']._serialized_start=2793
-  _globals['_DIRECTIVE']._serialized_end=3119
-  _globals['_DIRECTIVE_ACTION']._serialized_start=2959
-  _globals['_DIRECTIVE_ACTION']._serialized_end=3119
-  _globals['_CONFIGSTREAMSERVICE']._serialized_start=3121
-  _globals['_CONFIGSTREAMSERVICE']._serialized_end=3241
+  _globals['_STREAMCONFIGREQUEST']._serialized_start=254
+  _globals['_STREAMCONFIGREQUEST']._serialized_end=463
+  _globals['_STREAMCONFIGRESPONSE']._serialized_start=466
+  _globals['_STREAMCONFIGRESPONSE']._serialized_end=779
+  _globals['_HELLO']._serialized_start=782
+  _globals['_HELLO']._serialized_end=1035
+  _globals['_BUNDLEVERSION']._serialized_start=1037
+  _globals['_BUNDLEVERSION']._serialized_end=1098
+  _globals['_SPOOLSTATUS']._serialized_start=1101
+  _globals['_SPOOLSTATUS']._serialized_end=1392
+  _globals['_ACK']._serialized_start=1394
+  _globals['_ACK']._serialized_end=1439
+  _globals['_NACK']._serialized_start=1442
+  _globals['_NACK']._serialized_end=1684
+  _globals['_NACK_BUNDLEERROR']._serialized_start=1607
+  _globals['_NACK_BUNDLEERROR']._serialized_end=1684
+  _globals['_STATUSREPORT']._serialized_start=1687
+  _globals['_STATUSREPORT']._serialized_end=1961
+  _globals['_SNAPSHOT']._serialized_start=1964
+  _globals['_SNAPSHOT']._serialized_end=2156
+  _globals['_DELTA']._serialized_start=2159
+  _globals['_DELTA']._serialized_end=2329
+  _globals['_DENIALS']._serialized_start=2331
+  _globals['_DENIALS']._serialized_end=2403
+  _globals['_COMMAND']._serialized_start=2406
+  _globals['_COMMAND']._serialized_end=2844
+  _globals['_COMMAND_FILTER']._serialized_start=2601
+  _globals['_COMMAND_FILTER']._serialized_end=2712
+  _globals['_COMMAND_VERB']._serialized_start=2715
+  _globals['_COMMAND_VERB']._serialized_end=2844
+  _globals['_PROGRESS']._serialized_start=2846
+  _globals['_PROGRESS']._serialized_end=2898
+  _globals['_DIRECTIVE']._serialized_start=2901
+  _globals['_DIRECTIVE']._serialized_end=3227
+  _globals['_DIRECTIVE_ACTION']._serialized_start=3067
+  _globals['_DIRECTIVE_ACTION']._serialized_end=3227
+  _globals['_CONFIGSTREAMSERVICE']._serialized_start=3229
+  _globals['_CONFIGSTREAMSERVICE']._serialized_end=3349
 # @@protoc_insertion_point(module_scope)

@@ -13,6 +13,7 @@ from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from postroad.config.v1 import bundle_pb2 as _bundle_pb2
 from postroad.config.v1 import denials_pb2 as _denials_pb2
+from postroad.node.v1 import spool_pb2 as _spool_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -237,6 +238,8 @@ class SpoolStatus(_message.Message):
     LOST_MESSAGES_FIELD_NUMBER: _builtins.int
     LOST_COUNT_FIELD_NUMBER: _builtins.int
     UNNAMED_LOSSES_FIELD_NUMBER: _builtins.int
+    OPENING_ID_FIELD_NUMBER: _builtins.int
+    FORMER_OPENINGS_FIELD_NUMBER: _builtins.int
     spool: _builtins.str
     """UUID of the spool."""
     incarnation: _builtins.int
@@ -259,11 +262,17 @@ class SpoolStatus(_message.Message):
     """Whether parts of a damaged file could not be read at all: then there may be
     losses that nobody can name.
     """
+    opening_id: _builtins.bytes
+    """As in LedgerOpen."""
     @_builtins.property
     def lost_messages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids of messages that were lost when a damaged file was replaced, at most
         1,000; for as long as the damaged file is kept.
         """
+
+    @_builtins.property
+    def former_openings(self) -> _containers.RepeatedCompositeFieldContainer[_spool_pb2.FormerOpening]:
+        """As in LedgerOpen; where `refused` only."""
 
     def __init__(
         self,
@@ -278,10 +287,12 @@ class SpoolStatus(_message.Message):
         lost_messages: _abc.Iterable[_builtins.str] | None = ...,
         lost_count: _builtins.int = ...,
         unnamed_losses: _builtins.bool = ...,
+        opening_id: _builtins.bytes = ...,
+        former_openings: _abc.Iterable[_spool_pb2.FormerOpening] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "incarnation", b"incarnation", "last_record", b"last_record", "lost_count", b"lost_count", "lost_messages", b"lost_messages", "open", b"open", "refused", b"refused", "spool", b"spool", "unnamed_losses", b"unnamed_losses", "waiting_count", b"waiting_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "former_openings", b"former_openings", "incarnation", b"incarnation", "last_record", b"last_record", "lost_count", b"lost_count", "lost_messages", b"lost_messages", "open", b"open", "opening_id", b"opening_id", "refused", b"refused", "spool", b"spool", "unnamed_losses", b"unnamed_losses", "waiting_count", b"waiting_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,43 +23,44 @@ _sym_db = _symbol_database.Default()
 
 
 from postroad.node.v1 import ledger_pb2 as postroad_dot_node_dot_v1_dot_ledger__pb2
+from postroad.node.v1 import spool_pb2 as postroad_dot_node_dot_v1_dot_spool__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%postroad/node/v1/ledger_service.proto\x12\x10postroad.node.v1\x1a\x1dpostroad/node/v1/ledger.proto\"\xe4\x01\n\x13ReportLedgerRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.postroad.node.v1.LedgerOpenH\x00\x12.\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1d.postroad.node.v1.LedgerBatchH\x00\x12\x36\n\tstatement\x18\x03 \x01(\x0b\x32!.postroad.node.v1.LedgerStatementH\x00\x12,\n\x04take\x18\x04 \x01(\x0b\x32\x1c.postroad.node.v1.LedgerTakeH\x00\x42\t\n\x07message\"\xad\x02\n\x14ReportLedgerResponse\x12\x30\n\x06\x63ursor\x18\x01 \x01(\x0b\x32\x1e.postroad.node.v1.LedgerCursorH\x00\x12\x32\n\x07refusal\x18\x02 \x01(\x0b\x32\x1f.postroad.node.v1.LedgerRefusalH\x00\x12\x34\n\x08question\x18\x03 \x01(\x0b\x32 .postroad.node.v1.LedgerQuestionH\x00\x12\x38\n\ninvitation\x18\x04 \x01(\x0b\x32\".postroad.node.v1.LedgerInvitationH\x00\x12\x34\n\x08handover\x18\x05 \x01(\x0b\x32 .postroad.node.v1.LedgerHandoverH\x00\x42\t\n\x07message\"r\n\nLedgerOpen\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x03\x12\x15\n\roldest_record\x18\x04 \x01(\x03\x12\x13\n\x0blast_record\x18\x05 \x01(\x03\"X\n\x0bLedgerBatch\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x14\n\x0c\x66irst_record\x18\x03 \x01(\x03\x12\x0f\n\x07records\x18\x04 \x03(\x0c\"-\n\x0cLedgerCursor\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x03\"\xe0\x01\n\rLedgerRefusal\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x36\n\x06reason\x18\x02 \x01(\x0e\x32&.postroad.node.v1.LedgerRefusal.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"x\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REASON_WENT_BACKWARDS\x10\x01\x12\x15\n\x11REASON_SUPERSEDED\x10\x02\x12\x0e\n\nREASON_GAP\x10\x03\x12\x14\n\x10REASON_NOT_OWNED\x10\x04\"g\n\x0eLedgerQuestion\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x14\n\x0c\x61s_of_record\x18\x03 \x01(\x03\x12\x0f\n\x07\x61\x63\x63ount\x18\x04 \x01(\t\x12\x0f\n\x07\x62uckets\x18\x05 \x03(\x05\"\xfa\x01\n\x0fLedgerStatement\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12.\n\x06totals\x18\x04 \x03(\x0b\x32\x1e.postroad.node.v1.WaitingTotal\x12\x36\n\nrecipients\x18\x05 \x03(\x0b\x32\".postroad.node.v1.WaitingRecipient\x12<\n\x10without_deadline\x18\x06 \x03(\x0b\x32\".postroad.node.v1.WaitingRecipient\x12\x13\n\x0bquarantined\x18\x07 \x03(\x0c\"N\n\x0cWaitingTotal\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x0e\n\x06\x62ucket\x18\x02 \x01(\x05\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"F\n\x10WaitingRecipient\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0f\n\x07\x61\x63\x63ount\x18\x03 \x01(\t\"!\n\x10LedgerInvitation\x12\r\n\x05spool\x18\x01 \x01(\t\"A\n\nLedgerTake\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x14\n\x0c\x61\x66ter_record\x18\x03 \x01(\x03\"\xa6\x01\n\x0eLedgerHandover\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x12\n\nmessage_id\x18\x03 \x01(\x0c\x12\x0f\n\x07\x61\x63\x63ount\x18\x04 \x01(\t\x12\x31\n\x0bhanded_over\x18\x05 \x01(\x0b\x32\x1c.postroad.node.v1.HandedOver\x12\x0f\n\x07\x63ontent\x18\x06 \x01(\x0c\x12\x0c\n\x04last\x18\x07 \x01(\x08\x32r\n\rLedgerService\x12\x61\n\x0cReportLedger\x12%.postroad.node.v1.ReportLedgerRequest\x1a&.postroad.node.v1.ReportLedgerResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%postroad/node/v1/ledger_service.proto\x12\x10postroad.node.v1\x1a\x1dpostroad/node/v1/ledger.proto\x1a\x1cpostroad/node/v1/spool.proto\"\xe4\x01\n\x13ReportLedgerRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.postroad.node.v1.LedgerOpenH\x00\x12.\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x1d.postroad.node.v1.LedgerBatchH\x00\x12\x36\n\tstatement\x18\x03 \x01(\x0b\x32!.postroad.node.v1.LedgerStatementH\x00\x12,\n\x04take\x18\x04 \x01(\x0b\x32\x1c.postroad.node.v1.LedgerTakeH\x00\x42\t\n\x07message\"\xad\x02\n\x14ReportLedgerResponse\x12\x30\n\x06\x63ursor\x18\x01 \x01(\x0b\x32\x1e.postroad.node.v1.LedgerCursorH\x00\x12\x32\n\x07refusal\x18\x02 \x01(\x0b\x32\x1f.postroad.node.v1.LedgerRefusalH\x00\x12\x34\n\x08question\x18\x03 \x01(\x0b\x32 .postroad.node.v1.LedgerQuestionH\x00\x12\x38\n\ninvitation\x18\x04 \x01(\x0b\x32\".postroad.node.v1.LedgerInvitationH\x00\x12\x34\n\x08handover\x18\x05 \x01(\x0b\x32 .postroad.node.v1.LedgerHandoverH\x00\x42\t\n\x07message\"\xc0\x01\n\nLedgerOpen\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x14\n\x0c\x61\x63knowledged\x18\x03 \x01(\x03\x12\x15\n\roldest_record\x18\x04 \x01(\x03\x12\x13\n\x0blast_record\x18\x05 \x01(\x03\x12\x12\n\nopening_id\x18\x06 \x01(\x0c\x12\x38\n\x0f\x66ormer_openings\x18\x07 \x03(\x0b\x32\x1f.postroad.node.v1.FormerOpening\"X\n\x0bLedgerBatch\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x03\x12\x14\n\x0c\x66irst_record\x18\x03 \x01(\x03\x12\x0f\n\x07records\x18\x04 \x03(\x0c\"-\n\x0cLedgerCursor\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x03\"\xe0\x01\n\rLedgerRefusal\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x36\n\x06reason\x18\x02 \x01(\x0e\x32&.postroad.node.v1.LedgerRefusal.Reason\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"x\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REASON_WENT_BACKWARDS\x10\x01\x12\x15\n\x11REASON_SUPERSEDED\x10\x02\x12\x0e\n\nREASON_GAP\x10\x03\x12\x14\n\x10REASON_NOT_OWNED\x10\x04\"g\n\x0eLedgerQuestion\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x14\n\x0c\x61s_of_record\x18\x03 \x01(\x03\x12\x0f\n\x07\x61\x63\x63ount\x18\x04 \x01(\t\x12\x0f\n\x07\x62uckets\x18\x05 \x03(\x05\"\xfa\x01\n\x0fLedgerStatement\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12.\n\x06totals\x18\x04 \x03(\x0b\x32\x1e.postroad.node.v1.WaitingTotal\x12\x36\n\nrecipients\x18\x05 \x03(\x0b\x32\".postroad.node.v1.WaitingRecipient\x12<\n\x10without_deadline\x18\x06 \x03(\x0b\x32\".postroad.node.v1.WaitingRecipient\x12\x13\n\x0bquarantined\x18\x07 \x03(\x0c\"N\n\x0cWaitingTotal\x12\x0f\n\x07\x61\x63\x63ount\x18\x01 \x01(\t\x12\x0e\n\x06\x62ucket\x18\x02 \x01(\x05\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"F\n\x10WaitingRecipient\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0f\n\x07\x61\x63\x63ount\x18\x03 \x01(\t\"!\n\x10LedgerInvitation\x12\r\n\x05spool\x18\x01 \x01(\t\"A\n\nLedgerTake\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x14\n\x0c\x61\x66ter_record\x18\x03 \x01(\x03\"\xa6\x01\n\x0eLedgerHandover\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x12\n\nmessage_id\x18\x03 \x01(\x0c\x12\x0f\n\x07\x61\x63\x63ount\x18\x04 \x01(\t\x12\x31\n\x0bhanded_over\x18\x05 \x01(\x0b\x32\x1c.postroad.node.v1.HandedOver\x12\x0f\n\x07\x63ontent\x18\x06 \x01(\x0c\x12\x0c\n\x04last\x18\x07 \x01(\x08\x32r\n\rLedgerService\x12\x61\n\x0cReportLedger\x12%.postroad.node.v1.ReportLedgerRequest\x1a&.postroad.node.v1.ReportLedgerResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'postroad.node.v1.ledger_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPORTLEDGERREQUEST']._serialized_start=91
-  _globals['_REPORTLEDGERREQUEST']._serialized_end=319
-  _globals['_REPORTLEDGERRESPONSE']._serialized_start=322
-  _globals['_REPORTLEDGERRESPONSE']._serialized_end=623
-  _globals['_LEDGEROPEN']._serialized_start=625
-  _globals['_LEDGEROPEN']._serialized_end=739
-  _globals['_LEDGERBATCH']._serialized_start=741
-  _globals['_LEDGERBATCH']._serialized_end=829
-  _globals['_LEDGERCURSOR']._serialized_start=831
-  _globals['_LEDGERCURSOR']._serialized_end=876
-  _globals['_LEDGERREFUSAL']._serialized_start=879
-  _globals['_LEDGERREFUSAL']._serialized_end=1103
-  _globals['_LEDGERREFUSAL_REASON']._serialized_start=983
-  _globals['_LEDGERREFUSAL_REASON']._serialized_end=1103
-  _globals['_LEDGERQUESTION']._serialized_start=1105
-  _globals['_LEDGERQUESTION']._serialized_end=1208
-  _globals['_LEDGERSTATEMENT']._serialized_start=1211
-  _globals['_LEDGERSTATEMENT']._serialized_end=1461
-  _globals['_WAITINGTOTAL']._serialized_start=1463
-  _globals['_WAITINGTOTAL']._serialized_end=1541
-  _globals['_WAITINGRECIPIENT']._serialized_start=1543
-  _globals['_WAITINGRECIPIENT']._serialized_end=1613
-  _globals['_LEDGERINVITATION']._serialized_start=1615
-  _globals['_LEDGERINVITATION']._serialized_end=1648
-  _globals['_LEDGERTAKE']._serialized_start=1650
-  _globals['_LEDGERTAKE']._serialized_end=1715
-  _globals['_LEDGERHANDOVER']._serialized_start=1718
-  _globals['_LEDGERHANDOVER']._serialized_end=1884
-  _globals['_LEDGERSERVICE']._serialized_start=1886
-  _globals['_LEDGERSERVICE']._serialized_end=2000
+  _globals['_REPORTLEDGERREQUEST']._serialized_start=121
+  _globals['_REPORTLEDGERREQUEST']._serialized_end=349
+  _globals['_REPORTLEDGERRESPONSE']._serialized_start=352
+  _globals['_REPORTLEDGERRESPONSE']._serialized_end=653
+  _globals['_LEDGEROPEN']._serialized_start=656
+  _globals['_LEDGEROPEN']._serialized_end=848
+  _globals['_LEDGERBATCH']._serialized_start=850
+  _globals['_LEDGERBATCH']._serialized_end=938
+  _globals['_LEDGERCURSOR']._serialized_start=940
+  _globals['_LEDGERCURSOR']._serialized_end=985
+  _globals['_LEDGERREFUSAL']._serialized_start=988
+  _globals['_LEDGERREFUSAL']._serialized_end=1212
+  _globals['_LEDGERREFUSAL_REASON']._serialized_start=1092
+  _globals['_LEDGERREFUSAL_REASON']._serialized_end=1212
+  _globals['_LEDGERQUESTION']._serialized_start=1214
+  _globals['_LEDGERQUESTION']._serialized_end=1317
+  _globals['_LEDGERSTATEMENT']._serialized_start=1320
+  _globals['_LEDGERSTATEMENT']._serialized_end=1570
+  _globals['_WAITINGTOTAL']._serialized_start=1572
+  _globals['_WAITINGTOTAL']._serialized_end=1650
+  _globals['_WAITINGRECIPIENT']._serialized_start=1652
+  _globals['_WAITINGRECIPIENT']._serialized_end=1722
+  _globals['_LEDGERINVITATION']._serialized_start=1724
+  _globals['_LEDGERINVITATION']._serialized_end=1757
+  _globals['_LEDGERTAKE']._serialized_start=1759
+  _globals['_LEDGERTAKE']._serialized_end=1824
+  _globals['_LEDGERHANDOVER']._serialized_start=1827
+  _globals['_LEDGERHANDOVER']._serialized_end=1993
+  _globals['_LEDGERSERVICE']._serialized_start=1995
+  _globals['_LEDGERSERVICE']._serialized_end=2109
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from postroad.node.v1 import ledger_pb2 as _ledger_pb2
+from postroad.node.v1 import spool_pb2 as _spool_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -125,6 +126,8 @@ class LedgerOpen(_message.Message):
     ACKNOWLEDGED_FIELD_NUMBER: _builtins.int
     OLDEST_RECORD_FIELD_NUMBER: _builtins.int
     LAST_RECORD_FIELD_NUMBER: _builtins.int
+    OPENING_ID_FIELD_NUMBER: _builtins.int
+    FORMER_OPENINGS_FIELD_NUMBER: _builtins.int
     spool: _builtins.str
     """UUID of the spool."""
     incarnation: _builtins.int
@@ -135,6 +138,17 @@ class LedgerOpen(_message.Message):
     """Oldest record that the spool can still send."""
     last_record: _builtins.int
     """Last record written."""
+    opening_id: _builtins.bytes
+    """Id of this opening, 16 bytes, drawn when the spool was opened. The control
+    plane stores it when it takes the spool.
+    """
+    @_builtins.property
+    def former_openings(self) -> _containers.RepeatedCompositeFieldContainer[_spool_pb2.FormerOpening]:
+        """Openings before it; their order says nothing. The spool is taken only when
+        the id that is stored is `opening_id` or among these, and that opening ended
+        with no fewer records than are stored.
+        """
+
     def __init__(
         self,
         *,
@@ -143,10 +157,12 @@ class LedgerOpen(_message.Message):
         acknowledged: _builtins.int = ...,
         oldest_record: _builtins.int = ...,
         last_record: _builtins.int = ...,
+        opening_id: _builtins.bytes = ...,
+        former_openings: _abc.Iterable[_spool_pb2.FormerOpening] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "incarnation", b"incarnation", "last_record", b"last_record", "oldest_record", b"oldest_record", "spool", b"spool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged", b"acknowledged", "former_openings", b"former_openings", "incarnation", b"incarnation", "last_record", b"last_record", "oldest_record", b"oldest_record", "opening_id", b"opening_id", "spool", b"spool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,7 +247,9 @@ class LedgerRefusal(_message.Message):
         REASON_UNSPECIFIED: LedgerRefusal._Reason.ValueType  # 0
         """Never sent."""
         REASON_WENT_BACKWARDS: LedgerRefusal._Reason.ValueType  # 1
-        """Its incarnation or last record went backwards: a restored disk."""
+        """Its incarnation or last record went backwards, or it does not know the
+        opening that is stored: a restored disk.
+        """
         REASON_SUPERSEDED: LedgerRefusal._Reason.ValueType  # 2
         """A newer incarnation reports on another stream."""
         REASON_GAP: LedgerRefusal._Reason.ValueType  # 3
@@ -245,7 +263,9 @@ class LedgerRefusal(_message.Message):
     REASON_UNSPECIFIED: LedgerRefusal.Reason.ValueType  # 0
     """Never sent."""
     REASON_WENT_BACKWARDS: LedgerRefusal.Reason.ValueType  # 1
-    """Its incarnation or last record went backwards: a restored disk."""
+    """Its incarnation or last record went backwards, or it does not know the
+    opening that is stored: a restored disk.
+    """
     REASON_SUPERSEDED: LedgerRefusal.Reason.ValueType  # 2
     """A newer incarnation reports on another stream."""
     REASON_GAP: LedgerRefusal.Reason.ValueType  # 3

@@ -1,0 +1,1 @@
+ALTER TABLE postroad.spools DROP COLUMN opening, DROP COLUMN reported_opening;

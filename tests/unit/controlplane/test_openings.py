@@ -1,0 +1,39 @@
+"""Which disks go on from what is stored of a spool, and which are old copies."""
+
+from __future__ import annotations
+
+import pytest
+
+from controlplane.domain.openings import Openings, is_old_copy
+
+FIRST, SECOND, THIRD, OTHER = (bytes([number]) * 16 for number in range(4))
+STORED = 100
+
+
+@pytest.mark.parametrize(
+    ("stored_opening", "openings", "last_record", "is_old"),
+    [
+        # Nothing is known of it yet: its records are all that can be compared.
+        (None, Openings(FIRST), STORED, False),
+        (None, Openings(FIRST), STORED - 1, True),
+        (None, Openings(), STORED, False),
+        # The same opening, on another stream.
+        (FIRST, Openings(FIRST), STORED, False),
+        (FIRST, Openings(FIRST), STORED - 1, True),
+        # The same disk, opened again, once and often; the last answer may have been lost.
+        (FIRST, Openings(SECOND, ((FIRST, STORED),)), STORED, False),
+        (FIRST, Openings(SECOND, ((FIRST, STORED + 7),)), STORED + 9, False),
+        (FIRST, Openings(THIRD, ((FIRST, STORED), (SECOND, STORED))), STORED, False),
+        # A copy of before the opening that is stored, opened as often and with more records since.
+        (SECOND, Openings(OTHER, ((FIRST, STORED),)), STORED + 50, True),
+        (SECOND, Openings(OTHER), STORED + 50, True),
+        # A copy of a disk in use: it knows the opening, which ended sooner there.
+        (FIRST, Openings(OTHER, ((FIRST, STORED - 1),)), STORED + 50, True),
+        # A node that is too old to tell.
+        (FIRST, Openings(), STORED, True),
+    ],
+)
+def test_what_is_an_old_copy(
+    stored_opening: bytes | None, openings: Openings, last_record: int, *, is_old: bool
+) -> None:
+    assert is_old_copy(stored_opening, STORED, openings, last_record) is is_old
