@@ -1,2 +1,2 @@
-COMMENT ON COLUMN postroad.spools.reported_acknowledged IS NULL;
-ALTER TABLE postroad.spools RENAME COLUMN reported_acknowledged TO reported_last_record;
+COMMENT ON COLUMN postroad.spools.resume_record IS NULL;
+ALTER TABLE postroad.spools RENAME COLUMN resume_record TO reported_last_record;

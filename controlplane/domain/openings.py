@@ -41,3 +41,15 @@ def is_old_copy(stored_opening: bytes | None, cursor: int, openings: Openings, l
     if stored_opening is None:
         return False
     return openings.ends(last_record).get(stored_opening, -1) < cursor
+
+
+def resume_after(
+    stored_opening: bytes | None, cursor: int, openings: Openings, last_record: int, acknowledged: int
+) -> int:
+    """The last record that this disk and the ledger, which has `cursor` records, have in common.
+
+    Where the disk knows the opening, they parted when that ended on it. Else all that is known is what it had heard to
+    be stored.
+    """
+    ended = openings.ends(last_record).get(stored_opening) if stored_opening else None
+    return min(cursor, acknowledged if ended is None else ended)

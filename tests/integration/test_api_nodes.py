@@ -115,7 +115,7 @@ async def test_a_refused_spool_is_accepted_as_it_reported_itself(stack: ApiStack
     await stack.operator.node("CreateNode", service.CreateNodeRequest(node_id="edge-1"))
     await stack.as_superuser(
         "INSERT INTO postroad.spools (spool, node, incarnation, cursor, accepted, reported_incarnation,"
-        " reported_acknowledged, opening, reported_opening)"
+        " resume_record, opening, reported_opening)"
         " VALUES ($1, 'edge-1', 9, 500, false, 4, 120, '\\x01', '\\x02')",
         SPOOL,
     )

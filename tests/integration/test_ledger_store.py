@@ -348,7 +348,7 @@ async def _accept(database: Database) -> None:
         database,
         """
         UPDATE postroad.spools
-        SET accepted = true, incarnation = reported_incarnation, cursor = reported_acknowledged
+        SET accepted = true, incarnation = reported_incarnation, cursor = resume_record
         """,
     )
 

@@ -137,7 +137,7 @@ async def test_what_a_refused_copy_says_changes_nothing_for_the_live_disk_once_t
     await execute(
         migrated_database,
         """
-        UPDATE postroad.spools SET accepted = true, incarnation = reported_incarnation, cursor = reported_acknowledged,
+        UPDATE postroad.spools SET accepted = true, incarnation = reported_incarnation, cursor = resume_record,
             opening = reported_opening
         """,
     )

@@ -362,10 +362,10 @@ async def test_an_old_copy_of_a_spool_that_moved_is_refused_until_it_is_accepted
         spools=[pb.SpoolStatus(spool=spool, incarnation=6, acknowledged=37, last_record=39, refused=True)]
     )
     await stream.expect("snapshot")
-    (row,) = await fetch(migrated_database, "SELECT accepted, reported_acknowledged FROM postroad.spools")
+    (row,) = await fetch(migrated_database, "SELECT accepted, resume_record FROM postroad.spools")
     assert tuple(row) == (False, 37)
 
-    await execute(migrated_database, "UPDATE postroad.spools SET accepted = true, cursor = reported_acknowledged")
+    await execute(migrated_database, "UPDATE postroad.spools SET accepted = true, cursor = resume_record")
     await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
     given = await stream.expect("directive")
     assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)

@@ -255,8 +255,7 @@ class PostgresFleet:
                 """
                 WITH known AS (
                     SELECT p.spool, u.i, u.w, u.l, u.c, u.n, u.r, u.h, u.a, u.o,
-                        p.opening IS NULL
-                            OR coalesce((u.e::jsonb ->> encode(p.opening, 'hex'))::bigint, -1) >= p.cursor AS knows
+                        (u.e::jsonb ->> encode(p.opening, 'hex'))::bigint AS ended
                     FROM postroad.spools p
                     JOIN unnest(
                         $1::uuid[], $2::bigint[], $3::bigint[], $6::text[], $7::bigint[], $8::boolean[], $9::bigint[],
@@ -267,8 +266,12 @@ class PostgresFleet:
                 )
                 UPDATE postroad.spools p
                 SET waiting_count = k.w, reported_incarnation = k.i, update_time = $5,
-                    accepted = p.accepted AND k.i >= p.incarnation AND NOT (k.h AND (k.r < p.cursor OR NOT k.knows)),
-                    reported_acknowledged = CASE WHEN k.h THEN k.a ELSE p.reported_acknowledged END,
+                    accepted = p.accepted AND k.i >= p.incarnation AND NOT (
+                        k.h AND (k.r < p.cursor OR p.opening IS NOT NULL AND coalesce(k.ended, -1) < p.cursor)
+                    ),
+                    resume_record = CASE
+                        WHEN k.h THEN least(p.cursor, coalesce(k.ended, k.a)) ELSE p.resume_record
+                    END,
                     reported_opening = k.o,
                     lost_messages = string_to_array(k.l, ','),
                     lost_count = k.c, unnamed_losses = k.n

@@ -51,7 +51,7 @@ from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.handover_records import NotAssignedError, store_given, store_pieces, store_taken
 from controlplane.adapters.postgres.queue_reports import apply_reports
 from controlplane.adapters.postgres.session import Connection
-from controlplane.domain.openings import is_old_copy
+from controlplane.domain.openings import is_old_copy, resume_after
 from controlplane.ports_fleet import (
     WAITING_DAYS,
     Cursor,
@@ -236,14 +236,14 @@ class PostgresLedger:
             await connection.execute(
                 """
                 UPDATE postroad.spools
-                SET reported_incarnation = $2, reported_acknowledged = $3, accepted = $4, cursor = $5, update_time = $6,
+                SET reported_incarnation = $2, resume_record = $3, accepted = $4, cursor = $5, update_time = $6,
                     incarnation = CASE WHEN $4 THEN $2 ELSE incarnation END,
                     reported_opening = $7, opening = CASE WHEN $4 THEN $7 ELSE opening END
                 WHERE spool = $1
                 """,
                 spool,
                 opening.incarnation,
-                opening.acknowledged,
+                resume_after(row["opening"], cursor, opening.openings, opening.last_record, opening.acknowledged),
                 accepted,
                 cursor,
                 now,

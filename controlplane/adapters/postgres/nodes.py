@@ -150,7 +150,7 @@ class NodesRepository:
             "spool_accept",
             """
             UPDATE postroad.spools
-            SET accepted = true, incarnation = reported_incarnation, cursor = reported_acknowledged,
+            SET accepted = true, incarnation = reported_incarnation, cursor = resume_record,
                 opening = reported_opening, update_time = transaction_timestamp()
             WHERE node = $1 AND spool = $2
             """,

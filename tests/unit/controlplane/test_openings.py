@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from controlplane.domain.openings import Openings, is_old_copy
+from controlplane.domain.openings import Openings, is_old_copy, resume_after
 
 FIRST, SECOND, THIRD, OTHER = (bytes([number]) * 16 for number in range(4))
 STORED = 100
@@ -37,3 +37,21 @@ def test_what_is_an_old_copy(
     stored_opening: bytes | None, openings: Openings, last_record: int, *, is_old: bool
 ) -> None:
     assert is_old_copy(stored_opening, STORED, openings, last_record) is is_old
+
+
+@pytest.mark.parametrize(
+    ("stored_opening", "openings", "resumed"),
+    [
+        # The newest disk, refused for what a copy was: whatever it had heard.
+        (FIRST, Openings(SECOND, ((FIRST, STORED + 7),)), STORED),
+        # A copy that was made in the midst of the opening, and one that was made before it.
+        (FIRST, Openings(OTHER, ((FIRST, 90),)), 90),
+        (SECOND, Openings(OTHER, ((FIRST, 90),)), 80),
+        (None, Openings(FIRST), 80),
+        (FIRST, Openings(), 80),
+    ],
+)
+def test_where_the_ledger_goes_on_with_a_disk_that_is_accepted(
+    stored_opening: bytes | None, openings: Openings, resumed: int
+) -> None:
+    assert resume_after(stored_opening, STORED, openings, STORED + 9, 80) == resumed
