@@ -450,6 +450,10 @@ class JobStore(Protocol):
         """Forget contents put before then whose message never came; end what is held too long, or has no account."""
         ...
 
+    async def delete_leases(self, before: datetime) -> int:
+        """Forget leases that ended before then and hold nothing; returns how many."""
+        ...
+
     async def delete_denials(self, now: datetime, limit: int) -> int:
         """Forget at most `limit` denials that ended by now; the version moves, and replicas are told, if any did."""
         ...

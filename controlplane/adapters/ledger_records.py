@@ -129,6 +129,8 @@ class RecordRows:
         self.results: dict[str, CommandProgress] = {}
         # What concerns the replicated queue; only the newest of a recipient counts there.
         self.reports: dict[Key, QueueReport] = {}
+        # Message ids and the leases under which something is said of them.
+        self.leases: set[tuple[UUID, int]] = set()
         # Message id and account of what the spool took over, before anything else is said of it.
         self.taken: list[tuple[UUID, str]] = []
         self.pieces: list[PieceRow] = []
@@ -164,6 +166,8 @@ class RecordRows:
                 last_event[index] = event
                 self.events.append(self._event_row(message_id, account, index, event))
         updates = {update.index: update for update in record.recipients}
+        if record.epoch:
+            self.leases.add((message_id, record.epoch))
         if record.HasField("accepted"):
             self._add_accepted(message_id, account, record)
         for index, update in updates.items():

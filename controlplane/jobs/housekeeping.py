@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 
 from controlplane.jobs.leader import Job
-from controlplane.ports_fleet import JobStore
+from controlplane.ports_fleet import WAITING_DAYS, JobStore
 
 # One day back: a node's clock, or its report, may lag behind midnight.
 _DAYS_BACK, _DAYS_AHEAD = 1, 3
@@ -55,6 +55,10 @@ def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
     async def sweep_queue(now: datetime) -> None:
         await store.sweep_queue(now - _LATE_CONTENTS)
 
+    async def forget_leases(now: datetime) -> None:
+        # As long as records of mail that was held under them can be stored.
+        await store.delete_leases(now - retention - timedelta(days=WAITING_DAYS))
+
     return [
         Job("make_partitions", timedelta(hours=1), make_partitions),
         Job("drop_partitions", timedelta(hours=1), drop_partitions),
@@ -64,6 +68,7 @@ def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
         Job("forget_revisions", timedelta(hours=6), forget_revisions),
         Job("sweep_queue", timedelta(hours=1), sweep_queue),
         Job("forget_denials", timedelta(hours=1), forget_denials),
+        Job("forget_leases", timedelta(hours=6), forget_leases),
     ]
 
 

@@ -252,7 +252,7 @@ async def test_a_former_lease_of_the_same_spool_is_another_lease(holder: Holder,
 
 async def test_an_epoch_may_not_be_borrowed(holder: Holder, other: Holder, migrated_database: Database) -> None:
     raw_id = await holder.store()
-    await other.report(changed(raw_id, update(0, DEFERRED)), epoch=holder.epoch)
+    await other.report(changed(raw_id, update(0, DEFERRED)), epoch=holder.epoch, rejected=1)
     assert await queue_states(migrated_database, raw_id) == [(SENDING, 1)]
     with pytest.raises(LeaseLostError):
         await other.queue.fetch_content(other.node, other.spool, other.epoch, raw_id, 0)
@@ -261,6 +261,76 @@ async def test_an_epoch_may_not_be_borrowed(holder: Holder, other: Holder, migra
         await other.store()
     with pytest.raises(SpoolOwnershipError):
         await other.queue.renew(other.node, holder.spool, 0)
+
+
+async def test_nodes_of_other_pools_have_no_say(holder: Holder, migrated_database: Database) -> None:
+    """Nor has one that guesses."""
+    await add_node(migrated_database, "stranger-1", "strangers")
+    stranger = await Holder(holder.queue, holder.ledger, "stranger-1", "strangers").begin()
+    raw_id, waiting = await holder.store(), await holder.store(sending=False)
+    for epoch in (stranger.epoch, holder.epoch, stranger.epoch + 1_000, 0):
+        for message in (raw_id, waiting):
+            record = changed(message, update(0, SENT), events=(event(EventType.EVENT_TYPE_SENT, 0),))
+            await stranger.report(record, epoch=epoch, rejected=1)
+    assert await queue_states(migrated_database, raw_id) == [(SENDING, 1)]
+    assert await queue_states(migrated_database, waiting) == [(QUEUED, 0)]
+    assert await ledger_states(migrated_database, raw_id) == [QUEUED]
+    assert await event_types(migrated_database, raw_id) == []
+    # What it may not say takes nothing from what it may.
+    await add_account(migrated_database, "strange", "strangers")
+    own = await stranger.store(account="strange")
+    sent = changed(own, update(0, SENT))
+    sent.account = "accounts/strange"
+    await stranger.report(changed(raw_id, update(0, SENT)), sent, rejected=1)
+    assert await ledger_states(migrated_database, own) == [SENT]
+
+
+async def test_a_node_of_the_pool_has_no_say_without_a_lease(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    raw_id = await holder.store(sending=False)
+    for epoch in (0, other.epoch + 1_000, holder.epoch):
+        await other.report(changed(raw_id, update(0, SENT)), epoch=epoch, rejected=1)
+    assert await ledger_states(migrated_database, raw_id) == [QUEUED]
+
+
+@pytest.mark.parametrize("moves", ["nobody", "account", "node"])
+async def test_a_lease_that_holds_mail_counts_whoever_moves_to_another_pool(
+    holder: Holder, other: Holder, migrated_database: Database, moves: str
+) -> None:
+    raw_id = await holder.store("a@example.net", sending=False)
+    claim_id, claimed = await other.claim()
+    await other.confirm(claim_id, claimed)
+    await execute(migrated_database, "INSERT INTO postroad.node_pools (node_pool) VALUES ('elsewhere')")
+    if moves == "account":
+        await execute(migrated_database, "UPDATE postroad.accounts SET node_pool = 'elsewhere'")
+    elif moves == "node":
+        await execute(migrated_database, "UPDATE postroad.nodes SET node_pool = 'elsewhere' WHERE node = 'edge-2'")
+    await other.report(changed(raw_id, update(0, SENT)))
+    assert await queue_row(migrated_database, raw_id) is None
+    assert await ledger_states(migrated_database, raw_id) == [SENT]
+
+
+async def test_an_end_that_is_told_days_after_its_lease_is_believed(
+    holder: Holder, other: Holder, database: FleetDatabase, migrated_database: Database
+) -> None:
+    raw_id = await holder.store(sending=False)
+    claim_id, claimed = await other.claim()
+    await other.confirm(claim_id, claimed)
+    await end_lease(migrated_database, other.epoch, 40 * 86_400)
+    # First it gives its mail back, then it holds nothing.
+    for _ in range(2):
+        await holder.claim(0)
+    await execute(
+        migrated_database, "UPDATE postroad.replicated_queue SET epoch = NULL, claim_id = NULL, claim_time = NULL"
+    )
+    await execute(migrated_database, "UPDATE postroad.queue_recipients SET state = 2")
+    jobs = PostgresJobs(database)
+    assert await jobs.delete_leases(NOW - timedelta(days=41)) == 0
+    await other.report(changed(raw_id, update(0, SENT)))
+    assert await queue_row(migrated_database, raw_id) is None
+    assert await ledger_states(migrated_database, raw_id) == [SENT]
+    assert await jobs.delete_leases(NOW - timedelta(days=39)) == 1
 
 
 async def test_put_back_is_no_attempt(holder: Holder, other: Holder, migrated_database: Database) -> None:

@@ -85,13 +85,13 @@ class Holder:
             self.node, self.spool, self.epoch, claim_id, [one.message_id for one in claimed]
         )
 
-    async def report(self, *records: LedgerRecord, epoch: int | None = None) -> None:
-        """Report by the ledger, as under this holder's lease."""
+    async def report(self, *records: LedgerRecord, epoch: int | None = None, rejected: int = 0) -> None:
+        """Report by the ledger, as under this holder's lease; so many records are set aside."""
         for record in records:
             record.epoch = self.epoch if epoch is None else epoch
         raw = [record.SerializeToString() for record in records]
         stored = await self.ledger.store(self.node, RawBatch(self.spool, 1, self.last_record + 1, raw), NOW)
-        assert stored.rejected_count == 0
+        assert stored.rejected_count == rejected
         self.last_record += len(records)
 
 
@@ -118,10 +118,12 @@ async def add_account(database: Database, account: str = "demo", pool: str = "de
     )
 
 
-async def end_lease(database: Database, epoch: int) -> None:
-    """The lease ends now."""
+async def end_lease(database: Database, epoch: int, ago_s: float = 1) -> None:
+    """The lease ends now, or ended so long ago."""
     await execute(
-        database, "UPDATE postroad.node_leases SET lease_until = now() - interval '1 s' WHERE epoch = $1", epoch
+        database,
+        "UPDATE postroad.node_leases SET lease_until = now() - $2 * interval '1 s' WHERE epoch = $1",
+        *(epoch, ago_s),
     )
 
 

@@ -177,6 +177,10 @@ class PostgresJobs:
                 for table in ("queue_recipients", "queue_contents", "replicated_queue"):
                     await connection.execute(f"DELETE FROM postroad.{table} WHERE message_id = ANY ($1)", message_ids)
 
+    async def delete_leases(self, before: datetime) -> int:
+        """As the port says."""
+        return await self._delete("DELETE FROM postroad.node_leases WHERE closed AND lease_until < $1", before)
+
     async def delete_denials(self, now: datetime, limit: int) -> int:
         """As the port says."""
         async with self._database.transaction("job_delete_denials") as connection:

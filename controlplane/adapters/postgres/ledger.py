@@ -15,10 +15,11 @@ UnavailableError leaves everything as it was.
     newer incarnation                       stored: the worker was restarted
     another node's spool                    refused: NOT_OWNED
 
-A spool speaks of messages that are its own, or that move between spools (REPLICATED): what it says of others' is set
-aside, whoever's they are. It has those that it accepted and those that it took over, and has them no more once it gave
-them up (`handovers`). What it says of mail that it holds under a lease changes the replicated queue in the same
-transaction.
+A spool speaks of messages that are its own: what it says of others' is set aside, whoever's they are. It has those that
+it accepted and those that it took over, and has them no more once it gave them up (`handovers`). Of REPLICATED
+messages, which move between spools, it speaks under a lease of its own, whether that has ended or not: one that holds
+the message, or one of a node of the account's pool. What it says of mail that it holds under a lease changes the
+replicated queue in the same transaction.
 A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
 What was accepted and what ended is entered into the spool's books by the statement that moves the cursor, and into the
 queue's where the spool held it under a lease.
@@ -147,10 +148,23 @@ _SELECT_EVENTS = """
 SELECT message_id, recipient_index, type, (extract(epoch FROM event_time) * 1000)::bigint, attempt
 FROM postroad.delivery_events WHERE message_id = ANY ($1)
 """
+# A late word is good after its account moved to another pool where the spool accepted the message; that of a deleted
+# account is nobody's any more.
 _COUNT_OWN = """
 SELECT count(*)
 FROM postroad.messages AS m JOIN unnest($1::uuid[], $2::text[]) AS u (i, a) ON m.message_id = u.i AND m.account = u.a
-WHERE m.message_id BETWEEN $3 AND $4 AND (m.spool = $5 OR m.replicated)
+WHERE m.message_id BETWEEN $3 AND $4 AND CASE WHEN m.replicated THEN EXISTS (
+    SELECT FROM unnest($6::uuid[], $7::bigint[]) AS h (i, e)
+    JOIN postroad.node_leases AS l ON l.epoch = h.e AND l.spool = $5
+    WHERE h.i = m.message_id AND (
+        m.spool = $5
+        OR EXISTS (SELECT FROM postroad.replicated_queue AS q WHERE q.message_id = h.i AND q.epoch = h.e)
+        OR NOT EXISTS (
+            SELECT FROM postroad.accounts AS c WHERE c.account = m.account
+                AND c.node_pool IS DISTINCT FROM (SELECT n.node_pool FROM postroad.nodes AS n WHERE n.node = $8)
+        )
+    )
+) ELSE m.spool = $5 END
 """
 _MOVE_CURSOR = f"""
 WITH entered AS ({ENTER})
@@ -529,7 +543,7 @@ class _Writer:
             raise _UnknownRecipientError(str(error)) from error
 
     async def _check_own(self, rows: RecordRows, new: set[tuple[Any, ...]]) -> None:
-        """Refuse what is said of messages that this spool did not accept; `new` are those that it accepted just now."""
+        """Refuse what is said of messages that are not this spool's; `new` are those that it accepted just now."""
         named = {row[:2] for row in rows.messages}
         named |= {(row[0], row[2]) for row in (*rows.changed.values(), *rows.events)}
         named |= {row[:2] for row in (*rows.pieces, *rows.given)}
@@ -538,9 +552,11 @@ class _Writer:
             return
         message_ids, accounts = columns(named, 2)
         bounds = (min(message_ids), max(message_ids))
-        count = await self._connection.fetchval(_COUNT_OWN, message_ids, accounts, *bounds, self._spool)
+        leases = columns(rows.leases, 2)
+        arguments = (message_ids, accounts, *bounds, self._spool, *leases, self._node_id)
+        count = await self._connection.fetchval(_COUNT_OWN, *arguments)
         if count < len(named):
-            raise _UnknownRecipientError("a message is none that this spool accepted")
+            raise _UnknownRecipientError("a message is none of this spool, nor under a lease of it")
 
     async def _update(
         self, rows: list[list[Any]], entered: Entered, ended: set[tuple[UUID, int]]

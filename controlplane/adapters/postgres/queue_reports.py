@@ -84,7 +84,7 @@ WHERE q.message_id = ANY ($1) AND q.epoch IS NOT NULL AND NOT EXISTS (
     SELECT FROM postroad.queue_recipients AS r WHERE r.message_id = q.message_id AND r.state = {_SENDING}
 )
 """
-_ENDED = "SELECT epoch FROM postroad.node_leases WHERE lease_until <= $1"
+_ENDED = "SELECT epoch FROM postroad.node_leases WHERE NOT closed AND lease_until <= $1"
 LOCK_ENDED = f"""
 SELECT message_id, claim_id IS NOT NULL AS unconfirmed FROM postroad.replicated_queue WHERE epoch = ANY ($1)
 LIMIT {RETURNED_ROWS} FOR UPDATE SKIP LOCKED
@@ -122,9 +122,10 @@ FROM unnest($1::uuid[], $2::integer[], $3::smallint[], $4::integer[]) AS u (m, i
 WHERE r.message_id = u.m AND r.recipient_index = u.i AND r.message_id BETWEEN $6 AND $7
     AND r.state <> ALL ($8::smallint[]) AND r.attempts <= u.n
 """
-_FORGET_LEASES = """
-DELETE FROM postroad.node_leases AS l
-WHERE l.lease_until < $1::timestamptz - interval '1 hour'
+# Not forgotten: who held it may tell of its mail later.
+_CLOSE_LEASES = """
+UPDATE postroad.node_leases AS l SET closed = true
+WHERE NOT l.closed AND l.lease_until < $1::timestamptz - interval '1 hour'
     AND NOT EXISTS (SELECT FROM postroad.replicated_queue AS q WHERE q.epoch = l.epoch)
 """
 
@@ -163,7 +164,7 @@ async def return_ended(connection: Connection, now: datetime, *, adopt: bool) ->
     if epochs:
         for row in await connection.fetch(LOCK_ENDED, epochs):
             (unconfirmed if row["unconfirmed"] else begun).append(row["message_id"])
-        await connection.execute(_FORGET_LEASES, now)
+        await connection.execute(_CLOSE_LEASES, now)
     if unconfirmed:
         await connection.execute(_NOT_BEGUN, unconfirmed)
     uncertain = await connection.fetch(_UNCERTAIN, begun, now) if begun else []

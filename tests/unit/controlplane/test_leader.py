@@ -141,6 +141,10 @@ class Store:
     async def sweep_queue(self, before: datetime) -> None:
         self.asked.append(("queue", before))
 
+    async def delete_leases(self, before: datetime) -> int:
+        self.asked.append(("leases", before))
+        return 0
+
     async def delete_denials(self, now: datetime, limit: int) -> int:
         self.asked.append(("denials", now, limit))
         return limit
@@ -156,6 +160,7 @@ class Store:
         ("forget_tokens", ("tokens", START - timedelta(days=1))),
         ("forget_revisions", ("revisions", START - timedelta(days=30), 200)),
         ("forget_denials", ("denials", START, 10_000)),
+        ("forget_leases", ("leases", START - timedelta(days=65))),
     ],
 )
 async def test_housekeeping_asks_for_the_days_around_the_clock(job: str, asked: tuple[object, ...]) -> None:

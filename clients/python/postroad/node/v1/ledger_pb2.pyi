@@ -176,7 +176,8 @@ class LedgerRecord(_message.Message):
     epoch: _builtins.int
     """The lease under which the spool held a REPLICATED message, 0 for a LOCAL
     one. What `recipients` says goes to the queue only if the queue still says
-    that this lease holds it.
+    that this lease holds it. A record of a REPLICATED message that names no
+    lease of its spool, whether it lives or has ended, is set aside.
     """
     @_builtins.property
     def accepted(self) -> Global___AcceptedMessage:
