@@ -447,11 +447,18 @@ class JobStore(Protocol):
         ...
 
     async def sweep_queue(self, before: datetime) -> None:
-        """Forget contents put before then whose message never came; end what is held too long, or has no account."""
+        """Forget contents put before then whose message never came; end what is held too long."""
         ...
 
-    async def delete_leases(self, before: datetime) -> int:
-        """Forget leases that ended before then and hold nothing; returns how many."""
+    async def end_left_behind(self, limit: int) -> int:
+        """End at most `limit` messages of the replicated queue whose account is gone; returns how many.
+
+        Or of how many it found out whose they are, where that is more.
+        """
+        ...
+
+    async def delete_leases(self, before: datetime) -> None:
+        """Forget leases that ended before then and hold nothing."""
         ...
 
     async def delete_denials(self, now: datetime, limit: int) -> int:

@@ -36,6 +36,7 @@ class QueuedMessage(NamedTuple):
     """A message as it enters the queue; `content` None where `chunks` of it were put before.
 
     `next_hops` are the providers that its recipients wait for, in their order; empty where nobody can tell.
+    `account_uid` is whose it is, empty for the account that has the name.
     """
 
     record: bytes
@@ -44,6 +45,7 @@ class QueuedMessage(NamedTuple):
     chunks: int
     sending: bool
     next_hops: Sequence[str] = ()
+    account_uid: str = ""
 
     def next_hop(self, index: int) -> str:
         """What a recipient waits for, empty where nobody can tell."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
+from functools import partial
 
 from controlplane.jobs.leader import Job
 from controlplane.ports_fleet import WAITING_DAYS, JobStore
@@ -20,9 +21,11 @@ _SUBMISSION_KEYS = timedelta(days=7)
 _KEYS_A_BATCH = 10_000
 _EXPIRED_TOKENS = timedelta(days=1)
 _LATE_CONTENTS = timedelta(days=1)
+_WAITING = timedelta(days=WAITING_DAYS)
 _OLD_REVISIONS = timedelta(days=30)
 # A revision may be megabytes: few in a transaction.
 _REVISIONS_A_BATCH, _BATCHES_A_RUN = 200, 100
+_LEFT_BEHIND_A_BATCH = 5_000
 # One transaction, so that the nodes are sent the denials once a run at most.
 _DENIALS_A_RUN = 10_000
 
@@ -41,23 +44,19 @@ def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
         await store.delete_idempotency_keys(now - _IDEMPOTENCY)
 
     async def forget_submission_keys(now: datetime) -> None:
-        await _in_batches(store.delete_submission_keys, now - _SUBMISSION_KEYS, _KEYS_A_BATCH)
+        await _in_batches(partial(store.delete_submission_keys, now - _SUBMISSION_KEYS), _KEYS_A_BATCH)
 
     async def forget_tokens(now: datetime) -> None:
         await store.delete_enrollment_tokens(now - _EXPIRED_TOKENS)
 
     async def forget_revisions(now: datetime) -> None:
-        await _in_batches(store.delete_config_revisions, now - _OLD_REVISIONS, _REVISIONS_A_BATCH)
+        await _in_batches(partial(store.delete_config_revisions, now - _OLD_REVISIONS), _REVISIONS_A_BATCH)
 
     async def forget_denials(now: datetime) -> None:
         await store.delete_denials(now, _DENIALS_A_RUN)
 
     async def sweep_queue(now: datetime) -> None:
         await store.sweep_queue(now - _LATE_CONTENTS)
-
-    async def forget_leases(now: datetime) -> None:
-        # As long as records of mail that was held under them can be stored.
-        await store.delete_leases(now - retention - timedelta(days=WAITING_DAYS))
 
     return [
         Job("make_partitions", timedelta(hours=1), make_partitions),
@@ -67,13 +66,17 @@ def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
         Job("forget_tokens", timedelta(hours=1), forget_tokens),
         Job("forget_revisions", timedelta(hours=6), forget_revisions),
         Job("sweep_queue", timedelta(hours=1), sweep_queue),
+        Job(
+            "end_left_behind", timedelta(minutes=1), lambda _: _in_batches(store.end_left_behind, _LEFT_BEHIND_A_BATCH)
+        ),
         Job("forget_denials", timedelta(hours=1), forget_denials),
-        Job("forget_leases", timedelta(hours=6), forget_leases),
+        # As long as records of mail that was held under them can be stored.
+        Job("forget_leases", timedelta(hours=6), lambda now: store.delete_leases(now - retention - _WAITING)),
     ]
 
 
-async def _in_batches(delete: Callable[[datetime, int], Awaitable[int]], before: datetime, count: int) -> None:
-    """Delete `count` at a time; what is left over after so many batches waits for the next run."""
+async def _in_batches(step: Callable[[int], Awaitable[int]], count: int) -> None:
+    """Do `count` at a time; what is left over after so many batches waits for the next run."""
     for _ in range(_BATCHES_A_RUN):
-        if await delete(before, count) < count:
+        if await step(count) < count:
             return

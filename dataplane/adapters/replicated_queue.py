@@ -310,6 +310,7 @@ class LinkedQueue:
         addresses = tuple(row.address for row in rows)
         message.record = self._encode(LedgerRecord(envelope.message_id, envelope.account, envelope, addresses))
         message.envelope = encode_envelope(envelope, rows)
+        message.account_uid = envelope.account_uid
         message.sending = rows[0].state is State.SENDING
         message.next_hops.extend([split_queue_key(row.queue_key)[1] for row in rows])
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

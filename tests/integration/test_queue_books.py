@@ -107,8 +107,24 @@ async def test_a_book_counts_what_was_accepted_and_how_it_ended(
     await execute(migrated_database, "UPDATE postroad.queue_recipients SET state = 2 WHERE state = 3")
     await execute(migrated_database, "DELETE FROM postroad.accounts WHERE account = 'small'")
     await PostgresJobs(database).sweep_queue(NOW - timedelta(days=1))
+    assert await PostgresJobs(database).end_left_behind(100) == 1
     (_, small) = (await is_right(database)).books
     assert (small.ledger.entries.accepted, small.ledger.entries.failed, small.ledger.waiting.count) == (1, 1, 0)
+
+
+async def test_the_book_of_a_name_balances_while_mail_of_its_former_account_waits_and_ends(
+    holder: Holder, database: FleetDatabase, migrated_database: Database
+) -> None:
+    for _ in range(2):
+        await holder.store("a@example.net", sending=False)
+    await execute(migrated_database, "DELETE FROM postroad.accounts WHERE account = 'demo'")
+    await add_account(migrated_database)
+    await holder.store("a@example.net", sending=False)
+    await is_right(database)
+    assert await PostgresJobs(database).end_left_behind(100) == 2
+    (book,) = (await is_right(database)).books
+    assert (book.ledger.entries.accepted, book.ledger.entries.failed) == (3, 2)
+    assert (book.ledger.waiting.count, book.spool_waiting.count) == (1, 1)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -321,16 +321,73 @@ async def test_an_end_that_is_told_days_after_its_lease_is_believed(
     # First it gives its mail back, then it holds nothing.
     for _ in range(2):
         await holder.claim(0)
-    await execute(
-        migrated_database, "UPDATE postroad.replicated_queue SET epoch = NULL, claim_id = NULL, claim_time = NULL"
-    )
-    await execute(migrated_database, "UPDATE postroad.queue_recipients SET state = 2")
+    assert await queue_states(migrated_database, raw_id) == [(QUEUED, 1)]
     jobs = PostgresJobs(database)
-    assert await jobs.delete_leases(NOW - timedelta(days=41)) == 0
+    await jobs.delete_leases(NOW - timedelta(days=41))
     await other.report(changed(raw_id, update(0, SENT)))
     assert await queue_row(migrated_database, raw_id) is None
     assert await ledger_states(migrated_database, raw_id) == [SENT]
-    assert await jobs.delete_leases(NOW - timedelta(days=39)) == 1
+    await jobs.delete_leases(NOW - timedelta(days=39))
+    (left,) = await fetch(migrated_database, "SELECT spool FROM postroad.node_leases")
+    assert str(left["spool"]) == holder.spool
+
+
+async def make_anew(database: Database, account: str = "demo") -> None:
+    """The account is deleted, and another one has its name."""
+    await execute(database, "DELETE FROM postroad.accounts WHERE account = $1", account)
+    await add_account(database, account)
+
+
+async def uid_of(database: Database, account: str = "demo") -> str:
+    (row,) = await fetch(database, "SELECT uid FROM postroad.accounts WHERE account = $1", account)
+    return str(row["uid"])
+
+
+async def test_mail_of_a_former_account_is_ended_and_keeps_nobody_waiting(
+    holder: Holder, other: Holder, database: FleetDatabase, migrated_database: Database
+) -> None:
+    waiting = [await holder.store(sending=False) for _ in range(CLAIMED_OF_ACCOUNT + 1)]
+    sending = await holder.store()
+    await make_anew(migrated_database)
+    fresh = await holder.store(sending=False)
+    _, claimed = await other.claim()
+    assert [one.message_id for one in claimed] == [fresh]
+    jobs = PostgresJobs(database)
+    assert await jobs.end_left_behind(20) == 20
+    assert await jobs.end_left_behind(20) == 1
+    for raw_id in waiting:
+        assert await queue_row(migrated_database, raw_id) is None
+        assert await ledger_states(migrated_database, raw_id) == [RecipientState.RECIPIENT_STATE_FAILED]
+    # What a node holds is ended when it gives it back.
+    assert await queue_states(migrated_database, sending) == [(SENDING, 1)]
+    await holder.report(changed(sending, update(0, DEFERRED)))
+    assert await jobs.end_left_behind(20) == 1
+    assert await ledger_states(migrated_database, sending) == [RecipientState.RECIPIENT_STATE_FAILED]
+    contents = await fetch(migrated_database, "SELECT message_id FROM postroad.queue_contents")
+    assert {row["message_id"].bytes for row in contents} == {fresh}
+
+
+async def test_a_node_that_means_the_former_account_stores_nothing(holder: Holder, migrated_database: Database) -> None:
+    uid = await uid_of(migrated_database)
+    meant = queued(message_id())._replace(account_uid=uid)
+    await holder.store_all([meant])
+    await make_anew(migrated_database)
+    with pytest.raises(BadQueueRequestError):
+        await holder.store_all([queued(message_id())._replace(account_uid=uid)])
+    await holder.store_all([queued(message_id())._replace(account_uid=await uid_of(migrated_database))])
+
+
+async def test_what_older_code_stored_is_given_to_whoever_has_the_name(
+    holder: Holder, database: FleetDatabase, migrated_database: Database
+) -> None:
+    await add_account(migrated_database, "gone")
+    kept, lost = await holder.store(sending=False), await holder.store(account="gone", sending=False)
+    await execute(migrated_database, "UPDATE postroad.replicated_queue SET account_uid = NULL")
+    await execute(migrated_database, "DELETE FROM postroad.accounts WHERE account = 'gone'")
+    assert (await holder.claim())[1] == []
+    assert await PostgresJobs(database).end_left_behind(20) == 2
+    assert await queue_row(migrated_database, lost) is None
+    assert [one.message_id for one in (await holder.claim())[1]] == [kept]
 
 
 async def test_put_back_is_no_attempt(holder: Holder, other: Holder, migrated_database: Database) -> None:
@@ -588,6 +645,7 @@ async def test_late_contents_and_mail_of_deleted_accounts_are_swept(
         await holder.queue.store_content(raw_id, 0, b"piece")
     await execute(migrated_database, "DELETE FROM postroad.accounts WHERE account = 'gone'")
     await PostgresJobs(database).sweep_queue(NOW - timedelta(days=1))
+    assert await PostgresJobs(database).end_left_behind(100) == 1
     rows = await fetch(migrated_database, "SELECT message_id FROM postroad.queue_contents")
     assert {row["message_id"].bytes for row in rows} == {kept, fresh}
     assert await queue_row(migrated_database, lost) is None
@@ -601,16 +659,16 @@ WITH made AS (
     SELECT ('01900000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid AS id, n FROM generate_series(1, 50000) AS n
 ), accounts AS (
     INSERT INTO postroad.accounts (account, node_pool, durability) SELECT 'account-' || n, 'default', 2
-    FROM generate_series(0, 49) AS n
+    FROM generate_series(0, 49) AS n RETURNING account, uid
 ), queue AS (
     INSERT INTO postroad.replicated_queue (
-        message_id, account, priority, size_bytes, envelope, due_time, epoch, claim_id, claim_time
+        message_id, account, account_uid, priority, size_bytes, envelope, due_time, epoch, claim_id, claim_time
     )
-    SELECT id, 'account-' || n % 50, n / 50 % 3, 100, '\\x00',
+    SELECT id, account, uid, n / 50 % 3, 100, '\\x00',
         CASE WHEN n > 45000 THEN now() - interval '1 s' ELSE now() + n * interval '1 s' END,
         CASE WHEN n / 50 % 7 = 0 THEN $1::bigint END, CASE WHEN n / 50 % 700 = 0 THEN id END,
         CASE WHEN n / 50 % 700 = 0 THEN now() END
-    FROM made
+    FROM made JOIN accounts ON account = 'account-' || n % 50
 )
 INSERT INTO postroad.queue_recipients (message_id, recipient_index, state, attempt, due_time)
 SELECT id, 0, 2, 0, now() FROM made
@@ -630,7 +688,7 @@ async def test_fifty_thousand_rows_are_never_walked(holder: Holder, migrated_dat
     some = [text_id(message_id()) for _ in range(100)]
     now = (await fetch(migrated_database, "SELECT now()"))[0][0]
     looked = {
-        "ix_replicated_queue_waiting": (queue.CLAIM, ("default", now, 100, 1, ())),
+        "ix_replicated_queue_account_uid": (queue.CLAIM, ("default", now, 100, 1, ())),
         "ix_replicated_queue_epoch": (queue_reports.LOCK_ENDED, ([holder.epoch + 1, holder.epoch + 2],)),
         "ix_replicated_queue_claim_time": (queue_reports.LOCK_UNCONFIRMED, (now,)),
         "pk_queue_recipients": (queue.MARK_RECIPIENTS, (some, now)),

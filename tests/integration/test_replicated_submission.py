@@ -22,7 +22,7 @@ from dataplane.link import Message, QueueAnswer, QueueCall, QueueMethod
 from postroad.node.v1.ledger_pb2 import RecipientState
 from support.databases import Database
 from support.delivery import delivery_bench
-from support.fleet import NOW_MS, fetch
+from support.fleet import NOW_MS, execute, fetch
 from support.ingress import ACCOUNT, Clock, Config, Log, Node, Peer, make_node, running, until
 from support.nodes_port import NodesPort, nodes_port
 from support.replicated import add_account, queue_states
@@ -68,12 +68,12 @@ class Site:
 
 
 @asynccontextmanager
-async def site(port: NodesPort, name: str, engine: DeliveryEngine) -> AsyncIterator[Site]:
+async def site(port: NodesPort, name: str, uid: str, engine: DeliveryEngine) -> AsyncIterator[Site]:
     certificate, config = await port.enrolled(name), Config()
     spool = RamSpool(Clock())
     queue = LinkedQueue(spool, config, encode_record, time.monotonic, Log())
     ingress = make_node(config=config, spool=spool, replicated=queue)
-    config.accounts[ACCOUNT.name] = compile_account(replace(ACCOUNT, replicated=True))
+    config.accounts[ACCOUNT.name] = compile_account(replace(ACCOUNT, uid=uid, replicated=True))
     ingress.clock.seconds += (NOW_MS - ingress.clock.wall_ms()) / 1000
     made = Site(ingress, queue, QueueRelay(lambda: port.channel(certificate), Log()))
     queue.attach(engine, made.send)
@@ -88,11 +88,12 @@ async def site(port: NodesPort, name: str, engine: DeliveryEngine) -> AsyncItera
 @pytest.fixture
 async def sites(migrated_database: Database, tmp_path: Path) -> AsyncIterator[tuple[Site, Site]]:
     await add_account(migrated_database)
+    uid = str((await fetch(migrated_database, "SELECT uid FROM postroad.accounts"))[0]["uid"])
     async with contextlib.AsyncExitStack() as stack:
         port = await stack.enter_async_context(nodes_port(migrated_database, tmp_path / "pki"))
         bench = await stack.enter_async_context(delivery_bench())
-        one = await stack.enter_async_context(site(port, "edge-1", bench.engine))
-        other = await stack.enter_async_context(site(port, "edge-2", bench.engine))
+        one = await stack.enter_async_context(site(port, "edge-1", uid, bench.engine))
+        other = await stack.enter_async_context(site(port, "edge-2", uid, bench.engine))
         yield one, other
 
 
@@ -162,3 +163,12 @@ async def test_what_is_held_until_its_time_is_stored_with_it_and_its_priority(
 def counts(node: Node) -> dict[str, float]:
     rows = {name: value for metric, name, value in node.counters.samples() if metric == "smtp_submission_keys_total"}
     return {name[0]: value for name, value in rows.items() if isinstance(value, int)}
+
+
+async def test_mail_of_an_account_that_was_made_anew_unheard_is_not_taken_for_the_new_ones(
+    sites: tuple[Site, Site], migrated_database: Database
+) -> None:
+    await execute(migrated_database, "DELETE FROM postroad.accounts")
+    await add_account(migrated_database)
+    assert (await sites[0].submit(BODY)).startswith(FAILED)
+    assert await recorded(migrated_database) == []

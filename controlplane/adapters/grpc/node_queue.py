@@ -66,7 +66,7 @@ class NodeQueueServicer(QueueServiceServicer):
         messages = [
             QueuedMessage(
                 *(one.record, one.envelope, None if one.chunks else one.content, one.chunks, one.sending),
-                tuple(one.next_hops),
+                *(tuple(one.next_hops), one.account_uid),
             )
             for one in request.messages
         ]

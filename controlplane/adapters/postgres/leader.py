@@ -39,10 +39,31 @@ _SWEEP_CONTENTS = """
 DELETE FROM postroad.queue_contents AS c
 WHERE c.message_id < $1 AND NOT EXISTS (SELECT FROM postroad.replicated_queue AS q WHERE q.message_id = c.message_id)
 """
-_WITHOUT_ACCOUNT = """
-SELECT q.message_id FROM postroad.replicated_queue AS q
-WHERE q.epoch IS NULL AND NOT EXISTS (SELECT FROM postroad.accounts AS a WHERE a.account = q.account)
-LIMIT 10000 FOR UPDATE SKIP LOCKED
+# Whose mail waits, found by one step down the index for each account.
+_LEFT_BEHIND = """
+WITH RECURSIVE owners (account_uid) AS (
+    (
+        SELECT account_uid FROM postroad.replicated_queue WHERE epoch IS NULL AND account_uid IS NOT NULL
+        ORDER BY account_uid LIMIT 1
+    )
+    UNION ALL
+    SELECT next.account_uid FROM owners AS o CROSS JOIN LATERAL (
+        SELECT q.account_uid FROM postroad.replicated_queue AS q
+        WHERE q.epoch IS NULL AND q.account_uid > o.account_uid ORDER BY q.account_uid LIMIT 1
+    ) AS next
+)
+SELECT q.message_id FROM owners AS o JOIN postroad.replicated_queue AS q USING (account_uid)
+WHERE q.epoch IS NULL AND NOT EXISTS (SELECT FROM postroad.accounts AS a WHERE a.uid = o.account_uid)
+LIMIT $1 FOR UPDATE OF q SKIP LOCKED
+"""
+# A uid that nobody has stands for an account that is gone.
+_GIVE_UIDS = """
+UPDATE postroad.replicated_queue AS q
+SET account_uid = coalesce((SELECT a.uid FROM postroad.accounts AS a WHERE a.account = q.account), gen_random_uuid())
+WHERE q.message_id IN (
+    SELECT message_id FROM postroad.replicated_queue WHERE epoch IS NULL AND account_uid IS NULL
+    LIMIT $1 FOR UPDATE SKIP LOCKED
+)
 """
 _TERMINAL = [int(state) for state in TERMINAL]
 _FAIL = f"""
@@ -167,19 +188,24 @@ class PostgresJobs:
         async with self._database.transaction("job_sweep_queue") as connection:
             await connection.execute(_SWEEP_CONTENTS, least_message_id(before))
             await expire_held(connection, await connection.fetchval("SELECT transaction_timestamp()"))
-            gone = await connection.fetch(_WITHOUT_ACCOUNT)
-            if gone:
-                message_ids = [row["message_id"] for row in gone]
+
+    async def end_left_behind(self, limit: int) -> int:
+        """As the port says."""
+        async with self._database.transaction("job_end_left_behind") as connection:
+            given = int((await connection.execute(_GIVE_UIDS, limit)).rpartition(" ")[2])
+            message_ids = [row["message_id"] for row in await connection.fetch(_LEFT_BEHIND, limit)]
+            if message_ids:
                 entered = Entered()
                 bounds = (min(message_ids), max(message_ids))
                 entered.changed(await connection.fetch(_FAIL, message_ids, *bounds, _TERMINAL))
                 await enter_queue(connection, QUEUE_SPOOL, entered)
                 for table in ("queue_recipients", "queue_contents", "replicated_queue"):
                     await connection.execute(f"DELETE FROM postroad.{table} WHERE message_id = ANY ($1)", message_ids)
+        return max(given, len(message_ids))
 
-    async def delete_leases(self, before: datetime) -> int:
+    async def delete_leases(self, before: datetime) -> None:
         """As the port says."""
-        return await self._delete("DELETE FROM postroad.node_leases WHERE closed AND lease_until < $1", before)
+        await self._delete("DELETE FROM postroad.node_leases WHERE closed AND lease_until < $1", before)
 
     async def delete_denials(self, now: datetime, limit: int) -> int:
         """As the port says."""

@@ -10,6 +10,8 @@ its pool's settings; what was made of these is kept while their hashes stay, for
     the queue and its content    the same
     the books of the queue       the same
 
+Nothing is written for an account that was deleted since it was read, whoever has its name: NotFoundError.
+
 Nobody is notified: a notification takes a lock that all commits share. Nodes ask for what is due, watchers look again.
 """
 
@@ -32,6 +34,7 @@ from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
 from controlplane.domain import names
 from controlplane.domain.acceptance import Accepted, SendingAccount
+from controlplane.domain.errors import NotFoundError
 from controlplane.domain.sending_limits import SendingLimits
 from controlplane.ports_sending import KnownKey
 from dataplane.core.envelope import envelope_fields
@@ -66,8 +69,10 @@ SELECT key_hash, message_id, content_hash FROM postroad.submission_keys
 WHERE account = $1 AND key_hash = ANY ($2) AND accept_time > transaction_timestamp() - {_WINDOW}
 """
 _STORE = f"""
-WITH u AS MATERIALIZED (
-    SELECT * FROM unnest(
+WITH lives AS MATERIALIZED (
+    SELECT FROM postroad.accounts WHERE account = $1 AND uid = $27
+), u AS MATERIALIZED (
+    SELECT u.* FROM lives, unnest(
         $2::uuid[], $3::bigint[], $4::text[], $5::bigint[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
         $11::text[], $12::bigint[], $13::smallint[], $14::text[], $15::text[], $16::bytea[], $17::bytea[], $18::bytea[]
     ) AS u (
@@ -106,8 +111,8 @@ WITH u AS MATERIALIZED (
         CASE WHEN send_ms > 0 THEN {_EPOCH} send_ms END, {_EPOCH} accepted_ms
     FROM r
 ), in_queue AS (
-    INSERT INTO postroad.replicated_queue (message_id, account, priority, size_bytes, envelope, due_time)
-    SELECT message_id, $1, priority, size_bytes, envelope,
+    INSERT INTO postroad.replicated_queue (message_id, account, account_uid, priority, size_bytes, envelope, due_time)
+    SELECT message_id, $1, $27, priority, size_bytes, envelope,
         CASE WHEN send_ms > 0 THEN {_EPOCH} send_ms ELSE transaction_timestamp() END
     FROM stored
 ), in_queue_recipients AS (
@@ -128,7 +133,7 @@ WITH u AS MATERIALIZED (
     FROM r GROUP BY 3
     ON CONFLICT (spool, account, day) DO UPDATE SET accepted = e.accepted + excluded.accepted
 )
-SELECT message_id FROM stored
+SELECT message_id FROM stored UNION ALL SELECT NULL WHERE NOT EXISTS (SELECT FROM lives)
 """
 
 
@@ -198,10 +203,13 @@ class PostgresOutbox:
             for chunk, start in enumerate(range(0, len(one.content), _CHUNK_BYTES))
         ]
         rows = columns([_row(one) for one in messages], 17)
+        uid = UUID(messages[0].envelope.account_uid)
         async with self._database.statement("outbox_store") as connection:
             stored = await connection.fetch(
-                _STORE, account, *rows, *columns(recipients, 4), *columns(contents, 3), next(self._books)
+                _STORE, account, *rows, *columns(recipients, 4), *columns(contents, 3), next(self._books), uid
             )
+        if [row["message_id"] for row in stored] == [None]:
+            raise NotFoundError(names.format_name(names.ACCOUNT, account))
         return {row["message_id"].bytes for row in stored}
 
 

@@ -13,7 +13,7 @@ the last 24 hours, REPLICATED or as far as the ledger was told LOCAL, is not sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -68,13 +68,17 @@ _HAS_LEASE = """
 SELECT 1 FROM postroad.node_leases WHERE epoch = $1 AND spool = $2 AND node = $3 AND lease_until > clock_timestamp()
 FOR KEY SHARE
 """
-_OF_POOL = "SELECT count(*) FROM postroad.accounts WHERE account = ANY ($1) AND node_pool = $2"
+_OF_POOL = "SELECT account, uid FROM postroad.accounts WHERE account = ANY ($1) AND node_pool = $2"
 _EPOCH = "timestamptz 'epoch' + interval '1 ms' *"
 _INSERT_QUEUE = f"""
-INSERT INTO postroad.replicated_queue (message_id, account, priority, size_bytes, envelope, due_time, epoch)
-SELECT m, a, p, s, e, CASE WHEN x > 0 THEN {_EPOCH} x ELSE transaction_timestamp() END, CASE WHEN h THEN $8::bigint END
-FROM unnest($1::uuid[], $2::text[], $3::smallint[], $4::bigint[], $5::bytea[], $6::bigint[], $7::boolean[])
-    AS u (m, a, p, s, e, x, h)
+INSERT INTO postroad.replicated_queue (
+    message_id, account, account_uid, priority, size_bytes, envelope, due_time, epoch
+)
+SELECT m, a, w, p, s, e, CASE WHEN x > 0 THEN {_EPOCH} x ELSE transaction_timestamp() END,
+    CASE WHEN h THEN $9::bigint END
+FROM unnest(
+    $1::uuid[], $2::text[], $3::uuid[], $4::smallint[], $5::bigint[], $6::bytea[], $7::bigint[], $8::boolean[]
+) AS u (m, a, w, p, s, e, x, h)
 """
 _INSERT_RECIPIENTS = f"""
 INSERT INTO postroad.queue_recipients (message_id, recipient_index, state, attempt, due_time, next_hop)
@@ -98,36 +102,37 @@ _SHARE = f"greatest({CLAIMED_OF_ACCOUNT}, $3 / (SELECT greatest(count(*), 1) FRO
 # What is first due of each account and priority, each found by one step down the index; then of each account its
 # highest priorities, or by one lot of BY_AGE those that have waited longest: mail for a dead next hop comes back again
 # and again, and must not keep what has a lower priority from ever being claimed. Accounts come in the order of the lot,
-# and those behind the last one that is wanted are not read.
+# and those behind the last one that is wanted are not read. An account is its uid: what a deleted one left costs a step
+# for each priority, however much it is and whoever has the name.
 CLAIM = f"""
-WITH RECURSIVE heads (account, priority, due_time) AS (
+WITH RECURSIVE heads (account_uid, priority, due_time) AS (
     (
-        SELECT account, priority, due_time FROM postroad.replicated_queue WHERE epoch IS NULL
-        ORDER BY account, priority, due_time LIMIT 1
+        SELECT account_uid, priority, due_time FROM postroad.replicated_queue
+        WHERE epoch IS NULL AND account_uid IS NOT NULL ORDER BY account_uid, priority, due_time LIMIT 1
     )
     UNION ALL
-    SELECT next.account, next.priority, next.due_time
+    SELECT next.account_uid, next.priority, next.due_time
     FROM heads AS h CROSS JOIN LATERAL (
-        SELECT q.account, q.priority, q.due_time FROM postroad.replicated_queue AS q
-        WHERE q.epoch IS NULL AND (q.account, q.priority) > (h.account, h.priority)
-        ORDER BY q.account, q.priority, q.due_time LIMIT 1
+        SELECT q.account_uid, q.priority, q.due_time FROM postroad.replicated_queue AS q
+        WHERE q.epoch IS NULL AND (q.account_uid, q.priority) > (h.account_uid, h.priority)
+        ORDER BY q.account_uid, q.priority, q.due_time LIMIT 1
     ) AS next
 ), turns AS (
-    SELECT h.account, array_agg(
+    SELECT a.account, h.account_uid, array_agg(
         h.priority ORDER BY CASE WHEN $4::bigint % {BY_AGE} = 0 THEN h.due_time END, h.priority DESC
     ) AS priorities
-    FROM heads AS h JOIN postroad.accounts AS a ON a.account = h.account AND a.node_pool = $1
-    WHERE h.due_time <= $2 AND h.account <> ALL ($5::text[])
-    GROUP BY h.account
-    ORDER BY hashtextextended(h.account, $4)
+    FROM heads AS h JOIN postroad.accounts AS a ON a.uid = h.account_uid AND a.node_pool = $1
+    WHERE h.due_time <= $2 AND a.account <> ALL ($5::text[])
+    GROUP BY a.account, h.account_uid
+    ORDER BY hashtextextended(a.account, $4)
 )
-SELECT due.message_id, due.account, due.size_bytes, due.envelope
+SELECT due.message_id, due.size_bytes, due.envelope
 FROM turns AS t CROSS JOIN LATERAL (
-    SELECT found.message_id, found.account, found.size_bytes, found.envelope
+    SELECT found.message_id, found.size_bytes, found.envelope
     FROM unnest(t.priorities) AS p (priority) CROSS JOIN LATERAL (
-        SELECT q.message_id, q.account, q.size_bytes, q.envelope
+        SELECT q.message_id, q.size_bytes, q.envelope
         FROM postroad.replicated_queue AS q
-        WHERE q.epoch IS NULL AND q.account = t.account AND q.priority = p.priority AND q.due_time <= $2
+        WHERE q.epoch IS NULL AND q.account_uid = t.account_uid AND q.priority = p.priority AND q.due_time <= $2
         ORDER BY q.due_time LIMIT {_SHARE} FOR UPDATE SKIP LOCKED
     ) AS found
     LIMIT {_SHARE}
@@ -200,10 +205,7 @@ class PostgresQueue:
         await self._ledger.prepare_days(rows.days(), bounds)
         async with self._database.transaction("queue_store") as connection:
             await _check_lease(connection, node_id, spool, epoch)
-            accounts = list({row[1] for row in rows.messages})
-            if await connection.fetchval(_OF_POOL, accounts, pool) < len(accounts):
-                # Of several messages the node asks again one by one, so that others' mail is stored.
-                raise BadQueueRequestError("an account is not of the node's pool, or gone")
+            uids = await _uids(connection, pool, rows, messages)
             try:
                 repeated = await _find_repeated(connection, rows)
                 if repeated:
@@ -211,7 +213,7 @@ class PostgresQueue:
                     rows = _decode(messages, bounds)
                 if messages:
                     await insert_replicated(connection, rows, node_id, UUID(spool))
-                    await _insert(connection, rows, messages, epoch)
+                    await _insert(connection, rows, messages, uids, epoch)
             except _BAD_CONTENT as error:
                 raise BadQueueRequestError(type(error).__name__) from error
         self._observe("stored", len(messages))
@@ -319,7 +321,27 @@ async def _check_lease(connection: Connection, node_id: str, spool: str, epoch: 
         raise LeaseLostError("the lease has ended")
 
 
-async def _insert(connection: Connection, rows: RecordRows, messages: Sequence[QueuedMessage], epoch: int) -> None:
+async def _uids(
+    connection: Connection, pool: str, rows: RecordRows, messages: Sequence[QueuedMessage]
+) -> dict[str, UUID]:
+    """The uids of the messages' accounts; BadQueueRequestError unless these are the ones that the node meant."""
+    accounts = list({row[1] for row in rows.messages})
+    found = {row["account"]: row["uid"] for row in await connection.fetch(_OF_POOL, accounts, pool)}
+    for row, message in zip(rows.messages, messages, strict=True):
+        uid = found.get(row[1])
+        if uid is None or message.account_uid not in ("", str(uid)):
+            # Of several messages the node asks again one by one, so that others' mail is stored.
+            raise BadQueueRequestError("an account is not of the node's pool, or gone")
+    return found
+
+
+async def _insert(
+    connection: Connection,
+    rows: RecordRows,
+    messages: Sequence[QueuedMessage],
+    uids: Mapping[str, UUID],
+    epoch: int,
+) -> None:
     queue: list[tuple[Any, ...]] = []
     contents: list[tuple[Any, ...]] = []
     by_id: dict[UUID, QueuedMessage] = {}
@@ -327,7 +349,9 @@ async def _insert(connection: Connection, rows: RecordRows, messages: Sequence[Q
     for row, message in zip(rows.messages, messages, strict=True):
         key = row[0]
         by_id[key] = message
-        queue.append((key, row[1], row[_PRIORITY], row[4], message.envelope, row[_SEND_TIME_MS], message.sending))
+        account = row[1]
+        asked = (row[_PRIORITY], row[4], message.envelope, row[_SEND_TIME_MS], message.sending)
+        queue.append((key, account, uids[account], *asked))
         if message.content is not None:
             contents.append((key, message.content))
         elif await connection.fetchval(_COUNT_CHUNKS, key, message.chunks) != message.chunks:
@@ -337,7 +361,7 @@ async def _insert(connection: Connection, rows: RecordRows, messages: Sequence[Q
         for row in rows.accepted.values()
         for stored in (by_id[row[0]],)
     ]
-    await connection.execute(_INSERT_QUEUE, *columns(queue, 7), epoch)
+    await connection.execute(_INSERT_QUEUE, *columns(queue, 8), epoch)
     await connection.execute(_INSERT_RECIPIENTS, *columns(recipients, 5))
     await connection.execute(_INSERT_CONTENTS, *columns(contents, 2))
 

@@ -141,9 +141,12 @@ class Store:
     async def sweep_queue(self, before: datetime) -> None:
         self.asked.append(("queue", before))
 
-    async def delete_leases(self, before: datetime) -> int:
-        self.asked.append(("leases", before))
+    async def end_left_behind(self, limit: int) -> int:
+        self.asked.append(("left behind", limit))
         return 0
+
+    async def delete_leases(self, before: datetime) -> None:
+        self.asked.append(("leases", before))
 
     async def delete_denials(self, now: datetime, limit: int) -> int:
         self.asked.append(("denials", now, limit))
@@ -160,6 +163,7 @@ class Store:
         ("forget_tokens", ("tokens", START - timedelta(days=1))),
         ("forget_revisions", ("revisions", START - timedelta(days=30), 200)),
         ("forget_denials", ("denials", START, 10_000)),
+        ("end_left_behind", ("left behind", 5_000)),
         ("forget_leases", ("leases", START - timedelta(days=65))),
     ],
 )

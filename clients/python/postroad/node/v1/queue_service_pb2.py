@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$postroad/node/v1/queue_service.proto\x12\x10postroad.node.v1\x1a\x1egoogle/protobuf/duration.proto\"1\n\x11RenewLeaseRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"P\n\x12RenewLeaseResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"U\n\x13StoreContentRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x12\n\nmessage_id\x18\x02 \x01(\x0c\x12\r\n\x05\x63hunk\x18\x03 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\x16\n\x14StoreContentResponse\"g\n\x14StoreMessagesRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x31\n\x08messages\x18\x03 \x03(\x0b\x32\x1f.postroad.node.v1.QueuedMessage\"v\n\rQueuedMessage\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\x10\n\x08\x65nvelope\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63hunks\x18\x04 \x01(\x05\x12\x0f\n\x07sending\x18\x05 \x01(\x08\x12\x11\n\tnext_hops\x18\x06 \x03(\t\"U\n\x15StoreMessagesResponse\x12<\n\x11repeated_messages\x18\x01 \x03(\x0b\x32!.postroad.node.v1.RepeatedMessage\"U\n\x0fRepeatedMessage\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\x18\n\x10\x66irst_message_id\x18\x02 \x01(\x0c\x12\x14\n\x0csame_content\x18\x03 \x01(\x08\"\x8a\x01\n\x14\x43laimMessagesRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x10\n\x08\x63laim_id\x18\x03 \x01(\t\x12\x14\n\x0cmax_messages\x18\x04 \x01(\x05\x12\x11\n\tmax_bytes\x18\x05 \x01(\x03\x12\x19\n\x11left_out_accounts\x18\x06 \x03(\t\"K\n\x15\x43laimMessagesResponse\x12\x32\n\x08messages\x18\x01 \x03(\x0b\x32 .postroad.node.v1.ClaimedMessage\"\x94\x01\n\x0e\x43laimedMessage\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\x10\n\x08\x65nvelope\x18\x02 \x01(\x0c\x12\x36\n\nrecipients\x18\x03 \x03(\x0b\x32\".postroad.node.v1.ClaimedRecipient\x12\x13\n\x0bhas_content\x18\x04 \x01(\x08\x12\x0f\n\x07\x63ontent\x18\x05 \x01(\x0c\"T\n\x10\x43laimedRecipient\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0e\n\x06\x64ue_ms\x18\x03 \x01(\x03\x12\x10\n\x08provider\x18\x04 \x01(\t\"V\n\x13\x46\x65tchContentRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x12\n\nmessage_id\x18\x03 \x01(\x0c\x12\r\n\x05\x63hunk\x18\x04 \x01(\x05\"8\n\x14\x46\x65tchContentResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\nnext_chunk\x18\x02 \x01(\x05\"Z\n\x13\x43onfirmClaimRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x10\n\x08\x63laim_id\x18\x03 \x01(\t\x12\x13\n\x0bmessage_ids\x18\x04 \x03(\x0c\"+\n\x14\x43onfirmClaimResponse\x12\x13\n\x0bmessage_ids\x18\x01 \x03(\x0c\x32\xc8\x04\n\x0cQueueService\x12W\n\nRenewLease\x12#.postroad.node.v1.RenewLeaseRequest\x1a$.postroad.node.v1.RenewLeaseResponse\x12]\n\x0cStoreContent\x12%.postroad.node.v1.StoreContentRequest\x1a&.postroad.node.v1.StoreContentResponse\x12`\n\rStoreMessages\x12&.postroad.node.v1.StoreMessagesRequest\x1a\'.postroad.node.v1.StoreMessagesResponse\x12`\n\rClaimMessages\x12&.postroad.node.v1.ClaimMessagesRequest\x1a\'.postroad.node.v1.ClaimMessagesResponse\x12]\n\x0c\x46\x65tchContent\x12%.postroad.node.v1.FetchContentRequest\x1a&.postroad.node.v1.FetchContentResponse\x12]\n\x0c\x43onfirmClaim\x12%.postroad.node.v1.ConfirmClaimRequest\x1a&.postroad.node.v1.ConfirmClaimResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$postroad/node/v1/queue_service.proto\x12\x10postroad.node.v1\x1a\x1egoogle/protobuf/duration.proto\"1\n\x11RenewLeaseRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\"P\n\x12RenewLeaseResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x03\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"U\n\x13StoreContentRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\x12\n\nmessage_id\x18\x02 \x01(\x0c\x12\r\n\x05\x63hunk\x18\x03 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\x16\n\x14StoreContentResponse\"g\n\x14StoreMessagesRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x31\n\x08messages\x18\x03 \x03(\x0b\x32\x1f.postroad.node.v1.QueuedMessage\"\x8b\x01\n\rQueuedMessage\x12\x0e\n\x06record\x18\x01 \x01(\x0c\x12\x10\n\x08\x65nvelope\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63hunks\x18\x04 \x01(\x05\x12\x0f\n\x07sending\x18\x05 \x01(\x08\x12\x11\n\tnext_hops\x18\x06 \x03(\t\x12\x13\n\x0b\x61\x63\x63ount_uid\x18\x07 \x01(\t\"U\n\x15StoreMessagesResponse\x12<\n\x11repeated_messages\x18\x01 \x03(\x0b\x32!.postroad.node.v1.RepeatedMessage\"U\n\x0fRepeatedMessage\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\x18\n\x10\x66irst_message_id\x18\x02 \x01(\x0c\x12\x14\n\x0csame_content\x18\x03 \x01(\x08\"\x8a\x01\n\x14\x43laimMessagesRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x10\n\x08\x63laim_id\x18\x03 \x01(\t\x12\x14\n\x0cmax_messages\x18\x04 \x01(\x05\x12\x11\n\tmax_bytes\x18\x05 \x01(\x03\x12\x19\n\x11left_out_accounts\x18\x06 \x03(\t\"K\n\x15\x43laimMessagesResponse\x12\x32\n\x08messages\x18\x01 \x03(\x0b\x32 .postroad.node.v1.ClaimedMessage\"\x94\x01\n\x0e\x43laimedMessage\x12\x12\n\nmessage_id\x18\x01 \x01(\x0c\x12\x10\n\x08\x65nvelope\x18\x02 \x01(\x0c\x12\x36\n\nrecipients\x18\x03 \x03(\x0b\x32\".postroad.node.v1.ClaimedRecipient\x12\x13\n\x0bhas_content\x18\x04 \x01(\x08\x12\x0f\n\x07\x63ontent\x18\x05 \x01(\x0c\"T\n\x10\x43laimedRecipient\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0e\n\x06\x64ue_ms\x18\x03 \x01(\x03\x12\x10\n\x08provider\x18\x04 \x01(\t\"V\n\x13\x46\x65tchContentRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x12\n\nmessage_id\x18\x03 \x01(\x0c\x12\r\n\x05\x63hunk\x18\x04 \x01(\x05\"8\n\x14\x46\x65tchContentResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\nnext_chunk\x18\x02 \x01(\x05\"Z\n\x13\x43onfirmClaimRequest\x12\r\n\x05spool\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x10\n\x08\x63laim_id\x18\x03 \x01(\t\x12\x13\n\x0bmessage_ids\x18\x04 \x03(\x0c\"+\n\x14\x43onfirmClaimResponse\x12\x13\n\x0bmessage_ids\x18\x01 \x03(\x0c\x32\xc8\x04\n\x0cQueueService\x12W\n\nRenewLease\x12#.postroad.node.v1.RenewLeaseRequest\x1a$.postroad.node.v1.RenewLeaseResponse\x12]\n\x0cStoreContent\x12%.postroad.node.v1.StoreContentRequest\x1a&.postroad.node.v1.StoreContentResponse\x12`\n\rStoreMessages\x12&.postroad.node.v1.StoreMessagesRequest\x1a\'.postroad.node.v1.StoreMessagesResponse\x12`\n\rClaimMessages\x12&.postroad.node.v1.ClaimMessagesRequest\x1a\'.postroad.node.v1.ClaimMessagesResponse\x12]\n\x0c\x46\x65tchContent\x12%.postroad.node.v1.FetchContentRequest\x1a&.postroad.node.v1.FetchContentResponse\x12]\n\x0c\x43onfirmClaim\x12%.postroad.node.v1.ConfirmClaimRequest\x1a&.postroad.node.v1.ConfirmClaimResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,28 +42,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STORECONTENTRESPONSE']._serialized_end=332
   _globals['_STOREMESSAGESREQUEST']._serialized_start=334
   _globals['_STOREMESSAGESREQUEST']._serialized_end=437
-  _globals['_QUEUEDMESSAGE']._serialized_start=439
-  _globals['_QUEUEDMESSAGE']._serialized_end=557
-  _globals['_STOREMESSAGESRESPONSE']._serialized_start=559
-  _globals['_STOREMESSAGESRESPONSE']._serialized_end=644
-  _globals['_REPEATEDMESSAGE']._serialized_start=646
-  _globals['_REPEATEDMESSAGE']._serialized_end=731
-  _globals['_CLAIMMESSAGESREQUEST']._serialized_start=734
-  _globals['_CLAIMMESSAGESREQUEST']._serialized_end=872
-  _globals['_CLAIMMESSAGESRESPONSE']._serialized_start=874
-  _globals['_CLAIMMESSAGESRESPONSE']._serialized_end=949
-  _globals['_CLAIMEDMESSAGE']._serialized_start=952
-  _globals['_CLAIMEDMESSAGE']._serialized_end=1100
-  _globals['_CLAIMEDRECIPIENT']._serialized_start=1102
-  _globals['_CLAIMEDRECIPIENT']._serialized_end=1186
-  _globals['_FETCHCONTENTREQUEST']._serialized_start=1188
-  _globals['_FETCHCONTENTREQUEST']._serialized_end=1274
-  _globals['_FETCHCONTENTRESPONSE']._serialized_start=1276
-  _globals['_FETCHCONTENTRESPONSE']._serialized_end=1332
-  _globals['_CONFIRMCLAIMREQUEST']._serialized_start=1334
-  _globals['_CONFIRMCLAIMREQUEST']._serialized_end=1424
-  _globals['_CONFIRMCLAIMRESPONSE']._serialized_start=1426
-  _globals['_CONFIRMCLAIMRESPONSE']._serialized_end=1469
-  _globals['_QUEUESERVICE']._serialized_start=1472
-  _globals['_QUEUESERVICE']._serialized_end=2056
+  _globals['_QUEUEDMESSAGE']._serialized_start=440
+  _globals['_QUEUEDMESSAGE']._serialized_end=579
+  _globals['_STOREMESSAGESRESPONSE']._serialized_start=581
+  _globals['_STOREMESSAGESRESPONSE']._serialized_end=666
+  _globals['_REPEATEDMESSAGE']._serialized_start=668
+  _globals['_REPEATEDMESSAGE']._serialized_end=753
+  _globals['_CLAIMMESSAGESREQUEST']._serialized_start=756
+  _globals['_CLAIMMESSAGESREQUEST']._serialized_end=894
+  _globals['_CLAIMMESSAGESRESPONSE']._serialized_start=896
+  _globals['_CLAIMMESSAGESRESPONSE']._serialized_end=971
+  _globals['_CLAIMEDMESSAGE']._serialized_start=974
+  _globals['_CLAIMEDMESSAGE']._serialized_end=1122
+  _globals['_CLAIMEDRECIPIENT']._serialized_start=1124
+  _globals['_CLAIMEDRECIPIENT']._serialized_end=1208
+  _globals['_FETCHCONTENTREQUEST']._serialized_start=1210
+  _globals['_FETCHCONTENTREQUEST']._serialized_end=1296
+  _globals['_FETCHCONTENTRESPONSE']._serialized_start=1298
+  _globals['_FETCHCONTENTRESPONSE']._serialized_end=1354
+  _globals['_CONFIRMCLAIMREQUEST']._serialized_start=1356
+  _globals['_CONFIRMCLAIMREQUEST']._serialized_end=1446
+  _globals['_CONFIRMCLAIMRESPONSE']._serialized_start=1448
+  _globals['_CONFIRMCLAIMRESPONSE']._serialized_end=1491
+  _globals['_QUEUESERVICE']._serialized_start=1494
+  _globals['_QUEUESERVICE']._serialized_end=2078
 # @@protoc_insertion_point(module_scope)

@@ -168,6 +168,7 @@ class QueuedMessage(_message.Message):
     CHUNKS_FIELD_NUMBER: _builtins.int
     SENDING_FIELD_NUMBER: _builtins.int
     NEXT_HOPS_FIELD_NUMBER: _builtins.int
+    ACCOUNT_UID_FIELD_NUMBER: _builtins.int
     record: _builtins.bytes
     """Serialised LedgerRecord of its acceptance; its `send_time_ms` and `priority`
     say when and before what else the message is claimed.
@@ -181,6 +182,10 @@ class QueuedMessage(_message.Message):
     sending: _builtins.bool
     """Whether the spool sends it at once: stored as `sending`, attempt 1, under
     the lease.
+    """
+    account_uid: _builtins.str
+    """`uid` of the account whose mail it is, whatever its name means meanwhile;
+    empty for the account that has the name now.
     """
     @_builtins.property
     def next_hops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -197,10 +202,11 @@ class QueuedMessage(_message.Message):
         chunks: _builtins.int = ...,
         sending: _builtins.bool = ...,
         next_hops: _abc.Iterable[_builtins.str] | None = ...,
+        account_uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "content", b"content", "envelope", b"envelope", "next_hops", b"next_hops", "record", b"record", "sending", b"sending"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_uid", b"account_uid", "chunks", b"chunks", "content", b"content", "envelope", b"envelope", "next_hops", b"next_hops", "record", b"record", "sending", b"sending"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
