@@ -23,6 +23,9 @@ The commit belongs to the spool: nothing here cancels it. A fault of ours is a 4
     account or credential denied, gone  550 5.7.1
     REPLICATED, and there is no lease   451 4.3.0: PostgreSQL is away, or the control plane
     sender's domain not the account's   553 5.7.1; the null sender is everybody's, it marks bounces
+
+At the end of the content an account that was deleted meanwhile and made anew under its name is refused as one that is
+gone is at MAIL.
 """
 
 from __future__ import annotations
@@ -398,6 +401,10 @@ class Submitter:
             raise
 
     def _accept(self, content: bytes, hello: Hello, answer: Answer) -> None:
+        if self._is_former():
+            self._shared.counters.messages_refused += 1
+            answer(replies.SENDER_DENIED)
+            return
         if self._large is not None:
             self._accept_large(self._large, content, hello, answer)
             return
@@ -722,6 +729,11 @@ class Submitter:
         if self._pinned is None:
             raise RuntimeError("no transaction")
         return self._pinned
+
+    def _is_former(self) -> bool:
+        """Whether another account has the name of the pinned one by now: it must not be shown what is not its own."""
+        present = self._shared.config.account(self._account_name)
+        return present is not None and present.account.uid != self._account().account.uid
 
     def _lease(self) -> int:
         """The lease under which REPLICATED mail may be taken now, 0 for none."""

@@ -253,6 +253,16 @@ async def test_a_change_of_the_account_counts_at_once(sending: Sending) -> None:
     assert (await refused(sending, raw())).reason == "SENDER_NOT_OWNED"
 
 
+async def test_an_account_that_was_made_anew_since_it_was_read_is_sent_nothing(sending: Sending) -> None:
+    """Bundle and account are of different ones, as when both are deleted and made anew between two statements."""
+    await sending.stack.as_superuser("UPDATE postroad.accounts SET uid = gen_random_uuid() WHERE account = 'acme'")
+    error = await refused(sending, raw())
+    assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "RESOURCE_NOT_FOUND")
+    assert [one.key for one in sending.budget.given_back] == ["account:message"]
+    for table in ("messages", "replicated_queue", "queue_recipients", "queue_contents", "queue_entries"):
+        assert await sending.count(table) == 0
+
+
 async def test_keys_without_the_scope_and_of_other_accounts_are_refused_before_anything_else(sending: Sending) -> None:
     reader = await sending.stack.make_key("acme", "messages.read")
     other = await sending.stack.make_account("other")

@@ -371,6 +371,20 @@ async def test_the_configuration_is_pinned_at_mail() -> None:
         assert (await peer.ask(MAIL)).startswith(b"553 5.7.1")
 
 
+@pytest.mark.parametrize("lines", [1, 9_000], ids=["in memory", "in its file"])
+async def test_what_an_account_began_to_send_is_not_taken_for_another_one_of_its_name(lines: int) -> None:
+    async with running(make_node()) as node:
+        peer = await node.greeted()
+        await open_data(peer)
+        peer.writer.write(BODY + (b"x" * 98 + b"\r\n") * lines)
+        await peer.writer.drain()
+        node.config.set_account(replace(ACCOUNT, uid="uid-another"))
+        assert (await peer.ask(b".\r\n")).startswith(b"550 5.7.1")
+        assert node.counters.messages_enqueued == 0
+        assert node.counters.content_bytes == 0
+        assert (await submit(peer)).startswith(TAKEN)
+
+
 async def test_stale_configuration_is_451_at_mail() -> None:
     async with running(make_node()) as node:
         node.config.stale = True
