@@ -403,7 +403,6 @@ class _ControlPlane:
             auditor,
             self._handovers,
             self._fleet,
-            _now,
             self._note,
         )
         self._nodes.add_generic_rpc_handlers((self._config.handler(),))
@@ -411,9 +410,7 @@ class _ControlPlane:
         queue = QueueService(
             PostgresQueue(self._fleet_database, store, self._metrics.queue_changed), _now, time.monotonic
         )
-        queue_service_pb2_grpc.add_QueueServiceServicer_to_server(
-            NodeQueueServicer(queue, self._fleet, time.monotonic), self._nodes
-        )
+        queue_service_pb2_grpc.add_QueueServiceServicer_to_server(NodeQueueServicer(queue, self._fleet), self._nodes)
 
         ports = (
             self._bind(self._public, "grpc", self._settings.grpc.host, self._settings.grpc.port, self._tls),

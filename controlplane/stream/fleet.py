@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from controlplane.domain.openings import is_old_copy
 from controlplane.ports_fleet import (
@@ -32,6 +32,9 @@ from controlplane.ports_fleet import (
 from controlplane.stream.hub import Hub, Slot, close
 from controlplane.stream.session import DESTINATION_DENIALS, CloseCode, Hello, Session
 
+# While no scan succeeds.
+REMEMBERED = timedelta(seconds=30)
+
 
 class NotAdmittedError(Exception):
     """The node's certificate is not, or no longer, the node's."""
@@ -48,6 +51,8 @@ class FleetService:
         self._mark = 0
         self._anew = False
         self._denials_version = 0
+        # Who calls, by certificate: as of when it is known.
+        self._admitted: dict[tuple[str, str], tuple[datetime, NodeRecord]] = {}
         self._reported: dict[Slot, ConfigReport] = {}
         # Whose nodes shall drain.
         self._drains: dict[Slot, bool] = {}
@@ -59,6 +64,17 @@ class FleetService:
         node = await self._repository.get_node(node_id)
         if node is None or not _is_good(node, certificate_serial):
             raise NotAdmittedError
+        return node
+
+    async def admitted(self, node_id: str, certificate_serial: str) -> NodeRecord:
+        """As `check`, for calls that are too many to ask each time: what a scan found is good for REMEMBERED."""
+        key, now = (node_id, certificate_serial), self._clock()
+        known = self._admitted.get(key)
+        if known is not None and now - known[0] < REMEMBERED:
+            return known[1]
+        self._admitted.pop(key, None)
+        node = await self.check(*key)
+        self._admitted[key] = (now, node)
         return node
 
     async def admit(self, node_id: str, certificate_serial: str, wake: Callable[[], None]) -> Slot:
@@ -137,12 +153,25 @@ class FleetService:
 
     async def scan(self) -> None:
         """Read what changed and tell those whom it concerns. What must stop comes first."""
+        await self._scan_admitted()
         await self._scan_denials()
         await self._scan_config()
         slots = [slot for slot in self._hub.slots if slot.stream]
         if slots:
             await self._scan_nodes(slots)
             await self._give_commands(slots)
+
+    async def _scan_admitted(self) -> None:
+        keys, now = list(self._admitted), self._clock()
+        if not keys:
+            return
+        nodes = {node.node_id: node for node in await self._repository.get_nodes([node_id for node_id, _ in keys])}
+        for key in keys:
+            node = nodes.get(key[0])
+            if node is not None and _is_good(node, key[1]):
+                self._admitted[key] = (now, node)
+            else:
+                self._admitted.pop(key, None)
 
     async def _scan_denials(self) -> None:
         version = await self._repository.denials_version()

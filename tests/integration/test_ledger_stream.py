@@ -152,6 +152,19 @@ async def test_a_revoked_node_does_not_report(port: NodesPort, migrated_database
     assert await reporter.end_code() is grpc.StatusCode.UNAUTHENTICATED
 
 
+async def test_a_node_that_is_revoked_while_it_reports_is_heard_no_more(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    reporter = Reporter(port, await port.enrolled("edge-1"), str(uuid.uuid4()))
+    await reporter.open()
+    await execute(migrated_database, "UPDATE postroad.nodes SET state = 3")
+    await port.fleet.scan()
+
+    await reporter.call.write(pb.ReportLedgerRequest(open=pb.LedgerOpen(spool=reporter.spool)))
+
+    assert await reporter.end_code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 async def test_a_drained_stream_ends_after_what_it_has_in_hand(port: NodesPort) -> None:
     reporter = Reporter(port, await port.enrolled("edge-1"), str(uuid.uuid4()))
     await reporter.open()

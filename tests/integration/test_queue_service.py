@@ -127,6 +127,22 @@ async def test_a_node_speaks_for_its_own_spools_and_only_while_it_is_admitted(
         await one.relay.close()
 
 
+async def test_a_node_that_is_revoked_or_moves_is_known_for_what_it_is_after_a_scan(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    node, other = Node(port, await port.enrolled("edge-1")), Node(port, await port.enrolled("edge-2", "elsewhere"))
+    assert (await node.renew(), await other.renew()) == (OK, OK)
+    await execute(migrated_database, "UPDATE postroad.nodes SET state = 3 WHERE node = 'edge-1'")
+    await execute(migrated_database, "UPDATE postroad.nodes SET node_pool = 'default' WHERE node = 'edge-2'")
+    await port.fleet.scan()
+    assert await node.renew() == UNAUTHENTICATED
+    assert await node.store(message_id()) == UNAUTHENTICATED
+    assert (await node.claim())[0] == UNAUTHENTICATED
+    assert await other.store(message_id()) == OK
+    for one in (node, other):
+        await one.relay.close()
+
+
 async def test_what_is_no_request_is_refused_for_good(port: NodesPort) -> None:
     node = Node(port, await port.enrolled("edge-1"))
     await node.renew()

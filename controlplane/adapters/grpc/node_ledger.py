@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from datetime import datetime, timedelta
 from typing import Any
 
 import grpc
@@ -43,7 +42,6 @@ Context = grpc.aio.ServicerContext[pb.ReportLedgerRequest, pb.ReportLedgerRespon
 _ACCOUNTS = "accounts/"
 # As many batches as a node may have unanswered.
 _GATHERED = 8
-_CHECK_AGAIN = timedelta(seconds=30)
 # A spool keeps what was stored for ten minutes.
 LOOK_BACK_S = 20.0
 
@@ -57,7 +55,6 @@ class NodeLedgerServicer(LedgerServiceServicer):
         auditor: Auditor,
         handovers: Handovers,
         fleet: FleetService,
-        clock: Callable[[], datetime],
         report: Report,
         look_back_s: float = LOOK_BACK_S,
     ) -> None:
@@ -66,7 +63,6 @@ class NodeLedgerServicer(LedgerServiceServicer):
         self._auditor = auditor
         self._handovers = handovers
         self._fleet = fleet
-        self._clock = clock
         self._report = report
         self._draining = asyncio.Event()
 
@@ -119,11 +115,8 @@ class NodeLedgerServicer(LedgerServiceServicer):
 
         looking = asyncio.create_task(self._look_back(told, answer))
         try:
-            checked = None
             async for requests in _groups(gathered):
-                if checked is None or self._clock() - checked > _CHECK_AGAIN:
-                    await self._fleet.check(identity.node_id, identity.serial)
-                    checked = self._clock()
+                await self._fleet.admitted(identity.node_id, identity.serial)
                 await answer(await self._answers(identity.node_id, requests, comparer, receiver))
         finally:
             self._handovers.leave(receiver)

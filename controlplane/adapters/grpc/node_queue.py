@@ -1,13 +1,13 @@
 """Carries QueueService: messages to values and back, and the errors of the queue as statuses.
 
-Contract. The node is the certificate's; it is looked up again every 30 seconds, so that a revoked one is let go within
-that time. UNAUTHENTICATED for a node that is not admitted, PERMISSION_DENIED for another node's spool, ABORTED for a
-lease that has ended, INVALID_ARGUMENT for what can never be done, UNAVAILABLE while PostgreSQL is away.
+Contract. The node is the certificate's; one that was revoked is refused as soon as the change feed has heard of it.
+UNAUTHENTICATED for a node that is not admitted, PERMISSION_DENIED for another node's spool, ABORTED for a lease that
+has ended, INVALID_ARGUMENT for what can never be done, UNAVAILABLE while PostgreSQL is away.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
@@ -34,18 +34,15 @@ from controlplane.stream.fleet import FleetService, NotAdmittedError
 from postroad.node.v1 import queue_service_pb2 as pb
 from postroad.node.v1.queue_service_pb2_grpc import QueueServiceServicer
 
-_CHECK_AGAIN_S = 30.0
 _ACCOUNT_PREFIX = "accounts/"
 
 
 class NodeQueueServicer(QueueServiceServicer):
-    """QueueService; see the module. `monotonic` gives seconds that only grow."""
+    """QueueService; see the module."""
 
-    def __init__(self, queue: QueueService, fleet: FleetService, monotonic: Callable[[], float]) -> None:
+    def __init__(self, queue: QueueService, fleet: FleetService) -> None:
         self._queue = queue
         self._fleet = fleet
-        self._monotonic = monotonic
-        self._known: dict[tuple[str, str], tuple[float, NodeRecord]] = {}
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Any) -> pb.RenewLeaseResponse:
         """As the proto says."""
@@ -109,7 +106,8 @@ class NodeQueueServicer(QueueServiceServicer):
     async def _node(self, context: Any) -> AsyncIterator[NodeRecord]:
         """The calling node; what goes wrong inside ends the call."""
         try:
-            yield await self._admitted(context)
+            identity = identity_of(context)
+            yield await self._fleet.admitted(identity.node_id, identity.serial)
         except PkiError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         except NotAdmittedError:
@@ -122,18 +120,6 @@ class NodeQueueServicer(QueueServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except UnavailableError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, error.text)
-
-    async def _admitted(self, context: Any) -> NodeRecord:
-        identity = identity_of(context)
-        key = (identity.node_id, identity.serial)
-        now_s = self._monotonic()
-        known = self._known.get(key)
-        if known is not None and now_s - known[0] < _CHECK_AGAIN_S:
-            return known[1]
-        self._known.pop(key, None)
-        node = await self._fleet.check(*key)
-        self._known[key] = (now_s, node)
-        return node
 
 
 def _repeated(one: Repeated) -> pb.RepeatedMessage:
