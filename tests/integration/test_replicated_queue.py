@@ -419,6 +419,21 @@ async def test_mail_of_an_account_that_is_gone_is_told_apart_from_that_of_others
     await holder.store_all([queued(message_id())])
 
 
+async def test_leases_are_told_apart_by_a_database_that_forgot_some(
+    holder: Holder, other: Holder, migrated_database: Database
+) -> None:
+    """A replica that lacks the last commits gives no epoch anew."""
+    given = {holder.epoch, other.epoch}
+    for _ in range(20):
+        await execute(migrated_database, "DELETE FROM postroad.node_leases")
+        given.add((await holder.queue.renew(holder.node, holder.spool, 0)).epoch)
+    assert len(given) == 22
+    assert all(0 < epoch < 1 << 63 for epoch in given)
+    # Nothing that a server counts, and may count again.
+    assert await fetch(migrated_database, "SELECT 1 FROM pg_class WHERE relname = 'lease_epoch'") == []
+    assert max(abs(one - another) for one in given for another in given) > 1 << 40
+
+
 async def test_a_refused_spool_gets_no_lease(holder: Holder, migrated_database: Database) -> None:
     await execute(migrated_database, "UPDATE postroad.spools SET accepted = false")
     with pytest.raises(LeaseLostError):
