@@ -457,6 +457,10 @@ class JobStore(Protocol):
         """
         ...
 
+    async def run_queue_commands(self, limit: int) -> int:
+        """Carry out commands on the replicated queue in at most `limit` parts; returns in how many there was one."""
+        ...
+
     async def delete_leases(self, before: datetime) -> None:
         """Forget leases that ended before then and hold nothing."""
         ...

@@ -6,8 +6,9 @@ reader that does not take them. Watches are bounded in number, also for each acc
 from its last position.
 A command is stored, for each spool that it goes to, and brought there by the fleet's side; its Operation is done when
 every result is in. One with a filter for every account is operators' alone. What waits in the replicated queue is
-changed by the control plane, when a node asks for mail: the queue counts as one spool more where there is any. Among
-the operations of every account are the drains of nodes; they are not listed: the node names its own.
+changed by the control plane, when a node asks for mail or at the leader's next turn: the queue counts as one spool more
+where there is any. Among the operations of every account are the drains of nodes; they are not listed: the node names
+its own.
 """
 
 from __future__ import annotations

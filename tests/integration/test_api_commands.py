@@ -209,9 +209,12 @@ async def test_a_command_on_a_replicated_message_goes_to_the_queue(
     stack: ApiStack, client: Client, method: str
 ) -> None:
     await stack.as_superuser("UPDATE postroad.messages SET replicated = true")
-    await client.message(method, request_of(method))
+    operation = await client.message(method, request_of(method))
     (command,) = await commands(stack)
     assert command["spool"] == QUEUE_SPOOL
+    # Whichever node accepted it: it waits in the control plane.
+    for one in (operation, await get(client, operation.name)):
+        assert [(spool.spool, spool.node) for spool in metadata_of(one).pending_spools] == [(str(QUEUE_SPOOL), "")]
 
 
 async def test_a_filter_goes_to_the_queue_where_mail_of_the_account_is_in_it(stack: ApiStack, client: Client) -> None:

@@ -344,6 +344,22 @@ async def test_what_is_held_ends_with_its_lifetime(
         assert await queue_states(migrated_database, raw_id) == [(int(State.HELD), 0)]
 
 
+async def test_commands_end_where_no_node_asks_for_mail(
+    holder: Holder, database: FleetDatabase, migrated_database: Database
+) -> None:
+    raw_id, other = await store(holder), await store(holder, "a@example.org")
+    named = await give(migrated_database, Verb.CANCEL, raw_id)
+    meant = await give(migrated_database, Verb.HOLD, before=NOW + timedelta(hours=1), domain="example.org")
+    jobs = PostgresJobs(database)
+    assert await jobs.run_queue_commands(1) == 1
+    assert await jobs.run_queue_commands(10) == 1
+    assert await jobs.run_queue_commands(10) == 0
+    assert await result(migrated_database, named) == (1, 0, True)
+    assert await result(migrated_database, meant) == (1, 0, True)
+    assert await ledger_states(migrated_database, raw_id) == [int(State.CANCELLED)]
+    assert await queue_states(migrated_database, other) == [(int(State.HELD), 0)]
+
+
 async def test_the_queue_is_walked_by_its_key(holder: Holder, migrated_database: Database) -> None:
     before = UUID(int=(1 << 128) - 1)
     await execute(

@@ -18,7 +18,7 @@ import asyncpg
 from controlplane.adapters.postgres.book_entries import BY_DAY, Entered, enter_queue
 from controlplane.adapters.postgres.bundles import DENIALS_CHANNEL, MOVE_DENIALS
 from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase
-from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL, expire_held
+from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL, expire_held, run_command
 from controlplane.ports_fleet import WAITING_DAYS
 from dataplane.core.queue import TERMINAL, State
 
@@ -202,6 +202,15 @@ class PostgresJobs:
                 for table in ("queue_recipients", "queue_contents", "replicated_queue"):
                     await connection.execute(f"DELETE FROM postroad.{table} WHERE message_id = ANY ($1)", message_ids)
         return max(given, len(message_ids))
+
+    async def run_queue_commands(self, limit: int) -> int:
+        """As the port says."""
+        for count in range(limit):
+            async with self._database.transaction("job_run_queue_commands") as connection:
+                now = await connection.fetchval("SELECT transaction_timestamp()")
+                if not await run_command(connection, now):
+                    return count
+        return limit
 
     async def delete_leases(self, before: datetime) -> None:
         """As the port says."""

@@ -158,17 +158,17 @@ class MessagesRepository:
 
     async def add_command(self, order: CommandOrder, message: Message) -> Command:
         """As the port says."""
-        spool = QUEUE_SPOOL if message.replicated else message.spool
+        spool, node = (QUEUE_SPOOL, "") if message.replicated else (message.spool, message.node)
         row = await self._session.row(
             "command_insert",
             """
             INSERT INTO postroad.commands (account, verb, spool, message_ids, provider)
             VALUES ($1, $2, $3, ARRAY[$4::uuid], $5) RETURNING *, $6::text AS node
             """,
-            *(order.account, order.verb, spool, message.message_id, order.provider, message.node),
+            *(order.account, order.verb, spool, message.message_id, order.provider, node),
         )
         assert row is not None  # noqa: S101 - INSERT … RETURNING of one row
-        await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, message.node)
+        await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, node)
         return _command([row])
 
     async def add_filter_command(self, order: CommandOrder, since_id: str) -> Command:

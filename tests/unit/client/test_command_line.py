@@ -8,9 +8,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.longrunning.operations_pb2 import Operation
 from rich.console import Console
 
 from postroad.cli import problems
+from postroad.cli.commands import progress_text
 from postroad.cli.connection import SmtpSettings
 from postroad.cli.limits import _rate
 from postroad.cli.main import hoist, run
@@ -25,6 +27,7 @@ from postroad.control.v1.account_pb2 import Account
 from postroad.control.v1.limit_pb2 import Limit
 from postroad.control.v1.limit_service_pb2 import GetLimitRequest
 from postroad.control.v1.message_pb2 import DELIVERY_EVENT_TYPE_SENT, DeliveryEvent
+from postroad.control.v1.message_service_pb2 import CommandMetadata, SpoolProgress
 from postroad.control.v1.node_pb2 import Node
 from postroad.control.v1.node_service_pb2 import GetNodeRequest, RevokeNodeRequest
 from postroad.inbox import Inbox
@@ -382,3 +385,19 @@ def test_a_rate_reads_as_people_say_it(seconds: int, text: str) -> None:
     limit = Limit(unit=Limit.UNIT_MESSAGE, amount=5)
     limit.period.seconds = seconds
     assert _rate(limit) == f"5 messages {text}"
+
+
+def test_a_command_says_whom_it_waits_for() -> None:
+    pending = [
+        SpoolProgress(spool="00000000-0000-0000-0000-000000000001"),
+        SpoolProgress(spool="01900000-0000-7000-8000-000000000000", node="nodes/mx2"),
+        SpoolProgress(spool="01900000-0000-7000-8000-000000000002"),
+    ]
+    metadata = CommandMetadata(changed_count=4, too_late_count=1, spool_count=5, done_spool_count=2)
+    metadata.pending_spools.extend(pending)
+    operation = Operation()
+    operation.metadata.Pack(metadata)
+    assert progress_text(operation) == (
+        "2 of 5 spools done, 4 changed, 1 too late; waiting for 01900000-0000-7000-8000-000000000002, mx2, "
+        "the replicated queue"
+    )

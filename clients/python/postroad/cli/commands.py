@@ -35,12 +35,14 @@ from postroad.control.v1.message_service_pb2 import (
     ReleaseMessageRequest,
     RerouteMessageRequest,
     RetryMessageRequest,
+    SpoolProgress,
 )
 
 _WAIT_S = 20
 _LOOK_S = 1.0
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _EVERY_ACCOUNT = "accounts/-"
+_QUEUE_SPOOL = "00000000-0000-0000-0000-000000000001"
 
 
 class WaitingState(StrEnum):
@@ -235,10 +237,14 @@ def progress_text(operation: Operation) -> str:
     """How far an operation is, and whom it waits for."""
     metadata = CommandMetadata()
     operation.metadata.Unpack(metadata)
-    nodes = sorted({short(one.node) or one.spool for one in metadata.pending_spools})
+    nodes = sorted({_holder(one) for one in metadata.pending_spools})
     done = f"{metadata.done_spool_count} of {metadata.spool_count} spools done"
     counts = f"{metadata.changed_count} changed, {metadata.too_late_count} too late"
     return f"{done}, {counts}; waiting for {', '.join(nodes)}"
+
+
+def _holder(spool: SpoolProgress) -> str:
+    return "the replicated queue" if spool.spool == _QUEUE_SPOOL else short(spool.node) or spool.spool
 
 
 def _report(session: Session, verb: _Verb, operations: list[Operation]) -> None:
