@@ -308,6 +308,8 @@ class WorkerSide:
             else:
                 for engine in self._parts.engines.values():
                     engine.denials_changed()
+                # What was cut is closed in the loop's next turn; then the kernel has forgotten what it had not sent.
+                await asyncio.sleep(0)
                 self._parts.log.info("denials.in_force", version=self._parts.view.denials.version)
             self._link.send(DenialsApplied(self._parts.view.denials.version, error))
 

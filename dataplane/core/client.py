@@ -34,7 +34,7 @@ from dataplane.core.config import TlsPolicy
 from dataplane.core.normalize import enhanced_code, safe_text
 from dataplane.core.reply_reader import MalformedReplyError, Reply, ReplyReader
 from dataplane.core.transaction import (
-    PIECE_BYTES,
+    DOT_APART_BYTES,
     Framing,
     Login,
     Transaction,
@@ -192,9 +192,14 @@ class Client:
 
     @property
     def permitted(self) -> bool:
-        """Whether the content may go out and end now; asked before each piece, the last of which has the final dot."""
+        """Whether the content may go out and end now; asked before each piece, the last of which is the final dot."""
         permit = self._transaction.permit
         return permit is None or permit()
+
+    @property
+    def dot_is_next(self) -> bool:
+        """Whether the final dot is what `next_piece` returns next."""
+        return self._framing is not None and self._framing.dot_is_next
 
     def take_output(self) -> list[bytes]:
         """Return what must be sent now, in order, and forget it."""
@@ -204,7 +209,7 @@ class Client:
         return output
 
     def next_piece(self) -> bytes:
-        """Return what follows of a large content, once what was returned before has left; only if `content_left`."""
+        """Return what follows of the content, once what was returned before has left; only if `content_left`."""
         if self._framing is None:
             return b""
         piece, is_last = self._framing.next()
@@ -433,7 +438,7 @@ class Client:
         if permit is not None and not permit():
             return self._finish(Verdict(VerdictKind.INTERRUPTED, 0, "4.3.2", NOT_PERMITTED), reusable=False)
         content = self._transaction.content
-        if len(content) > PIECE_BYTES:
+        if len(content) > DOT_APART_BYTES:
             self._framing = Framing(content)
             self.content_left = True
         else:

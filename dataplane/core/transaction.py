@@ -89,9 +89,12 @@ def mail_parameters(transaction: Transaction, capabilities: Mapping[str, str]) -
 PIECE_BYTES = 128 * 1024
 """What is framed in one go: stuffing, and encrypting it afterwards, may not hold a loop up."""
 
+DOT_APART_BYTES = 32 * 1024
+"""A content up to so much goes with its dot: a next hop that has read the envelope has room for it, as a rule."""
+
 
 class Framing:
-    """The same as `frame_content`, piece by piece: what follows 354 for a content too large to be framed in one go."""
+    """The same as `frame_content`, piece by piece, the final dot apart: what follows 354 for a content not so small."""
 
     __slots__ = ("_content", "_piece_bytes", "_position")
 
@@ -101,8 +104,10 @@ class Framing:
         self._position = 0
 
     def next(self) -> tuple[bytes, bool]:
-        """Return the next piece and whether it was the last one, with the final dot. Not to be called after that."""
+        """Return the next piece and whether it was the last one, the final dot. Not to be called after that."""
         content, start = self._content, self._position
+        if start == len(content):
+            return _final_dot(content), True
         end = self._cut(start)
         piece = content[start:end]
         self._position = end
@@ -110,9 +115,12 @@ class Framing:
             piece = piece.replace(b"\r\n.", b"\r\n..")
         if piece[:1] == b"." and (start == 0 or content.endswith(b"\r\n", 0, start)):
             piece = b"." + piece
-        if end < len(content):
-            return piece, False
-        return piece + (b".\r\n" if content[-2:] == b"\r\n" or not content else b"\r\n.\r\n"), True
+        return piece, False
+
+    @property
+    def dot_is_next(self) -> bool:
+        """Whether all but the final dot was returned."""
+        return self._position == len(self._content)
 
     def _cut(self, start: int) -> int:
         """Where the piece ends: behind a line where one ends in it, never between the octets before a dot."""
@@ -132,9 +140,11 @@ def frame_content(content: bytes) -> list[bytes]:
         content = content.replace(b"\r\n.", b"\r\n..")
     if content[:1] == b".":
         content = b"." + content
-    if not content:
-        return [b".\r\n"]
-    return [content, b".\r\n" if content[-2:] == b"\r\n" else b"\r\n.\r\n"]
+    return [content, _final_dot(content)] if content else [_final_dot(content)]
+
+
+def _final_dot(content: bytes) -> bytes:
+    return b".\r\n" if content[-2:] == b"\r\n" or not content else b"\r\n.\r\n"
 
 
 def is_canonical(content: bytes, piece_bytes: int = PIECE_BYTES) -> bool:

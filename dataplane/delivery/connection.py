@@ -4,7 +4,13 @@ The dial (`transports`) opens it and waits on `opening` for READY or START_TLS; 
 transactions by `send` and hears of each end by `on_done`, and of the connection's own end by `on_closed`, exactly once,
 after the last `on_done`. Timers are the machine's, renewed by each reply and not by each byte, so that a reply that
 drips does not hold the connection; a transaction as a whole has TRANSACTION_LIMIT_S, whatever its parts were allowed.
-A large content leaves in pieces, one a turn of the loop, as the transport has room for them.
+A content that is not small leaves in pieces, one a turn of the loop, as the transport has room for them, and its final
+dot when the kernel has sent all before it, so that the dot of a next hop that is slow is here and not in a buffer.
+
+    the final dot is                                           `dot_is_here`   cut, it is
+    in the machine, or in a buffer of this process             yes             INTERRUPTED
+    in the kernel, which has not sent it as far as it says     yes             UNCERTAIN: it may just have been sent
+    sent                                                       no              UNCERTAIN
 """
 
 from __future__ import annotations
@@ -17,10 +23,13 @@ from dataplane.core.client import BLOCK_TIMEOUT_S, NOT_PERMITTED, Client, Phase,
 from dataplane.core.transaction import Transaction, Verdict, VerdictKind
 from dataplane.delivery.deadlines import NEVER, Deadlines
 from dataplane.delivery.limits import Lease
+from dataplane.delivery.wire import cut_off, unsent_bytes
 from dataplane.ports import Clock
 
 IDLE_S = 30.0
 TRANSACTION_LIMIT_S = 3_600.0
+LOOK_S = 0.001  # after which it is looked again whether the kernel has sent all before the dot; doubles up to the other
+LONGEST_LOOK_S = 0.1
 
 
 class ConnectionFailedError(Exception):
@@ -50,10 +59,13 @@ class Connection(asyncio.Protocol):
         self._clock = clock
         self._deadlines = deadlines
         self._transport: asyncio.Transport | None = None
+        self._wire: asyncio.Transport | None = None  # the same, or the one below TLS
         self._limit_s = NEVER  # of the transaction under way
         self._writing_paused = False
         self._piece_due = False
-        self._unsent_bytes = 0  # seen at the last look while writing is paused
+        self._look_s = LOOK_S
+        self._dot_waits = False  # until all before it is sent
+        self._unsent_bytes = 0  # seen at the last look while writing is paused, or the dot waits
         self._replies_seen = 0
         self._closed = False
 
@@ -71,10 +83,10 @@ class Connection(asyncio.Protocol):
 
     @property
     def dot_is_here(self) -> bool:
-        """Whether a transaction is under way whose final dot has certainly not left."""
+        """Whether a transaction is under way whose final dot has not left this machine."""
         client = self._client
         return client.phase is Phase.ENVELOPE or (
-            client.phase is Phase.CONTENT and (self._writing_paused or client.content_left)
+            client.phase is Phase.CONTENT and (client.content_left or self._unsent() > 0)
         )
 
     def wait_for_tls(self) -> asyncio.Transport:
@@ -87,6 +99,12 @@ class Connection(asyncio.Protocol):
         self._transport = transport
         self.tls = version
         self._after(self._client.tls_started(verified=verified))
+
+    def opened_under_tls(self, wire: asyncio.Transport, transport: asyncio.Transport, version: str) -> None:
+        """Begin over a transport that was TLS from the first byte. What came meanwhile has been taken."""
+        self._wire = wire
+        self.tls = version
+        self.connection_made(transport)
 
     def send(self, transaction: Transaction) -> None:
         """Begin a transaction; only when `reusable`. `on_done` may be called before this returns."""
@@ -109,7 +127,10 @@ class Connection(asyncio.Protocol):
     def abort(self, reason: str) -> None:
         """End at once; a transaction under way ends as the machine knows it."""
         if not self._closed:
-            signal = self._client.lost(reason, dot_may_have_left=not self._writing_paused)
+            is_held = self._client.phase is Phase.CONTENT and self._held() > 0
+            if self._wire is not None and self._client.phase is Phase.CONTENT and self._unsent():
+                cut_off(self._wire)
+            signal = self._client.lost(reason, dot_may_have_left=not (self._writing_paused or is_held))
             if self._transport is not None:
                 self._transport.abort()
             self._after(signal)
@@ -119,8 +140,12 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The dial succeeded."""
         self._transport = cast("asyncio.Transport", transport)
+        self._wire = self._wire or self._transport
+        if self._closed:
+            self._transport.abort()
+            return
         self._deadlines.watch(self)
-        self.deadline_s = self._clock.monotonic() + self._client.timeout_s
+        self._after(Signal.NOTHING)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the remote."""
@@ -151,7 +176,8 @@ class Connection(asyncio.Protocol):
 
     def deadline_passed(self, now_s: float) -> None:
         """A timer ran out."""
-        if self._writing_paused and now_s < self._limit_s and self._unsent() != self._unsent_bytes:
+        waits = self._writing_paused or self._dot_waits
+        if waits and now_s < self._limit_s and self._unsent() != self._unsent_bytes:
             self._unsent_bytes = self._unsent()
             self.deadline_s = min(now_s + BLOCK_TIMEOUT_S, self._limit_s)
         elif self._client.phase is Phase.READY:
@@ -162,12 +188,12 @@ class Connection(asyncio.Protocol):
     # --- inside
 
     def _after(self, signal: Signal, *, moved: bool = True) -> None:
-        output = self._client.take_output()
-        if output and self._transport is not None:
+        transport = self._transport
+        if transport is not None and (output := self._client.take_output()):
             if len(output) == 1:
-                self._transport.write(output[0])
+                transport.write(output[0])
             else:
-                self._transport.writelines(output)
+                transport.writelines(output)
         if self._client.content_left:
             self._send_soon()
         if signal is Signal.NOTHING:
@@ -187,10 +213,15 @@ class Connection(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._send_piece)
 
     def _send_piece(self) -> None:
-        """The next piece of a large content."""
+        """The next piece of the content; the dot once all before it is sent."""
         self._piece_due = False
         if self._closed or self._writing_paused or not self._client.content_left or self._transport is None:
             return
+        if self._client.dot_is_next and (unsent_count := self._unsent()):
+            self._look_again(unsent_count)
+            return
+        self._dot_waits = False
+        self._look_s = LOOK_S
         if not self._client.permitted:
             self.abort(NOT_PERMITTED)
             return
@@ -198,6 +229,16 @@ class Connection(asyncio.Protocol):
         self._transport.write(self._client.next_piece())
         if self._client.content_left:
             self._send_soon()
+
+    def _look_again(self, unsent_count: int) -> None:
+        """The next hop has not taken the content: the dot stays here, and may be cut."""
+        if not self._dot_waits:
+            self._dot_waits = True
+            self._unsent_bytes = unsent_count
+            self.deadline_s = min(self._clock.monotonic() + BLOCK_TIMEOUT_S, self._limit_s)
+        self._piece_due = True
+        asyncio.get_running_loop().call_later(self._look_s, self._send_piece)
+        self._look_s = min(2 * self._look_s, LONGEST_LOOK_S)
 
     def _move_deadline(self) -> None:
         timeout_s = self._client.timeout_s
@@ -232,5 +273,13 @@ class Connection(asyncio.Protocol):
         if self.on_closed is not None:
             self.on_closed(self)
 
+    def _held(self) -> int:
+        """Octets that are still in this process."""
+        if self._transport is None or self._wire is None:
+            return 0
+        size = self._transport.get_write_buffer_size()
+        return size if self._wire is self._transport else size + self._wire.get_write_buffer_size()
+
     def _unsent(self) -> int:
-        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+        """Octets that have not left this machine."""
+        return self._held() + (unsent_bytes(self._wire) if self._wire is not None else 0)

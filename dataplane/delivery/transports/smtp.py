@@ -190,6 +190,17 @@ class _HandshakeFailedError(ConnectionFailedError):
     """TLS could not be agreed on."""
 
 
+class _Clear(asyncio.Protocol):
+    """Of a connection that is to begin with TLS, until it does."""
+
+    def __init__(self) -> None:
+        self.has_spoken = False
+
+    def data_received(self, data: bytes) -> None:
+        """Nothing may come before the handshake."""
+        self.has_spoken = True
+
+
 class _Dial:
     """One endpoint at one address."""
 
@@ -220,20 +231,36 @@ class _Dial:
     async def _connect(self, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
         implicit = self._endpoint.implicit_tls
+        clear = _Clear()
         try:
             async with asyncio.timeout(self._transport.connect_timeout_s + (HANDSHAKE_TIMEOUT_S if implicit else 0)):
                 transport, _ = await loop.create_connection(
-                    lambda: connection,
-                    self._address,
-                    self._endpoint.port,
-                    ssl=self._transport.context(self._provider) if implicit else None,
-                    server_hostname=self._endpoint.host if implicit else None,
-                    ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if implicit else None,
+                    lambda: clear if implicit else connection, self._address, self._endpoint.port
                 )
+                if implicit:
+                    await self._begin_with_tls(clear, transport, connection)
         except OSError as error:
             kind = "TLS" if isinstance(error, ssl.SSLError) else "connect"
             raise ConnectionFailedError(_failure(f"{kind}: {_reason(error)}"), self._remote_host) from None
-        connection.tls = _tls_version(transport)
+
+    async def _begin_with_tls(self, clear: _Clear, wire: asyncio.Transport, connection: Connection) -> None:
+        """Upgrade at once: this way, and not in one call with the dial, the transport below TLS is known."""
+        try:
+            if clear.has_spoken:
+                raise ConnectionFailedError(_failure("TLS: the next hop speaks in clear"), self._remote_host)
+            transport = await asyncio.get_running_loop().start_tls(
+                wire,
+                connection,
+                self._transport.context(self._provider),
+                server_hostname=self._endpoint.host,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+            )
+            if transport is None:
+                raise ConnectionFailedError(_failure("TLS: connection lost"), self._remote_host)
+        except BaseException:
+            wire.abort()
+            raise
+        connection.opened_under_tls(wire, transport, _tls_version(transport))
 
     async def _start_tls(self, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
