@@ -3,8 +3,8 @@
 #
 # Needs a Python of 3.11 or newer with venv and ensurepip, and nothing else. Safe to repeat: what is there already is
 # left alone. Creates .venv when it is missing, broken, or was made in another place (its scripts name their path).
-# Installs with uv, and with pip where uv cannot be had; both check every hash. Prints what to do and exits 1 when it
-# cannot go on.
+# Installs with uv, and with pip where uv cannot be had; both check every hash and compile what they install, once and
+# not at each start of a process. Prints what to do and exits 1 when it cannot go on.
 set -eu
 
 lock=${1:?usage: tools/setup.sh runtime|dev}
@@ -56,7 +56,7 @@ pip() {
 
 with_uv() {
     [ -x "$venv/bin/uv" ] || pip install --require-hashes -r requirements/bootstrap.txt || return 1
-    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"
+    "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@"
 }
 
 install() {
