@@ -65,7 +65,7 @@ async def configure(plane: ControlPlane, sink: Sink) -> Stream:
 class Sink:
     """An SMTP server that takes everything; once `open` is clear, it leaves the final dot without an answer.
 
-    While it is `refusing` it defers everybody.
+    While it is `refusing` it defers everybody. While `gate` is clear nobody gets beyond RCPT, so no dot can have left.
     """
 
     def __init__(self) -> None:
@@ -75,6 +75,13 @@ class Sink:
         self.refusing = False
         self.open = asyncio.Event()
         self.open.set()
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def handle_RCPT(self, server: Any, session: Any, envelope: Any, address: str, options: list[str]) -> str:
+        await self.gate.wait()
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
 
     async def handle_MAIL(self, server: Any, session: Any, envelope: Any, address: str, options: list[str]) -> str:
         if self.refusing:
@@ -107,6 +114,7 @@ async def listening_sink() -> AsyncIterator[Sink]:
     made.port = server.sockets[0].getsockname()[1]
     yield made
     made.open.set()
+    made.gate.set()
     server.close()
     # A next hop that is gone, for those as well that closed without a word.
     for transport in transports:

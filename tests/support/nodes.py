@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from google.longrunning.operations_pb2 import Operation, WaitOperationRequest
@@ -129,11 +130,11 @@ class Fleet:
 
 
 @contextlib.asynccontextmanager
-async def serving_fleet(database: Database, folder: Path) -> AsyncIterator[Fleet]:
-    """A fleet without nodes, and an account whose mail goes to the next hop."""
-    networks = {"allowed_private_networks": ["127.0.0.0/8"]}
+async def serving_fleet(database: Database, folder: Path, **settings: Any) -> AsyncIterator[Fleet]:
+    """A fleet without nodes, and an account whose mail goes to the next hop; `settings` are the control plane's."""
+    settings = {"allowed_private_networks": ["127.0.0.0/8"], **settings}
     async with contextlib.AsyncExitStack() as stack:
-        plane = await stack.enter_async_context(serving(database, folder, **networks))
+        plane = await stack.enter_async_context(serving(database, folder, **settings))
         sink = await stack.enter_async_context(listening_sink())
         server = f"localhost:{plane.grpc_port}"
         client = await stack.enter_async_context(connect_async(server, plane.key, folder / "pki" / "ca.pem"))
