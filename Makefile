@@ -1,7 +1,11 @@
 # The face of the project for people: `make up` and `make test` need Python 3.11+ and make, nothing else.
 
 .DEFAULT_GOAL := help
-.PHONY: help up test check ci lint types imports proto proto-check buf-lint format lock bench unit chaos broken-builds clean
+.PHONY: help up test check ci gates lint types imports proto proto-check buf-lint format lock bench unit chaos broken-builds clean
+
+# Compiled modules are kept, whatever the caller does elsewhere: a stack is seven processes, and each would compile all
+# that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := .venv/bin
 RUNTIME := .venv/.installed-runtime
@@ -9,6 +13,8 @@ DEV := .venv/.installed-dev
 CODE := $(wildcard controlplane dataplane clients/python tests tools benchmarks)
 # How many test processes: one a core, `make test WORKERS=0` for none.
 WORKERS ?= auto
+# A module is one process's, for what its tests share is started once then; the order is that of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # More arguments for `postroad up`, pytest or the benchmarks: make test ARGS="-k spool".
 ARGS ?=
 # Which campaigns `make chaos` runs: 1-20, or 3,7.
@@ -27,14 +33,16 @@ up: $(RUNTIME) ## start everything on this machine
 	@exec $(BIN)/postroad up $(ARGS)
 
 test: $(DEV) ## all tests but the nightly ones
-	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 unit: $(DEV) ## the quick tests
-	@$(BIN)/python -m pytest -n $(WORKERS) $(wildcard tests/unit tests/property tests/smtp tests/contract) $(ARGS)
+	@$(PYTEST) $(wildcard tests/unit tests/property tests/smtp tests/contract) $(ARGS)
 
-check: lint types imports buf-lint proto-check unit ## what must hold before each commit
+gates: lint types imports buf-lint proto-check ## what needs no test to be seen
 
-ci: check test ## what must hold before each merge
+check: gates unit ## what must hold before each commit
+
+ci: gates test ## what must hold before each merge
 
 lint: $(DEV) ## ruff, codespell
 	@$(BIN)/ruff check .

@@ -11,6 +11,9 @@ its own.
 
 Servers start when a test first asks for them, one set a worker process, and end with the session whatever
 happened. Async tests run on uvloop; POSTROAD_TEST_LOOP=asyncio chooses the standard loop.
+
+Modules whose tests may take longest, by their own `timeout`, begin first: the quick ones fill up what time is left, and
+no process works alone at the end.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 
 # gRPC reads this when it is loaded. uvloop starts programs by fork, and where gRPC is at work then, its handlers crash
@@ -47,6 +51,19 @@ def pytest_asyncio_loop_factories(
     loops = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
     name = os.environ.get("POSTROAD_TEST_LOOP", "uvloop")
     return {name: loops[name]}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """See the module. Modules that are equal in this stay in their random order, as do the tests of each."""
+    modules = [list(group) for _, group in groupby(items, lambda item: item.path)]
+    modules.sort(key=lambda tests: max(map(_allowed_s, tests)), reverse=True)
+    items[:] = [item for tests in modules for item in tests]
+
+
+def _allowed_s(item: pytest.Item) -> float:
+    mark = item.get_closest_marker("timeout")
+    return float(mark.args[0]) if mark else 0.0
 
 
 @pytest.fixture
