@@ -127,10 +127,11 @@ class Connection(asyncio.Protocol):
     def abort(self, reason: str) -> None:
         """End at once; a transaction under way ends as the machine knows it."""
         if not self._closed:
-            is_held = self._client.phase is Phase.CONTENT and self._held() > 0
-            if self._wire is not None and self._client.phase is Phase.CONTENT and self._unsent():
+            in_content = self._client.phase is Phase.CONTENT
+            is_held = self._writing_paused or (in_content and self._held() > 0)
+            if in_content and self._wire is not None and self._unsent():
                 cut_off(self._wire)
-            signal = self._client.lost(reason, dot_may_have_left=not (self._writing_paused or is_held))
+            signal = self._client.lost(reason, dot_may_have_left=not is_held)
             if self._transport is not None:
                 self._transport.abort()
             self._after(signal)

@@ -245,21 +245,22 @@ class _Dial:
 
     async def _begin_with_tls(self, clear: _Clear, wire: asyncio.Transport, connection: Connection) -> None:
         """Upgrade at once: this way, and not in one call with the dial, the transport below TLS is known."""
+        transport = None
         try:
-            if clear.has_spoken:
-                raise ConnectionFailedError(_failure("TLS: the next hop speaks in clear"), self._remote_host)
-            transport = await asyncio.get_running_loop().start_tls(
-                wire,
-                connection,
-                self._transport.context(self._provider),
-                server_hostname=self._endpoint.host,
-                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
-            )
+            if not clear.has_spoken:
+                transport = await asyncio.get_running_loop().start_tls(
+                    wire,
+                    connection,
+                    self._transport.context(self._provider),
+                    server_hostname=self._endpoint.host,
+                    ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+                )
+        finally:
             if transport is None:
-                raise ConnectionFailedError(_failure("TLS: connection lost"), self._remote_host)
-        except BaseException:
-            wire.abort()
-            raise
+                wire.abort()
+        if transport is None:
+            reason = "the next hop speaks in clear" if clear.has_spoken else "connection lost"
+            raise ConnectionFailedError(_failure(f"TLS: {reason}"), self._remote_host)
         connection.opened_under_tls(wire, transport, _tls_version(transport))
 
     async def _start_tls(self, connection: Connection) -> None:

@@ -26,12 +26,13 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import apsw
+import asyncpg
 import yaml
 from google.protobuf.duration_pb2 import Duration
 
@@ -56,7 +57,7 @@ from postroad.control.v1.routing_rule_service_pb2 import CreateRoutingRuleReques
 from postroad.localstack.demo import PROVIDER
 from postroad.localstack.ports import DEFAULT_PORTS, settle_ports
 from postroad.localstack.probe import readiness
-from postroad.sdk import PostroadError
+from postroad.sdk import FailedPreconditionError, PostroadError, UnavailableError
 from support.chaos.application import answers
 from support.chaos.books import Books, Strike
 from support.chaos.clock import clock_environment, set_clock
@@ -317,8 +318,13 @@ class FleetStack(ChaosStack):
 
     def undrain_second(self) -> None:
         """Let the second node take mail again."""
-        with self.client() as client:
+        wait_until(self._end_drain, "the drain has ended", _START_S)
+
+    def _end_drain(self) -> bool:
+        with contextlib.suppress(PostroadError), self.client() as client:
             client.nodes.UndrainNode(UndrainNodeRequest(name="nodes/node-2"))
+            return True
+        return False
 
     def hold_next_hop(self) -> None:
         """Let both nodes keep the mail of the demo's account."""
@@ -437,7 +443,7 @@ class FleetStack(ChaosStack):
         # What the control plane accepts must be what this disk says, and not what the old one said.
         wait_until(lambda: self._reported_above(incarnations), "the newest disk is reported")
         self.books.note_strike(Strike("second worker", "ended by an acceptance", ends_worker=True))
-        asyncio.run(self._accept(incarnations))
+        wait_until(lambda: self._accept(incarnations), "the newest disk is accepted", _START_S)
         wait_until(lambda: not any(map(is_refused, self._spools.iterdir())), "the newest disk is sent from")
 
     @property
@@ -448,13 +454,20 @@ class FleetStack(ChaosStack):
     def _new_disk(self) -> Path:
         return self.root / "node-2" / "spool-new"
 
-    async def _accept(self, incarnations: dict[str, int]) -> None:
-        async with self.operator() as client:
-            for spool in incarnations:
-                await client.nodes.AcceptSpool(AcceptSpoolRequest(name="nodes/node-2", spool=spool))
+    def _accept(self, spools: Iterable[str]) -> bool:
+        with contextlib.suppress(UnavailableError), self.client() as client:
+            for spool in spools:
+                # What was accepted by a call whose answer was lost is refused no more.
+                with contextlib.suppress(FailedPreconditionError):
+                    client.nodes.AcceptSpool(AcceptSpoolRequest(name="nodes/node-2", spool=spool))
+            return True
+        return False
 
     def _reported_above(self, incarnations: dict[str, int]) -> bool:
-        rows = asyncio.run(self.fetch("SELECT spool::text, reported_incarnation FROM postroad.spools"))
+        try:
+            rows = asyncio.run(self.fetch("SELECT spool::text, reported_incarnation FROM postroad.spools"))
+        except (OSError, asyncpg.PostgresError):
+            return False
         reported = {row["spool"]: row["reported_incarnation"] for row in rows}
         return all(reported[spool] > incarnation for spool, incarnation in incarnations.items())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import pytest
@@ -154,9 +155,14 @@ class Wire(asyncio.Transport):
     """A transport whose buffer the test fills and empties."""
 
     def __init__(self) -> None:
-        super().__init__()
+        # The kernel never has anything of it.
+        self.socket = socket.socket()
+        super().__init__({"socket": self.socket})
         self.unsent_bytes = 0
         self.ended = ""
+
+    def is_closing(self) -> bool:
+        return bool(self.ended)
 
     def write(self, data: Any) -> None:
         return
@@ -194,6 +200,7 @@ class Wired:
 
     def close(self) -> None:
         self.deadlines.close()
+        self.wire.socket.close()
 
 
 @pytest.fixture
