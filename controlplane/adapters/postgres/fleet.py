@@ -231,9 +231,9 @@ class PostgresFleet:
     async def report_spools(self, node_id: str, spools: Sequence[SpoolStatus], now: datetime) -> list[SpoolOwner]:
         """As the port says.
 
-        Of a spool that is in use only an older incarnation is held against it here: its records travel on another
-        stream and may be ahead of what this one says of them. The ledger compares both. One that the node holds back
-        is judged here as `domain.openings` says, since the ledger may have refused to hear of it.
+        A spool that is in use is not judged here: its openings and records travel on another stream, and that may be
+        ahead of what this one says. The ledger judges it. One that the node holds back is judged here as
+        `domain.openings` says, since the ledger may have refused to hear of it.
         """
         if not spools:
             return []
@@ -266,9 +266,10 @@ class PostgresFleet:
                 )
                 UPDATE postroad.spools p
                 SET waiting_count = k.w, reported_incarnation = k.i, update_time = $5,
-                    accepted = p.accepted AND k.i >= p.incarnation AND NOT (
-                        k.h AND (k.r < p.cursor OR p.opening IS NOT NULL AND coalesce(k.ended, -1) < p.cursor)
-                    ),
+                    accepted = p.accepted AND NOT (k.h AND (
+                        k.i < p.incarnation OR k.r < p.cursor
+                        OR p.opening IS NOT NULL AND coalesce(k.ended, -1) < p.cursor
+                    )),
                     resume_record = CASE
                         WHEN k.h THEN least(p.cursor, coalesce(k.ended, k.a)) ELSE p.resume_record
                     END,

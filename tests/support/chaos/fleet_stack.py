@@ -412,6 +412,9 @@ class FleetStack(ChaosStack):
         shutil.rmtree(self._old_disk, ignore_errors=True)
         _copy(self._spools, self._old_disk)
         self._start_second()
+        # What the control plane has not heard of it cannot tell from the copy.
+        taken = {spool.name: _incarnation(spool) for spool in self._old_disk.iterdir()}
+        wait_until(lambda: self._is_above("incarnation", taken), "the disk is reported again")
 
     def restore_disk(self, timeout_s: float = 60.0) -> None:
         """Put the second node's disk back to the copy, and return when the node knows that nothing may be sent from it.
@@ -441,7 +444,7 @@ class FleetStack(ChaosStack):
         # It is refused for what the old one was, and its worker takes mail until it hears of it.
         self.books.note_strike(Strike("second worker", "ended by a refusal", ends_worker=True))
         # What the control plane accepts must be what this disk says, and not what the old one said.
-        wait_until(lambda: self._reported_above(incarnations), "the newest disk is reported")
+        wait_until(lambda: self._is_above("reported_incarnation", incarnations), "the newest disk is reported")
         self.books.note_strike(Strike("second worker", "ended by an acceptance", ends_worker=True))
         wait_until(lambda: self._accept(incarnations), "the newest disk is accepted", _START_S)
         wait_until(lambda: not any(map(is_refused, self._spools.iterdir())), "the newest disk is sent from")
@@ -463,13 +466,13 @@ class FleetStack(ChaosStack):
             return True
         return False
 
-    def _reported_above(self, incarnations: dict[str, int]) -> bool:
+    def _is_above(self, column: str, incarnations: dict[str, int]) -> bool:
         try:
-            rows = asyncio.run(self.fetch("SELECT spool::text, reported_incarnation FROM postroad.spools"))
+            rows = asyncio.run(self.fetch(f"SELECT spool::text, {column} AS n FROM postroad.spools"))  # noqa: S608 - ours
         except (OSError, asyncpg.PostgresError):
             return False
-        reported = {row["spool"]: row["reported_incarnation"] for row in rows}
-        return all(reported[spool] > incarnation for spool, incarnation in incarnations.items())
+        reported = {row["spool"]: row["n"] for row in rows}
+        return all(reported.get(spool, 0) > incarnation for spool, incarnation in incarnations.items())
 
 
 def _incarnation(spool: Path) -> int:
