@@ -210,6 +210,19 @@ async def test_a_store_that_failed_is_an_error_and_one_without_answer_ends_the_l
         assert bench.queue.epoch == 8
 
 
+async def test_what_the_spool_has_no_room_for_is_stored_all_the_same_and_not_refused_as_full() -> None:
+    bench = await Bench(RamSpool(Clock(), capacity_bytes=100)).live()
+    try:
+        with pytest.raises(SpoolError) as refusal:
+            await bench.queue.accept(bench.envelope(1_000), bytes(1_000), [row()])
+    finally:
+        for task in bench.tasks:
+            task.cancel()
+    # A client that is told so asks again, and knows that it may be there.
+    assert type(refusal.value) is SpoolError
+    assert bench.engine.ended == 1
+
+
 async def test_a_lease_that_was_given_up_does_not_come_back_with_a_late_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(RamSpool(Clock()))
     answers = iter([lease(7), None, lease(8)])
