@@ -8,7 +8,7 @@
 
 Exit codes: 0 done, 1 the node could not be drained in time or a process failed, 2 wrong arguments, 69 something that is
 needed is in use or away, 78 settings or enrolment are wrong. An error is one line on standard error that says what to
-do.
+do; that of `agent` and `worker`, of which nobody waits for a word, is a line of the log.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from dataplane.event_log import EventLogger
 from dataplane.process import EXIT_UNAVAILABLE, Child
 from dataplane.settings import Settings, SettingsError, load_settings, redacted
 from dataplane.settings_handover import read_handed
 from dataplane.telemetry import configure_logging, get_logger
 
+EXIT_FAILED = 1
 EXIT_CONFIG = 78
 
 
@@ -146,6 +148,7 @@ def _attach(parsed: argparse.Namespace, settings: Settings) -> int:
 
 def _agent(parsed: argparse.Namespace, settings: Settings) -> int:
     from dataplane.agent.identity import IdentityError
+    from dataplane.agent.metrics import MetricsPortError
     from dataplane.agent.ports import StoreError
     from dataplane.agent_process import run_agent
 
@@ -155,7 +158,8 @@ def _agent(parsed: argparse.Namespace, settings: Settings) -> int:
         parsed,
         settings,
         lambda child: run_agent(settings, parsed.workers, child, log),
-        (IdentityError, StoreError),
+        (IdentityError, MetricsPortError, StoreError),
+        log,
     )
 
 
@@ -170,6 +174,7 @@ def _worker(parsed: argparse.Namespace, settings: Settings) -> int:
         settings,
         lambda child: run_worker(settings, parsed.index, parsed.spools, parsed.listener_fds, child, log),
         (WorkerError,),
+        log,
     )
 
 
@@ -178,8 +183,9 @@ def _serve(
     settings: Settings,
     run: Callable[[Child], Awaitable[None]],
     expected: tuple[type[Exception], ...],
+    log: EventLogger,
 ) -> int:
-    """Run a child on uvloop, tied to its supervisor; what cannot begin is one line and an exit code."""
+    """Run a child on uvloop, tied to its supervisor; one that cannot begin or go on is one line and an exit code."""
     import uvloop
 
     cannot_begin: tuple[type[Exception], ...] = (OSError, *expected)
@@ -194,7 +200,15 @@ def _serve(
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(tied())
     except cannot_begin as error:
-        return _fail(str(error), getattr(error, "exit_code", EXIT_UNAVAILABLE))
+        log.warning("process.ends", error=str(error))
+        code: int = getattr(error, "exit_code", EXIT_UNAVAILABLE)
+        return code
+    except Exception as error:
+        if not isinstance(error, ExceptionGroup) or error.split(expected)[1] is not None:
+            log.error("process.crashed", error=type(error).__name__, exc_info=error)  # noqa: TRY400 - an event
+        else:
+            log.warning("process.ends", error="; ".join(map(str, error.exceptions)))
+        return EXIT_FAILED
     return 0
 
 

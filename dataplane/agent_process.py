@@ -53,7 +53,7 @@ class _Held:
 
 
 async def run_agent(settings: Settings, worker_count: int, child: Child, log: EventLog) -> None:
-    """Serve until SIGTERM. IdentityError, StoreError and OSError when it cannot begin."""
+    """Serve until SIGTERM. IdentityError, StoreError, MetricsPortError and OSError when it cannot begin."""
     signals = ProcessSignals()
     clock = SystemClock()
     data_dir = Path()

@@ -133,6 +133,7 @@ class _Worker:
         self._words: dict[str, asyncio.Event] = {}  # of spools whose mail waits until the control plane knows them
         self._unconfirmed: set[asyncio.Task[None]] = set()
         self._ingress: Ingress | None = None
+        self._halted = False
         self._counters = IngressCounters()
         self._limits: RedisLimiter | None = None
         self._queue: LinkedQueue | None = None
@@ -247,7 +248,7 @@ class _Worker:
 
     def _deliver_from(self, name: str) -> bool:
         """Send from a spool that was refused; False when the worker has no other one and answers 451."""
-        if self._view.halted:
+        if self._halted:
             return False
         self._resume(self._engines[name].start())
         return True
@@ -416,7 +417,7 @@ class _Worker:
     async def _start(self, listener_fds: Sequence[int], live: LiveSettings) -> Ingress:
         refused = {name for name in self._spools if is_refused(Path("spool") / name)}
         primary = self._primary()
-        self._view.halted = primary in refused
+        self._halted = primary in refused
         for name in self._engines:
             if name in refused:
                 self._log.warning("spool.is_refused", spool=name)
@@ -441,6 +442,7 @@ class _Worker:
             turnstile=self._turnstile(self._engines[primary]),
             delay_bytes=bounds.delay_bytes,
             replicated=self._queue,
+            halted=self._halted,
         )
         ingress = Ingress(submission, self._tls(), timeouts_of(bounds))
         live.attach(admission, ingress.service)

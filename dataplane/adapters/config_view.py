@@ -67,7 +67,6 @@ class MappedConfigView:
         self._compiled: OrderedDict[str, tuple[bytes, CompiledAccount]] = OrderedDict()
         self._denials = Denials()
         self._contact_ms = 0
-        self.halted = False
 
     # --- what is in use --------------------------------------------------------------------------------------
 
@@ -88,8 +87,8 @@ class MappedConfigView:
 
     @property
     def stale(self) -> bool:
-        """As ConfigView; a node that never had a configuration is stale too, and one whose submission is `halted`."""
-        return self.halted or self._clock.wall_ms() - self._contact_ms > self._max_age_ms
+        """As ConfigView; a node that never had a configuration is stale too."""
+        return self._clock.wall_ms() - self._contact_ms > self._max_age_ms
 
     @property
     def digest(self) -> str:

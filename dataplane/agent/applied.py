@@ -16,6 +16,7 @@ from dataclasses import dataclass
 class _Present:
     digest: str
     denials_version: int
+    halted: bool
     config_error: str = ""
     denials_error: str = ""
 
@@ -37,9 +38,14 @@ class WorkerTable:
         """Workers that are present."""
         return sum(1 for worker in self._workers.values() if worker is not None)
 
-    def connected(self, index: int, digest: str, denials_version: int) -> None:
-        """A worker said what it has in use."""
-        self._workers[index] = _Present(digest, denials_version)
+    @property
+    def halted(self) -> list[int]:
+        """Workers that are present and take no mail, since all their spools are refused."""
+        return [index for index, worker in sorted(self._workers.items()) if worker is not None and worker.halted]
+
+    def connected(self, index: int, digest: str, denials_version: int, *, halted: bool = False) -> None:
+        """A worker said what it has in use, and whether all its spools are refused: it ends when that changes."""
+        self._workers[index] = _Present(digest, denials_version, halted)
 
     def lost(self, index: int) -> None:
         """The connection to a worker ended; its process may live."""

@@ -4,7 +4,7 @@
            it said last; and what the agent knows itself
 /healthz   200 while the agent's loop runs
 /readyz    200 when the node takes mail: it does not drain, has a configuration that is not too old, and a worker at
-           least; else 503.
+           least whose spool is not refused; else 503.
            The body is JSON and names what is missing, also of a node that is ready: workers
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ from dataplane.telemetry import METRICS_CONTENT_TYPE, SampleRow, render
 
 READY_FILE = Path("run") / "ready.json"
 _DAY_S = 86_400.0
+
+
+class MetricsPortError(Exception):
+    """The port cannot be listened on; the text says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +74,18 @@ class MetricsServer:
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
 
     async def start(self) -> int:
-        """Listen; returns the port. OSError when it is taken."""
+        """Listen; returns the port. MetricsPortError when it is taken."""
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._address, self._port)
-        await site.start()
+        try:
+            await site.start()
+        except OSError as error:
+            await self._runner.cleanup()
+            place = f"{self._address} port {self._port}"
+            reason = os.strerror(error.errno or 0)
+            raise MetricsPortError(
+                f"cannot listen on {place}: {reason}: stop what uses it, or change `metrics.port`"
+            ) from error
         bound: int = self._runner.addresses[0][1]
         return bound
 
@@ -129,7 +142,10 @@ class MetricsServer:
         if self._state.hub.draining:
             missing.append("new mail, since the node drains")
         connected, wanted = self._state.table.connected_count, self._state.worker_count
-        ready = not missing and connected > 0
+        halted = len(self._state.table.halted)
+        ready = not missing and connected > halted
+        if halted:
+            missing.append(f"a spool that may take mail: all those of {halted} of {wanted} workers are refused")
         if connected < wanted:
             missing.append(f"{wanted - connected} of {wanted} workers")
         return web.json_response({"ready": ready, "missing": missing}, status=200 if ready else 503)

@@ -221,7 +221,8 @@ class WorkerHub:
         self.totals.began(hello.worker, hello.pid)
         for state in hello.spools:
             self._spools[state.spool] = (hello.worker, state)
-        self._table.connected(hello.worker, hello.config_digest, hello.denials_version)
+        halted = bool(hello.spools) and all(state.refused for state in hello.spools)
+        self._table.connected(hello.worker, hello.config_digest, hello.denials_version, halted=halted)
         self._log.info("worker.connected", worker=hello.worker, pid=hello.pid)
         self._observer.worker_connected(hello)
         self._observer.workers_changed()

@@ -119,6 +119,7 @@ AUTH_THROTTLED = make_reply(454, "7.0", "Too many failed logins, try again later
 AUTH_UNKNOWABLE = make_reply(454, "7.0", "Login cannot be checked now, try again later", "auth_unknowable")
 REPLICATION_UNAVAILABLE = make_reply(451, "3.0", "Replicated storage is not available here", "no_replication")
 CONFIG_STALE = make_reply(451, "3.2", "Configuration is out of date, try again later", "config_stale")
+SPOOL_REFUSED = make_reply(451, "3.2", "No spool here may take mail, try again later", "spool_refused")
 COMMIT_TIMEOUT = make_reply(451, "3.0", "Storing took too long, try again", "commit_timeout")
 STORAGE_FAILED = make_reply(451, "3.0", "Storing failed, try again later", "storage_failed")
 STORAGE_FULL = make_reply(452, "3.1", "Out of storage, try again later", "storage_full")

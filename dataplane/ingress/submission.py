@@ -92,7 +92,7 @@ DELAY_BYTES = 128 * 1024 * 1024
 class Submission:
     """What all submitters of a worker share. `random` gives that many random octets.
 
-    `keyed` takes care of messages with an `Idempotency-Key`.
+    `keyed` takes care of messages with an `Idempotency-Key`; `halted`: `spool` is refused, and nothing is stored in it.
     """
 
     config: ConfigView
@@ -112,6 +112,7 @@ class Submission:
     delay_bytes: int = DELAY_BYTES
     turnstile: Turnstile | None = None
     replicated: ReplicatedQueue | None = None
+    halted: bool = False
 
     def submitter(self, address: str) -> Submitter:
         """Return the policy for a connection from this address."""
@@ -231,6 +232,8 @@ class Submitter:
     def mail(self, sender: Mailbox | None, parameters: MailParameters) -> Reply | None:
         """Decide about a sender by the configuration of this moment, and pin it."""
         shared = self._shared
+        if shared.halted:
+            return replies.SPOOL_REFUSED
         if shared.config.stale:
             return replies.CONFIG_STALE
         compiled = self._account_now()

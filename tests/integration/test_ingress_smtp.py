@@ -385,6 +385,13 @@ async def test_what_an_account_began_to_send_is_not_taken_for_another_one_of_its
         assert (await submit(peer)).startswith(TAKEN)
 
 
+async def test_a_refused_spool_is_451_at_mail_and_says_so() -> None:
+    async with running(make_node(halted=True)) as node:
+        peer = await node.greeted()
+        await peer.ask(EHLO)
+        assert await peer.ask(MAIL) == b"451 4.3.2 No spool here may take mail, try again later\r\n"
+
+
 async def test_stale_configuration_is_451_at_mail() -> None:
     async with running(make_node()) as node:
         node.config.stale = True

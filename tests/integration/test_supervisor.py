@@ -10,11 +10,13 @@ import signal
 import smtplib
 import socket
 import subprocess
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import apsw
 import pytest
 
@@ -321,6 +323,45 @@ async def test_a_second_signal_does_not_wait_for_a_message_in_progress(
             assert await node.ended() == 0
 
 
+async def fetch(port: int, path: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}{path}") as response:
+        return response.status, await response.text()
+
+
+async def until_missing(port: int, missing: list[str]) -> None:
+    """Return when the node says that it lacks this; a worker that was started anew is unknown for a moment."""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            status, text = await fetch(port, "/readyz")
+            if json.loads(text) == {"ready": not missing, "missing": missing}:
+                assert status == (503 if missing else 200)
+                return
+
+
+async def test_a_metrics_port_that_is_taken_is_said_in_one_line_that_names_the_setting(
+    tmp_path: Path, plane: ControlPlane
+) -> None:
+    plane.pki.write_identity(tmp_path / "data")
+    prepare_data_dir(tmp_path / "data")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings_file = write_settings(tmp_path, plane.address, metrics={"port": port})
+        agent = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "dataplane", "agent", "--config", settings_file),
+            cwd=tmp_path,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(WAIT_S):
+            _, said = await agent.communicate()
+    assert agent.returncode == 69
+    line = json.loads(said.splitlines()[-1])
+    assert (line["event"], line["process"]) == ("process.ends", "agent")
+    assert line["error"] == (
+        f"cannot listen on 127.0.0.1 port {port}: Address already in use: stop what uses it, or change `metrics.port`"
+    )
+    assert all(line.startswith(b"{") for line in said.splitlines())
+
+
 async def test_a_refused_spool_sends_and_takes_nothing_until_it_is_accepted(
     settings_file: Path, plane: ControlPlane, sink: Sink
 ) -> None:
@@ -332,12 +373,22 @@ async def test_a_refused_spool_sends_and_takes_nothing_until_it_is_accepted(
         await node.wait_ready()
         with pytest.raises(smtplib.SMTPSenderRefused) as refused:
             await send(node, "never")
-        assert refused.value.smtp_code == 451
+        assert (refused.value.smtp_code, refused.value.smtp_error) == (
+            *(451, b"4.3.2 No spool here may take mail, try again later"),
+        )
+        missing = "a spool that may take mail: all those of 1 of 1 workers are refused"
+        await until_missing(node.metrics_port, [missing])
+        assert "\nconfig_stale 0.0" in (await fetch(node.metrics_port, "/metrics"))[1]
+        (said,) = log_events(settings_file, "process.ends")
+        assert said["error"] == f"the control plane refused spool {spool}"
+        log = (settings_file.parent / "node.log").read_text(encoding="utf-8")
+        assert all(line.startswith("{") for line in log.splitlines())
         accept = Directive(action=Directive.ACTION_ACCEPT_SPOOL, spool=spool)
         stream.send(StreamConfigResponse(directive=accept))
         await node.wait_ready()
         await send(node, "taken again")
         assert b"Subject: taken again" in await sink.next()
+        await until_missing(node.metrics_port, [])
         assert await node.stop() == 0
 
 

@@ -274,6 +274,7 @@ def make_node(
     claims: Claims | None = None,
     config: Config | None = None,
     replicated: ReplicatedQueue | None = None,
+    halted: bool = False,
 ) -> Node:
     """Everything but sockets; clients of `networks` may send for the account without AUTH."""
     clock, config, counters = Clock(), config or Config(), IngressCounters()
@@ -299,6 +300,7 @@ def make_node(
         turnstile=turnstile,
         delay_bytes=delay_bytes,
         replicated=replicated,
+        halted=halted,
     )
     ingress = Ingress(submission, tls, timeouts or Timeouts())
     return Node(ingress, config, spool, limiter, delivery, clock, log, admission, counters)
