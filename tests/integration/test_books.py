@@ -32,9 +32,12 @@ from controlplane.ports_fleet import (
     SpoolOpening,
 )
 from controlplane.services.auditing import Auditor
+from dataplane.adapters.ledger_codec import encode_record
 from dataplane.adapters.spool_sqlite import SqliteSpool
+from dataplane.core.commands import NO_MESSAGE
 from dataplane.core.ids import MessageId, format_message_id
-from dataplane.core.queue import State
+from dataplane.core.ledger import CommandResult, LedgerRecord
+from dataplane.core.queue import EventType, State, Verb
 from dataplane.core.waiting import WaitingQuestion
 from support.databases import Database
 from support.fleet import NOW, NOW_MS, accepted, add_node, execute, fetch, fleet_database, message_id
@@ -304,6 +307,60 @@ async def test_what_is_gone_from_a_spool_is_named(plane: Plane, deletion: str) -
     (book,) = (await plane.compare()).books
     assert (book.agrees, book.ledger.waiting.count, book.spool_waiting.count) == (False, 3, 2)
     assert await plane.findings() == [_named(FindingKind.MISSING_IN_SPOOL, lost)]
+
+
+async def command(plane: Plane, one: MessageId, verb: Verb) -> str:
+    """A command of the account on a message."""
+    (row,) = await fetch(
+        plane.database,
+        "INSERT INTO postroad.commands (account, verb, spool, message_ids)"
+        " VALUES ('demo', $1, $2, ARRAY[$3::uuid]) RETURNING command",
+        *(int(verb), plane.name, UUID(bytes=one)),
+    )
+    return str(row["command"])
+
+
+async def answer(plane: Plane, name: str) -> tuple[int, int]:
+    """The spool says that it does not have the message; what the ledger makes of that."""
+    result = CommandResult(name, 0, 1)
+    await plane.spool.write_record(encode_record(LedgerRecord(NO_MESSAGE, "accounts/demo", command_result=result)))
+    await plane.report()
+    (row,) = await fetch(
+        plane.database,
+        "SELECT changed_count, too_late_count FROM postroad.commands WHERE command = $1 AND done_time IS NOT NULL",
+        name,
+    )
+    return row["changed_count"], row["too_late_count"]
+
+
+@pytest.mark.parametrize(("verb", "state"), [(Verb.CANCEL, State.CANCELLED), (Verb.BOUNCE, State.FAILED)])
+async def test_what_a_spool_has_lost_is_ended_by_a_command_once_the_books_say_so(
+    plane: Plane, verb: Verb, state: State
+) -> None:
+    lost, kept, *_ = await _waiting(plane)
+    harm(plane.spool, "DELETE FROM recipient WHERE message_id = ?", lost)
+
+    assert await answer(plane, await command(plane, lost, verb)) == (0, 1)
+    assert await ledger_states(plane.database, lost) == [int(State.DEFERRED)]
+    await plane.compare()
+    assert await answer(plane, await command(plane, lost, Verb.HOLD)) == (0, 1)
+    assert await answer(plane, await command(plane, kept, verb)) == (0, 1)
+    assert await answer(plane, await command(plane, lost, verb)) == (1, 0)
+    assert await answer(plane, await command(plane, lost, verb)) == (0, 1)
+
+    assert await ledger_states(plane.database, lost) == [int(state)]
+    assert await ledger_states(plane.database, kept) == [int(State.DEFERRED)]
+    events = await fetch(
+        plane.database,
+        "SELECT message_id, reply_text FROM postroad.delivery_events WHERE type = ANY ($1::smallint[])",
+        [int(EventType.CANCELLED), int(EventType.FAILED)],
+    )
+    assert [tuple(row) for row in events] == [(UUID(bytes=lost), "its spool had lost it")]
+    (book,) = (await plane.compare()).books
+    assert book.ledger.balances
+    assert book.agrees
+    assert await plane.findings() == []
+    assert await plane.findings(resolved=True) == [_named(FindingKind.MISSING_IN_SPOOL, lost)]
 
 
 async def test_what_is_gone_from_the_ledger_is_named_and_the_book_does_not_balance(plane: Plane) -> None:

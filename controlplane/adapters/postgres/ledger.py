@@ -13,7 +13,7 @@ UnavailableError leaves everything as it was.
     Open of an old copy of the disk         refused: WENT_BACKWARDS
     spool refused before                    refused: WENT_BACKWARDS, until AcceptSpool
     newer incarnation                       stored: the worker was restarted
-    another node's spool                    refused: NOT_OWNED
+    another node's spool, or a given up one refused: NOT_OWNED
 
 A spool speaks of messages that are its own: what it says of others' is set aside, whoever's they are. It has those that
 it accepted and those that it took over, and has them no more once it gave them up (`handovers`). Of REPLICATED
@@ -21,6 +21,7 @@ messages, which move between spools, it speaks under a lease of its own, whether
 the message, or one of a node of the account's pool. What it says of mail that it holds under a lease changes the
 replicated queue in the same transaction.
 A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
+What a spool was asked to cancel or bounce and has lost, as the books say, ends when it has answered (`ends`).
 What was accepted and what ended is entered into the spool's books by the statement that moves the cursor, and into the
 queue's where the spool held it under a lease.
 
@@ -40,6 +41,7 @@ import asyncpg
 from controlplane.adapters.ledger_records import (
     DAY_MS,
     STATE,
+    CommandProgress,
     IdBounds,
     KeyRow,
     RecordError,
@@ -48,6 +50,7 @@ from controlplane.adapters.ledger_records import (
     conflict_event,
 )
 from controlplane.adapters.postgres.book_entries import BY_DAY, ENTER, Entered, enter_queue
+from controlplane.adapters.postgres.ends import end_lost
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.handover_records import NotAssignedError, store_given, store_pieces, store_taken
 from controlplane.adapters.postgres.queue_reports import apply_reports
@@ -419,7 +422,7 @@ def _why_refused(opening: SpoolOpening, row: asyncpg.Record) -> str:
 
 
 def _not_owned(spool: str) -> Refusal:
-    return Refusal(spool, RefusalReason.NOT_OWNED, "the spool is another node's")
+    return Refusal(spool, RefusalReason.NOT_OWNED, "the spool is another node's, or was given up")
 
 
 def _refusal(batch: RawBatch, row: asyncpg.Record) -> Refusal | None:
@@ -498,8 +501,8 @@ class _Writer:
             await apply_reports(connection, self._spool, list(rows.reports.values()))
         await self._give_up(rows, entered)
         if rows.results:
-            progress = columns(rows.results.values(), 6)
-            await connection.execute(_UPDATE_COMMANDS, *progress, self._spool, self._now)
+            results = await self._end_lost(rows, entered)
+            await connection.execute(_UPDATE_COMMANDS, *columns(results, 6), self._spool, self._now)
         if rows.keys:
             # Last: what is found must not be undone with what follows.
             self.duplicates += await _find_duplicates(connection, rows.keys)
@@ -533,6 +536,20 @@ class _Writer:
         if rows.given:
             # Before results of commands: what was given up has left them to its next owner.
             await store_given(self._connection, self._node_id, self._spool, rows.given, entered)
+
+    async def _end_lost(self, rows: RecordRows, entered: Entered) -> list[CommandProgress]:
+        """End what commands name and the spool has lost; what became of the commands."""
+        results = list(rows.results.values())
+        done = [result.command for result in results if result.is_done and not result.error]
+        counts = await end_lost(self._connection, self._spool, done, self._now, entered)
+        # A message that is gone counts as one that is too late.
+        return [
+            result._replace(
+                changed_count=result.changed_count + counts[result.command],
+                too_late_count=max(0, result.too_late_count - 1) if counts[result.command] else result.too_late_count,
+            )
+            for result in results
+        ]
 
     async def _take_over(self, rows: RecordRows, entered: Entered) -> None:
         if not rows.taken:

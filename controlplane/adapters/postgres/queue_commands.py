@@ -107,7 +107,7 @@ RETURNING r.tableoid AS partition, r.account, r.state
 )
 {BY_DAY}
 """
-_TELL = """
+TELL = """
 INSERT INTO postroad.delivery_events (
     message_id, recipient_index, account, type, event_time, provider, enhanced_code, reply_text, node, spool
 )
@@ -158,7 +158,7 @@ async def expire_held(connection: Connection, now: datetime) -> None:
     bounds = (min(message_ids), max(message_ids))
     await connection.execute(_END, message_ids, indexes)
     await _change_in_ledger(connection, message_ids, indexes, states, now, *said, *bounds)
-    await connection.execute(_TELL, message_ids, indexes, accounts, int(EventType.EXPIRED), now, "", *said, QUEUE_SPOOL)
+    await connection.execute(TELL, message_ids, indexes, accounts, int(EventType.EXPIRED), now, "", *said, QUEUE_SPOOL)
     await release(connection, message_ids)
     await connection.execute(_DUE, message_ids)
 
@@ -211,7 +211,7 @@ async def _change(connection: Connection, command: asyncpg.Record, message_ids: 
         states = [row["state"] for row in found]
         await _change_in_ledger(connection, ids, indexes, states, now, *said, *bounds)
     accounts = [row["account"] for row in found]
-    await connection.execute(_TELL, ids, indexes, accounts, int(rule.event), now, provider, *said, QUEUE_SPOOL)
+    await connection.execute(TELL, ids, indexes, accounts, int(rule.event), now, provider, *said, QUEUE_SPOOL)
     await release(connection, list(message_ids))
     await connection.execute(_DUE, message_ids)
     return len(found)
