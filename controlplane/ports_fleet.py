@@ -457,6 +457,12 @@ class JobStore(Protocol):
         """
         ...
 
+    async def end_given_up(self, limit: int) -> int:
+        """End what waits in a spool that was given up, of at most `limit` recipients that wait anywhere; returns of how
+        many. Commands that wait for such a spool are done.
+        """
+        ...
+
     async def run_queue_commands(self, limit: int) -> int:
         """Carry out commands on the replicated queue in at most `limit` parts; returns in how many there was one."""
         ...

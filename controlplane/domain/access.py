@@ -75,7 +75,8 @@ _NEEDED: dict[str, dict[Scope, tuple[str, ...]]] = {
     f"{_CONTROL}.NodeService": {
         Scope.OPERATOR: (
             *("CreateNode", "GetNode", "ListNodes", "UpdateNode", "DeleteNode"),
-            *("ResetNodeEnrollment", "RevokeNode", "AcceptSpool", "AttachSpool", "DrainNode", "UndrainNode"),
+            *("ResetNodeEnrollment", "RevokeNode", "AcceptSpool", "AttachSpool", "GiveUpSpool"),
+            *("DrainNode", "UndrainNode"),
             *("CreateNodePool", "GetNodePool", "ListNodePools", "UpdateNodePool", "DeleteNodePool"),
         ),
     },

@@ -27,6 +27,7 @@ _OLD_REVISIONS = timedelta(days=30)
 _REVISIONS_A_BATCH, _BATCHES_A_RUN = 200, 100
 _LEFT_BEHIND_A_BATCH = 5_000
 _COMMANDS_A_BATCH = 10
+_GIVEN_UP_A_BATCH = 2_000
 # One transaction, so that the nodes are sent the denials once a run at most.
 _DENIALS_A_RUN = 10_000
 
@@ -70,7 +71,9 @@ def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
         Job(
             "end_left_behind", timedelta(minutes=1), lambda _: _in_batches(store.end_left_behind, _LEFT_BEHIND_A_BATCH)
         ),
-        # At every turn of the leader: where no node asks for mail nobody else does it.
+        # At every turn of the leader: commands wait for it.
+        Job("end_given_up", timedelta(0), lambda _: _in_batches(store.end_given_up, _GIVEN_UP_A_BATCH)),
+        # As often: where no node asks for mail nobody else does it.
         Job("run_queue_commands", timedelta(0), lambda _: _in_batches(store.run_queue_commands, _COMMANDS_A_BATCH)),
         Job("forget_denials", timedelta(hours=1), forget_denials),
         # As long as records of mail that was held under them can be stored.

@@ -174,6 +174,22 @@ class NodesService:
 
         return await mutate(self._database, caller, mutation, action)
 
+    async def give_up_spool(self, caller: Caller, mutation: Mutation[Node], node: str, spool: str) -> Node | Replay:
+        """Believe that a spool's disk will not come back; what waited there ends soon after."""
+        caller.require_operator()
+        names.check_uuid(spool, "spool")
+
+        async def action(work: Work) -> Node:
+            await work.nodes.get(node)
+            if not await work.nodes.give_up_spool(node, spool, await work.now() - SILENCE):
+                owner = names.format_name(names.NODE, node)
+                raise FailedPreconditionError(
+                    Reason.SPOOL_IN_USE, f"{owner} is connected and has spool {spool}", subject=spool
+                )
+            return await work.nodes.get(node)
+
+        return await mutate(self._database, caller, mutation, action)
+
     async def drain(self, caller: Caller, mutation: Mutation[Drain], node: str) -> Drain | Replay:
         """Tell a node to take no mail and to hand over what it has; the drain that there is, if there is one."""
         caller.require_operator()

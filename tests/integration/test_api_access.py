@@ -114,7 +114,7 @@ def noun_of(method: str) -> str:
 def name_for(method: str, account: str) -> str:
     if "NodePool" in method:
         return "nodePools/default"
-    if "Node" in method or method in {"AcceptSpool", "AttachSpool"}:
+    if "Node" in method or method in {"AcceptSpool", "AttachSpool", "GiveUpSpool"}:
         return "nodes/edge-1"
     inside = _COLLECTIONS.get(noun_of(method))
     return f"accounts/{account}/{inside}" if inside else f"accounts/{account}"

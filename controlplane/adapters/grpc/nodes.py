@@ -86,6 +86,12 @@ class NodeHandlers(service_grpc.NodeServiceServicer):
         )
         return convert.answer(result, pb.Node, write_node)
 
+    async def GiveUpSpool(self, request: service_pb.GiveUpSpoolRequest, context: Any) -> pb.Node:
+        """As the proto says."""
+        mutation = convert.mutation("GiveUpSpool", request, write_node)
+        result = await self._nodes.give_up_spool(caller(), mutation, _node_id(request.name), request.spool)
+        return convert.answer(result, pb.Node, write_node)
+
     async def DrainNode(self, request: service_pb.DrainNodeRequest, context: Any) -> operations_pb2.Operation:
         """As the proto says."""
         mutation = convert.mutation("DrainNode", request, write_drain)

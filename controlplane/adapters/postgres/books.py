@@ -129,6 +129,7 @@ SELECT * FROM (
         ))
         AND NOT EXISTS (SELECT FROM postroad.book_comparisons AS c WHERE c.spool = m.spool AND c.compare_time >= $1)
         AND NOT EXISTS (SELECT FROM postroad.spools AS s WHERE s.spool = m.spool AND s.create_time >= $1)
+        AND NOT EXISTS (SELECT FROM postroad.given_up_spools AS g WHERE g.spool = m.spool)
 ) AS numbered WHERE number <= {MOST_NAMED}
 """
 _PUT_BOOKS = """

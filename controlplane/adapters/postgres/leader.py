@@ -18,6 +18,7 @@ import asyncpg
 from controlplane.adapters.postgres.book_entries import BY_DAY, Entered, enter_queue
 from controlplane.adapters.postgres.bundles import DENIALS_CHANNEL, MOVE_DENIALS
 from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase
+from controlplane.adapters.postgres.given_up import end_given_up
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL, expire_held, run_command
 from controlplane.ports_fleet import WAITING_DAYS
 from dataplane.core.queue import TERMINAL, State
@@ -202,6 +203,11 @@ class PostgresJobs:
                 for table in ("queue_recipients", "queue_contents", "replicated_queue"):
                     await connection.execute(f"DELETE FROM postroad.{table} WHERE message_id = ANY ($1)", message_ids)
         return max(given, len(message_ids))
+
+    async def end_given_up(self, limit: int) -> int:
+        """As the port says."""
+        async with self._database.transaction("job_end_given_up") as connection:
+            return await end_given_up(connection, limit)
 
     async def run_queue_commands(self, limit: int) -> int:
         """As the port says."""

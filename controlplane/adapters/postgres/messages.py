@@ -32,6 +32,7 @@ from controlplane.domain.messages import (
     Recipient,
     SpoolProgress,
 )
+from controlplane.domain.resources import NodeState
 from dataplane.core.queue import EventType, State, Verb
 
 # What one answer may hold in memory and in a message: 1,000 messages can have a million recipients.
@@ -184,7 +185,12 @@ class MessagesRepository:
                 )
                 SELECT o.operation, $1, $2, s.spool, '{}', $3, transaction_timestamp() - $4::interval, $5, $6, $7, $8
                 FROM operation o, (
-                    SELECT spool FROM postroad.spools
+                    SELECT p.spool FROM postroad.spools p WHERE NOT EXISTS (
+                        SELECT FROM postroad.nodes n WHERE n.node = p.node AND n.state = $11
+                    ) OR EXISTS (
+                        SELECT FROM postroad.recipients r JOIN postroad.messages m USING (message_id)
+                        WHERE r.state < 6 AND NOT m.replicated AND m.spool = p.spool AND r.message_id > $8
+                    )
                     UNION ALL
                     SELECT $9::uuid WHERE EXISTS (
                         SELECT FROM postroad.replicated_queue q
@@ -196,7 +202,7 @@ class MessagesRepository:
             SELECT i.*, s.node FROM inserted AS i LEFT JOIN postroad.spools s USING (spool) ORDER BY i.spool
             """,
             *(order.account, order.verb, order.provider, wanted.min_age, wanted.provider, wanted.recipient_domain),
-            *(list(wanted.states), since_id, QUEUE_SPOOL, EVERY_ACCOUNT),
+            *(list(wanted.states), since_id, QUEUE_SPOOL, EVERY_ACCOUNT, NodeState.REVOKED),
         )
         if not rows:
             name = names.format_name(names.ACCOUNT, order.account)

@@ -1,8 +1,8 @@
 """Nodes, node pools and what hangs on them.
 
 Contract. Implements `controlplane.ports.Nodes`. What a node reports of itself is written by the fleet's side into
-`node_status` and `spools`, and only read here, but for AcceptSpool and AttachSpool. Drains are asked for here, and
-ended here or by the fleet's side, which also counts who took what.
+`node_status` and `spools`, and only read here, but for AcceptSpool, AttachSpool and GiveUpSpool. Drains are asked for
+here, and ended here or by the fleet's side, which also counts who took what.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ SELECT EXISTS (
     SELECT FROM postroad.recipients r JOIN postroad.messages m USING (message_id)
     WHERE r.state < 6 AND NOT m.replicated AND m.spool IN (SELECT p.spool FROM postroad.spools p WHERE p.node = $1)
 )
+"""
+_IN_USE = """
+SELECT coalesce(s.connected, false) AND p.update_time >= $3
+FROM postroad.spools p LEFT JOIN postroad.node_status s USING (node) WHERE p.node = $1 AND p.spool = $2 FOR UPDATE OF p
 """
 _DRAIN = """
 SELECT d.*, coalesce(s.closed, false) AND n.drain = d.drain AS closed, (
@@ -156,6 +160,20 @@ class NodesRepository:
             """,
             *(node, spool),
         )
+        await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, node)
+        return True
+
+    async def give_up_spool(self, node: str, spool: str, silent_since: datetime) -> bool:
+        """As the port says."""
+        in_use = await self._session.value("spool_in_use", _IN_USE, *(node, spool, silent_since))
+        if in_use is None:
+            raise NotFoundError(f"{names.format_name(names.NODE, node)} spool {spool}")
+        if in_use:
+            return False
+        await self._session.run(
+            "spool_give_up", "INSERT INTO postroad.given_up_spools (spool, node) VALUES ($1, $2)", *(spool, node)
+        )
+        await self._session.run("spool_delete", "DELETE FROM postroad.spools WHERE spool = $1", spool)
         await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, node)
         return True
 

@@ -145,6 +145,10 @@ class Store:
         self.asked.append(("left behind", limit))
         return 0
 
+    async def end_given_up(self, limit: int) -> int:
+        self.asked.append(("given up", limit))
+        return 0
+
     async def run_queue_commands(self, limit: int) -> int:
         self.asked.append(("commands", limit))
         return 0
@@ -168,6 +172,7 @@ class Store:
         ("forget_revisions", ("revisions", START - timedelta(days=30), 200)),
         ("forget_denials", ("denials", START, 10_000)),
         ("end_left_behind", ("left behind", 5_000)),
+        ("end_given_up", ("given up", 2_000)),
         ("run_queue_commands", ("commands", 10)),
         ("forget_leases", ("leases", START - timedelta(days=65))),
     ],

@@ -273,7 +273,8 @@ def _report(session: Session, verb: _Verb, operations: list[Operation]) -> None:
     if pending:
         raise CommandError(
             f"not every node has answered yet: {progress_text(pending[0])} ({', '.join(one.name for one in pending)})",
-            "It will be done as soon as they are connected: look again with `postroad messages get`",
+            "It will be done when they have answered: look again with `postroad messages get`. A node whose disk is "
+            "lost never does: `postroad spool give-up` ends what waited there",
             UNREACHABLE,
         )
     if not changed:

@@ -60,9 +60,11 @@ ADVICE: Mapping[str, str] = {
     "NETWORK_TAKEN": "A network belongs to one account: remove it there first",
     "NODE_POOL_MISSING": "Create the pool first: `postroad pools create …`",
     "NODE_POOL_IN_USE": "Move its nodes and accounts to another pool first",
-    "NODE_IN_USE": "Stop the node and let its spools run empty first, or `postroad nodes revoke` it",
+    "NODE_IN_USE": "Let its spools run empty (`postroad nodes drain`) and stop it, or `postroad nodes revoke` it; a "
+    "spool whose disk is lost is ended by `postroad spool give-up`",
     "NODE_REVOKED": "Choose another node, or enrol it again: `postroad nodes reset-enrollment …`",
-    "SPOOL_IN_USE": "Stop the node and wait until 90 s passed, or `postroad nodes revoke` it; `--force` does not wait",
+    "SPOOL_IN_USE": "Stop the node and wait until 90 s passed, or `postroad nodes revoke` it; `spool attach` has "
+    "`--force`",
     "NODE_ALONE": "Connect another node of its pool, or undrain one: `postroad nodes list`",
     "SPOOL_POOL_DIFFERS": "Choose a node of the same pool: others do not have its accounts",
     "PROVIDER_MISSING": "Create the provider first: `postroad providers create …`",

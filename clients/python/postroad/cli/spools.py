@@ -9,7 +9,7 @@ import typer
 
 from postroad.cli.nodes import NODE
 from postroad.cli.output import Column, short
-from postroad.cli.resources import Limit, call, list_all, show
+from postroad.cli.resources import Limit, Yes, call, list_all, show
 from postroad.cli.session import session_of
 from postroad.control.v1.node_pb2 import Node
 
@@ -64,6 +64,24 @@ def accept(context: typer.Context, spool: Spool, node: OfNode) -> None:
     """Send again from a spool that came back older than it was (a restored disk)."""
     session = session_of(context)
     show(session, NODE, call(session, NODE, "AcceptSpool", name=NODE.name(session, node), spool=spool))
+
+
+@app.command("give-up")
+def give_up(
+    context: typer.Context,
+    spool: Spool,
+    node: OfNode,
+    *,
+    yes: Yes = False,
+) -> None:
+    """End all mail that waits in a spool whose disk will not come back; there is no way back."""
+    session = session_of(context)
+    name = NODE.name(session, node)
+    if not yes and not session.printer.is_json:
+        typer.confirm(
+            f"Fail all that waits in spool {spool} of {short(name)}, and refuse its disk for ever?", abort=True
+        )
+    show(session, NODE, call(session, NODE, "GiveUpSpool", name=name, spool=spool))
 
 
 def spool_remarks(node: Node) -> Iterator[str]:

@@ -330,6 +330,36 @@ class AttachSpoolRequest(_message.Message):
 Global___AttachSpoolRequest: _TypeAlias = AttachSpoolRequest  # noqa: Y015
 
 @_typing.final
+class GiveUpSpoolRequest(_message.Message):
+    """Request of GiveUpSpool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SPOOL_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`nodes/{node}` whose spool it is."""
+    spool: _builtins.str
+    """UUID of the spool."""
+    request_id: _builtins.str
+    """A UUID; the same request repeated within 24 h returns the first answer."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        spool: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id", "spool", b"spool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GiveUpSpoolRequest: _TypeAlias = GiveUpSpoolRequest  # noqa: Y015
+
+@_typing.final
 class DrainNodeRequest(_message.Message):
     """Request of DrainNode."""
 

@@ -83,6 +83,11 @@ class NodeServiceStub:
                 request_serializer=postroad_dot_control_dot_v1_dot_node__service__pb2.AttachSpoolRequest.SerializeToString,
                 response_deserializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
                 _registered_method=True)
+        self.GiveUpSpool = channel.unary_unary(
+                '/postroad.control.v1.NodeService/GiveUpSpool',
+                request_serializer=postroad_dot_control_dot_v1_dot_node__service__pb2.GiveUpSpoolRequest.SerializeToString,
+                response_deserializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
+                _registered_method=True)
         self.DrainNode = channel.unary_unary(
                 '/postroad.control.v1.NodeService/DrainNode',
                 request_serializer=postroad_dot_control_dot_v1_dot_node__service__pb2.DrainNodeRequest.SerializeToString,
@@ -196,6 +201,18 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GiveUpSpool(self, request, context):
+        """Gives a spool up whose disk will not come back. What the ledger has as waiting
+        there ends as FAILED, with an event that says so, some moments later; commands
+        do not wait for the spool any more, and its node can be deleted. There is no way
+        back: a disk that turns up all the same is refused for ever, on whatever node.
+        NOT_FOUND for a spool that is not the node's. FAILED_PRECONDITION with reason
+        SPOOL_IN_USE while the node is connected and reported the spool in the last 90 s.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DrainNode(self, request, context):
         """Tells a node to take no more mail and to hand what waits on it over to the
         other nodes of its pool. The Operation is done when nothing waits on the node
@@ -300,6 +317,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
             'AttachSpool': grpc.unary_unary_rpc_method_handler(
                     servicer.AttachSpool,
                     request_deserializer=postroad_dot_control_dot_v1_dot_node__service__pb2.AttachSpoolRequest.FromString,
+                    response_serializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.SerializeToString,
+            ),
+            'GiveUpSpool': grpc.unary_unary_rpc_method_handler(
+                    servicer.GiveUpSpool,
+                    request_deserializer=postroad_dot_control_dot_v1_dot_node__service__pb2.GiveUpSpoolRequest.FromString,
                     response_serializer=postroad_dot_control_dot_v1_dot_node__pb2.Node.SerializeToString,
             ),
             'DrainNode': grpc.unary_unary_rpc_method_handler(
@@ -581,6 +603,33 @@ class NodeService:
             target,
             '/postroad.control.v1.NodeService/AttachSpool',
             postroad_dot_control_dot_v1_dot_node__service__pb2.AttachSpoolRequest.SerializeToString,
+            postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GiveUpSpool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/postroad.control.v1.NodeService/GiveUpSpool',
+            postroad_dot_control_dot_v1_dot_node__service__pb2.GiveUpSpoolRequest.SerializeToString,
             postroad_dot_control_dot_v1_dot_node__pb2.Node.FromString,
             options,
             channel_credentials,

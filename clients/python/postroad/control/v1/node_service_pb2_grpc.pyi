@@ -67,6 +67,14 @@ class NodeServiceStub:
     the last 90 s and was not revoked (`force` overrides that), SPOOL_POOL_DIFFERS
     when the nodes are of different pools, NODE_REVOKED.
     """
+    GiveUpSpool: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.GiveUpSpoolRequest, _node_pb2.Node]
+    """Gives a spool up whose disk will not come back. What the ledger has as waiting
+    there ends as FAILED, with an event that says so, some moments later; commands
+    do not wait for the spool any more, and its node can be deleted. There is no way
+    back: a disk that turns up all the same is refused for ever, on whatever node.
+    NOT_FOUND for a spool that is not the node's. FAILED_PRECONDITION with reason
+    SPOOL_IN_USE while the node is connected and reported the spool in the last 90 s.
+    """
     DrainNode: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.DrainNodeRequest, _operations_pb2.Operation]
     """Tells a node to take no more mail and to hand what waits on it over to the
     other nodes of its pool. The Operation is done when nothing waits on the node
@@ -129,6 +137,14 @@ class NodeServiceAsyncStub(NodeServiceStub):
     node's already, SPOOL_IN_USE while its node is connected or was heard of in
     the last 90 s and was not revoked (`force` overrides that), SPOOL_POOL_DIFFERS
     when the nodes are of different pools, NODE_REVOKED.
+    """
+    GiveUpSpool: _aio.UnaryUnaryMultiCallable[_node_service_pb2.GiveUpSpoolRequest, _node_pb2.Node]  # type: ignore[assignment]
+    """Gives a spool up whose disk will not come back. What the ledger has as waiting
+    there ends as FAILED, with an event that says so, some moments later; commands
+    do not wait for the spool any more, and its node can be deleted. There is no way
+    back: a disk that turns up all the same is refused for ever, on whatever node.
+    NOT_FOUND for a spool that is not the node's. FAILED_PRECONDITION with reason
+    SPOOL_IN_USE while the node is connected and reported the spool in the last 90 s.
     """
     DrainNode: _aio.UnaryUnaryMultiCallable[_node_service_pb2.DrainNodeRequest, _operations_pb2.Operation]  # type: ignore[assignment]
     """Tells a node to take no more mail and to hand what waits on it over to the
@@ -243,6 +259,20 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         node's already, SPOOL_IN_USE while its node is connected or was heard of in
         the last 90 s and was not revoked (`force` overrides that), SPOOL_POOL_DIFFERS
         when the nodes are of different pools, NODE_REVOKED.
+        """
+
+    @_abc_1.abstractmethod
+    def GiveUpSpool(
+        self,
+        request: _node_service_pb2.GiveUpSpoolRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.Node, _abc.Awaitable[_node_pb2.Node]]:
+        """Gives a spool up whose disk will not come back. What the ledger has as waiting
+        there ends as FAILED, with an event that says so, some moments later; commands
+        do not wait for the spool any more, and its node can be deleted. There is no way
+        back: a disk that turns up all the same is refused for ever, on whatever node.
+        NOT_FOUND for a spool that is not the node's. FAILED_PRECONDITION with reason
+        SPOOL_IN_USE while the node is connected and reported the spool in the last 90 s.
         """
 
     @_abc_1.abstractmethod
