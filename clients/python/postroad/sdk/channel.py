@@ -64,9 +64,9 @@ _RETRY_POLICY = {
 }
 
 
-def credentials(api_key: str, ca_file: Path | None) -> grpc.ChannelCredentials:
+def credentials(api_key: str, ca_file: str | Path | None) -> grpc.ChannelCredentials:
     """TLS by the CA in `ca_file`, or the system's, and the key on every call. OSError when the file cannot be read."""
-    roots = ca_file.read_bytes() if ca_file is not None else None
+    roots = Path(ca_file).read_bytes() if ca_file is not None else None
     return grpc.composite_channel_credentials(
         grpc.ssl_channel_credentials(roots), grpc.access_token_call_credentials(api_key)
     )

@@ -1,6 +1,6 @@
 """The clients: one attribute for each service, with the generated stubs' methods and types.
 
-    with connect("127.0.0.1:7443", api_key, Path("ca.pem")) as client:
+    with connect("127.0.0.1:7443", api_key, "ca.pem") as client:
         client.accounts.GetAccount(GetAccountRequest(name="accounts/demo"))
 
     async with connect_async(…) as client:
@@ -122,12 +122,12 @@ class AsyncClient:
         await self.close()
 
 
-def connect(server: str, api_key: str, ca_file: Path | None = None) -> Client:
+def connect(server: str, api_key: str, ca_file: str | Path | None = None) -> Client:
     """A client for `server` (`host:port`), trusting `ca_file` or the system's CAs. OSError for an unreadable file."""
     return Client(grpc.secure_channel(server, credentials(api_key, ca_file), options=options()))
 
 
-def connect_async(server: str, api_key: str, ca_file: Path | None = None) -> AsyncClient:
+def connect_async(server: str, api_key: str, ca_file: str | Path | None = None) -> AsyncClient:
     """As `connect`, for asyncio; to be called on the loop that will use it."""
     interceptors = [AsyncUnaryInterceptor(), AsyncStreamInterceptor()]
     return AsyncClient(
