@@ -93,6 +93,8 @@ def accept(outgoing: Outgoing, account: SendingAccount, stamp: Stamp) -> Accepte
     if account.is_suspended:
         name = account.compiled.account.name
         raise FailedPreconditionError(Reason.ACCOUNT_SUSPENDED, "the account is suspended", subject=name)
+    if outgoing.raw is None and outgoing.content is None:
+        raise invalid(outgoing.where, "must have raw or content")
     check_notes(outgoing)
     held_until_ms = send_time_ms(outgoing, stamp.now_ms)
     addressed = envelope_of(outgoing, account.settings.max_recipients)
@@ -145,8 +147,7 @@ def _content(outgoing: Outgoing, stamp: Stamp) -> tuple[bytes, str]:
     if outgoing.raw is not None:
         raw = outgoing.raw
         return raw if raw.endswith(b"\r\n") or not raw else raw + b"\r\n", outgoing.path("raw")
-    if outgoing.content is None:
-        raise invalid(outgoing.where, "must have raw or content")
+    assert outgoing.content is not None  # noqa: S101 - one of the two is there
     path = outgoing.path("content")
     return compose(outgoing.content, path, f"{format_message_id(stamp.message_id)}-{stamp.secret}"), path
 

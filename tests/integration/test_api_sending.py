@@ -169,6 +169,7 @@ async def test_messages_are_listed_by_tag(sending: Sending) -> None:
         (raw(sender="app"), "message.sender"),
         (raw(sender=""), "message.sender"),
         (outgoing.OutgoingMessage(sender="app@acme.example", recipients=["a@b.example"]), "message"),
+        (outgoing.OutgoingMessage(), "message"),
         (raw(content=b"From: app@acme.example\n\nHi.\n"), "message.raw"),
         (raw(content=b"From: app@acme.example\r\n\r\nHi\0\r\n"), "message.raw"),
         (raw(content=b"From: app@acme.example\r\n\r\n" + b"x" * 999 + b"\r\n"), "message.raw"),

@@ -101,6 +101,27 @@ async def test_errors_are_google_rpc_status_with_the_status_of_their_code(
     assert [one.get("reason") for one in error.get("details", ())][:1] == [reason]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("messages:send", {"message": {"raw": "aGk=", "content": {}}}, "message"),
+        (
+            "messages:batchSend",
+            {"requests": [{"message": {"raw": "aGk="}}, {"message": {"content": {}, "raw": "aGk="}}]},
+            "requests[1].message",
+        ),
+    ],
+)
+async def test_two_fields_of_which_one_may_be_given_are_named(
+    plane: Serving, http: aiohttp.ClientSession, path: str, body: Any, field: str
+) -> None:
+    status, error = await _call(http, plane, "POST", f"/api/v1/accounts/demo/{path}", body)
+    (violation,) = error["details"][1]["fieldViolations"]
+    assert (status, violation["field"]) == (400, field)
+    assert violation["description"].startswith("must have only one of ")
+    assert {"raw", "content"} <= set(violation["description"].split())
+
+
 async def test_without_a_good_key_nothing_is_told(plane: Serving, http: aiohttp.ClientSession) -> None:
     status, error = await _call(http, plane, "GET", "/api/v1/accounts/none", key=False)
 

@@ -181,8 +181,37 @@ async def _request_message(request: web.Request, found: Found) -> Message:
     try:
         json_format.ParseDict(values, message)
     except (json_format.ParseError, ValueError, TypeError, RecursionError) as error:
-        raise _invalid("request", _first_line(error)) from error
+        raise _no_message(route.method.input_type, values, error) from error
     return message
+
+
+def _no_message(kind: Descriptor, values: dict[str, Any], error: Exception) -> ApiStatusError:
+    rivals = _rivals(kind, values)
+    if rivals is None:
+        return _invalid("request", _first_line(error))
+    where, names = rivals
+    return _invalid(where or "request", f"must have only one of {' and '.join(names)}")
+
+
+def _rivals(owner: Descriptor, values: dict[str, Any], where: str = "") -> tuple[str, list[str]] | None:
+    """Return the path of the first object that has several fields of a oneof, and these; None where none has."""
+    chosen: dict[str, list[str]] = {}
+    for name, value in values.items():
+        field = owner.fields_by_name.get(name) or owner.fields_by_camelcase_name.get(name)
+        if field is None or value is None:
+            continue
+        if field.containing_oneof is not None:
+            chosen.setdefault(field.containing_oneof.name, []).append(field.name)
+        path = f"{where}.{field.name}" if where else field.name
+        within = [(path, value)]
+        if isinstance(value, list):
+            within = [(f"{path}[{number}]", one) for number, one in enumerate(value)]
+        for at, one in within:
+            if field.message_type is not None and isinstance(one, dict):
+                found = _rivals(field.message_type, one, at)
+                if found is not None:
+                    return found
+    return next(((where, names) for names in chosen.values() if len(names) > 1), None)
 
 
 async def _body(request: web.Request, most_bytes: int) -> dict[str, Any]:
