@@ -110,6 +110,15 @@ def denied(
     return None
 
 
+def is_suspended(denials: Denials, account: str, credential: str, now_ms: int) -> bool:
+    """Whether what keeps a client from sending is a suspension, which passes: an account's, or a credential's.
+
+    A credential that is suspended is denied until it is lifted; one that was revoked, for as long as some configuration
+    may still have it.
+    """
+    return is_denied(denials.accounts, account, now_ms) or denials.credentials.get(credential) == 0
+
+
 def destination_denied(denials: Denials, account: str, address: str, now_ms: int) -> bool:
     """Whether mail of the account to this address must wait now.
 

@@ -3,7 +3,8 @@
 Contract. A `Submitter` is one connection's policy: it fills `session_contract.Policy` from memory, with the
 configuration pinned at MAIL until the transaction ends, and looks at denials anew at every MAIL. Beyond that:
 
-    login        same reply, same work for an unknown account, a wrong secret and a denied credential
+    login        same reply, same work for an unknown account, a wrong secret and a revoked credential; who has the
+                 right secret is told of a suspension, which passes, and guesses nothing, so that it counts as no guess
     ask, permit  what must be asked before the content comes: room now, token buckets from the limiter; what was granted
                  for a message that is refused, or does not come, is given back
     spill        a content that gets too large for memory: checks its header, which has come by then, and begins a file
@@ -20,7 +21,8 @@ The commit belongs to the spool: nothing here cancels it. A fault of ours is a 4
 
     checks at MAIL, in order            refusal
     configuration too old               451 4.3.2
-    account or credential denied, gone  550 5.7.1
+    account or credential suspended     451 4.7.1: it passes
+    account or credential revoked, gone 550 5.7.1
     REPLICATED, and there is no lease   451 4.3.0: PostgreSQL is away, or the control plane
     sender's domain not the account's   553 5.7.1; the null sender is everybody's, it marks bounces
 
@@ -51,7 +53,7 @@ from dataplane.core.headers import HeaderScan, Receipt, format_date, head_of, pr
 from dataplane.core.idempotency import SubmissionHash, SubmissionKey, hash_key
 from dataplane.core.ids import MessageId, format_message_id, new_message_id
 from dataplane.core.limits import counting_key
-from dataplane.core.policy import CompiledAccount, denied, secret_matches, split_username
+from dataplane.core.policy import CompiledAccount, denied, is_suspended, secret_matches, split_username
 from dataplane.core.queue import State
 from dataplane.core.replies import Reply
 from dataplane.core.routing import MessageRouter, may_match
@@ -223,9 +225,11 @@ class Submitter:
             self._limits_for = (None, None)
             shared.counters.auth_succeeded += 1
             return None
-        shared.admission.note_auth_failure(self.address, now)
         shared.counters.auth_failed += 1
         shared.log.info("auth.failed", session=self.session_id, address=self.address)
+        if matches and is_suspended(shared.config.denials, account_name, credential_name, now_ms):
+            return replies.AUTH_SUSPENDED
+        shared.admission.note_auth_failure(self.address, now)
         # Without a configuration to be sure of, a refusal for good would be a fault of ours told as theirs.
         return replies.AUTH_UNKNOWABLE if shared.config.stale else replies.AUTH_FAILED
 
@@ -238,7 +242,7 @@ class Submitter:
             return replies.CONFIG_STALE
         compiled = self._account_now()
         if compiled is None:
-            return replies.SENDER_DENIED
+            return self._denial()
         if compiled.account.replicated and not self._lease():
             return replies.REPLICATION_UNAVAILABLE
         if sender is not None and not compiled.owns_sender_domain(sender.domain):
@@ -742,6 +746,13 @@ class Submitter:
         """The lease under which REPLICATED mail may be taken now, 0 for none."""
         queue = self._shared.replicated
         return queue.epoch if queue is not None else 0
+
+    def _denial(self) -> Reply:
+        """Why this client may not send now."""
+        shared = self._shared
+        denials, now_ms = shared.config.denials, shared.clock.wall_ms()
+        suspended = is_suspended(denials, self._account_name, self._credential_name, now_ms)
+        return replies.SENDER_SUSPENDED if suspended else replies.SENDER_DENIED
 
     def _account_now(self) -> CompiledAccount | None:
         """Return the account if it, and what the client showed, still may send."""

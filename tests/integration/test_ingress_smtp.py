@@ -346,7 +346,7 @@ async def test_a_denial_counts_from_the_next_mail_on_and_the_transaction_under_w
         await open_data(peer)
         node.config.denials = Denials(version=1, accounts={"accounts/demo": 0})
         assert (await peer.ask(BODY + b".\r\n")).startswith(TAKEN)
-        assert (await peer.ask(MAIL)).startswith(b"550 5.7.1")
+        assert (await peer.ask(MAIL)).startswith(b"451 4.7.1")
         node.config.denials = Denials(version=2)
         assert (await peer.ask(MAIL)).startswith(b"250")
 

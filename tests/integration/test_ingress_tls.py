@@ -31,6 +31,7 @@ GROUP = MAIL + b"RCPT TO:<someone@example.net>\r\nDATA\r\n"
 BODY = b"From: app@example.com\r\nSubject: hello\r\n\r\nbody\r\n"
 USER = "demo.app"
 NAME = "accounts/demo/smtpCredentials/app"
+_FAR_MS = 1 << 50
 
 
 def plain_login(username: str, secret: str) -> bytes:
@@ -241,8 +242,8 @@ async def test_every_failed_login_is_answered_alike(
     assert node.counters.auth_failed == 1
 
 
-async def test_denied_expired_and_unknown_credentials_are_answered_alike(node: Node, trusting: ssl.SSLContext) -> None:
-    node.config.denials = Denials(version=1, credentials={NAME: 0})
+async def test_revoked_expired_and_unknown_credentials_are_answered_alike(node: Node, trusting: ssl.SSLContext) -> None:
+    node.config.denials = Denials(version=1, credentials={NAME: _FAR_MS}, credentials_since={NAME: 1})
     peer = await encrypted(node, trusting)
     answers = {await peer.ask(plain_login(USER, SECRET))}
     node.config.denials = Denials(version=2)
@@ -252,12 +253,41 @@ async def test_denied_expired_and_unknown_credentials_are_answered_alike(node: N
     assert answers == {b"535 5.7.8 Authentication credentials invalid\r\n"}
 
 
+@pytest.mark.parametrize(
+    "denials",
+    [Denials(version=1, credentials={NAME: 0}), Denials(version=1, accounts={ACCOUNT.name: 0})],
+    ids=["credential", "account"],
+)
+async def test_who_has_the_password_of_what_is_suspended_is_told_to_come_again(
+    node: Node, trusting: ssl.SSLContext, denials: Denials
+) -> None:
+    node.config.denials = denials
+    peer = await encrypted(node, trusting)
+    assert await peer.ask(plain_login(USER, SECRET)) == b"454 4.7.0 Sending is suspended, try again later\r\n"
+    assert (await peer.ask(plain_login(USER, "wrong"))).startswith(b"535 5.7.8")
+    assert (await peer.ask(MAIL)).startswith(b"530 5.7.0")
+
+
+async def test_logins_to_what_is_suspended_are_no_guesses(node: Node, trusting: ssl.SSLContext) -> None:
+    node.config.denials = Denials(version=1, accounts={ACCOUNT.name: 0})
+    for _ in range(10):
+        peer = await encrypted(node, trusting)
+        for _ in range(2):
+            assert (await peer.ask(plain_login(USER, SECRET))).startswith(b"454 4.7.0 Sending is suspended")
+        await peer.ask(b"QUIT\r\n")
+    node.config.denials = Denials(version=2)
+    peer = await encrypted(node, trusting)
+    assert (await peer.ask(plain_login(USER, SECRET))).startswith(b"235 2.7.0")
+
+
 async def test_a_login_counts_anew_at_every_mail(node: Node, trusting: ssl.SSLContext) -> None:
     peer = await encrypted(node, trusting)
     await peer.ask(plain_login(USER, SECRET))
     assert (await peer.ask(MAIL)).startswith(b"250")
     await peer.ask(b"RSET\r\n")
     node.config.denials = Denials(version=1, credentials={NAME: 0})
+    assert (await peer.ask(MAIL)).startswith(b"451 4.7.1 Sending is suspended")
+    node.config.denials = Denials(version=1, credentials={NAME: _FAR_MS}, credentials_since={NAME: 1})
     assert (await peer.ask(MAIL)).startswith(b"550 5.7.1")
     node.config.denials = Denials(version=2)
     node.config.set_account(replace(ACCOUNT, credentials={}))
