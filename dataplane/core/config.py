@@ -46,6 +46,8 @@ RULE_HEADER_NAMES = frozenset(
 
 RULE_HEADER_PREFIX = "x-postroad-"
 
+_RULE_HEADERS_SHOWN = f"{', '.join(sorted(RULE_HEADER_NAMES))}, or begin with {RULE_HEADER_PREFIX}"
+
 _ID = r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _ACCOUNT_NAME = re.compile(f"accounts/{_ID}")
 _CREDENTIAL_ID = re.compile(_ID)
@@ -492,7 +494,7 @@ def _header_problems(conditions: Sequence[HeaderCondition]) -> Iterator[Problem]
         yield Problem("headers", "must be at most 20")
     for index, condition in enumerate(conditions):
         if condition.name not in RULE_HEADER_NAMES and not _TAG_HEADER.fullmatch(condition.name):
-            yield Problem(f"headers[{index}].name", "must be one of the fields that rules may look at")
+            yield Problem(f"headers[{index}].name", f"must be one of {_RULE_HEADERS_SHOWN}")
         pattern = condition.pattern
         if not 1 <= len(pattern) <= 200 or _UNPRINTABLE.search(pattern) or pattern != pattern.lower():
             yield Problem(f"headers[{index}].pattern", "must be 1 to 200 characters, lower case, no control characters")
