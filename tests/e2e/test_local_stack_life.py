@@ -68,6 +68,23 @@ def test_a_second_start_keeps_all_and_does_no_setting_up(own_stack: LocalStack) 
     assert own_stack.json("send", "--to", "someone@example.net")["messages"][0]["state"] == "RECIPIENT_STATE_SENT"
 
 
+@pytest.mark.parametrize("words", [["rotate", "app"], ["revoke", "app", "--yes"]], ids=["rotated", "revoked"])
+def test_a_password_that_is_not_the_kept_one_is_not_shown_and_made_anew_when_that_is_deleted(
+    own_stack: LocalStack, words: list[str]
+) -> None:
+    own_stack.start()
+    first = own_stack.ready["smtp_password"]
+    own_stack.json("credentials", *words)
+    own_stack.stop()
+    own_stack.start()
+    assert own_stack.ready["smtp_password"] == ""
+    own_stack.stop()
+    (own_stack.folder / ".postroad" / "keys" / "demo.json").unlink()
+    own_stack.start()
+    assert own_stack.ready["smtp_password"] not in {"", first}
+    assert own_stack.json("send", "--to", "someone@example.net")["messages"][0]["state"] == "RECIPIENT_STATE_SENT"
+
+
 def test_secrets_lie_in_files_that_only_their_owner_can_read(stack: LocalStack) -> None:
     root = stack.folder / ".postroad"
     password = stack.ready["smtp_password"]

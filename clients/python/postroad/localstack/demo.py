@@ -1,7 +1,7 @@
 """The demo of the local stack, made through the public API like anybody's account.
 
 Contract. `make_demo` may be called again after it was cut off anywhere: what exists is taken as it is, and a password
-that was never kept is replaced by a new one. It returns the credential's user name and password. `point_inbox` brings
+that is not kept is replaced by a new one. It returns the credential's user name and password. `point_inbox` brings
 the provider to the inbox's port when that changed.
 """
 
@@ -17,6 +17,7 @@ from postroad.control.v1.account_service_pb2 import CreateAccountRequest
 from postroad.control.v1.credential_pb2 import SmtpCredential
 from postroad.control.v1.credential_service_pb2 import (
     CreateSmtpCredentialRequest,
+    DeleteSmtpCredentialRequest,
     GetSmtpCredentialRequest,
     RotateSmtpCredentialRequest,
 )
@@ -38,6 +39,8 @@ PROVIDER = f"{ACCOUNT}/providers/inbox"
 RULE = f"{ACCOUNT}/routingRules/default"
 SENDER = "app@example.com"
 _SENDER_DOMAINS = ("example.com", "*.example.com")
+# High, so that rules made after it are looked at before it.
+_RULE_PRIORITY = 1_000
 # As many as the API takes: the cap of all connections of a worker is what holds.
 _MOST_CONNECTIONS = 1_000_000
 
@@ -59,7 +62,11 @@ async def make_demo(client: AsyncClient, inbox_port: int) -> DemoCredential:
     with contextlib.suppress(AlreadyExistsError):
         request = CreateProviderRequest(parent=ACCOUNT, provider_id="inbox", provider=provider)
         await client.providers.CreateProvider(request)
-    rule = RoutingRule(display_name="All mail to the inbox", targets=[RoutingRule.Target(provider=PROVIDER)])
+    rule = RoutingRule(
+        display_name="All mail to the inbox",
+        priority=_RULE_PRIORITY,
+        targets=[RoutingRule.Target(provider=PROVIDER)],
+    )
     with contextlib.suppress(AlreadyExistsError):
         await client.routing_rules.CreateRoutingRule(
             CreateRoutingRuleRequest(parent=ACCOUNT, routing_rule_id="default", routing_rule=rule)
@@ -98,8 +105,11 @@ async def _credential(client: AsyncClient) -> DemoCredential:
             )
         )
     except AlreadyExistsError:
-        # Made by a start that was cut off before it could keep the password.
+        # Made by a start that was cut off before it could keep the password, or not the one that was kept any more.
         found = await client.credentials.GetSmtpCredential(GetSmtpCredentialRequest(name=CREDENTIAL))
+        if found.HasField("revoke_time"):
+            await client.credentials.DeleteSmtpCredential(DeleteSmtpCredentialRequest(name=CREDENTIAL, etag=found.etag))
+            return await _credential(client)
         made = await client.credentials.RotateSmtpCredential(
             RotateSmtpCredentialRequest(name=CREDENTIAL, etag=found.etag)
         )

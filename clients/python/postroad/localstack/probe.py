@@ -1,13 +1,19 @@
-"""Asking a process of Postroad whether it is ready: GET on its probe port."""
+"""Asking processes of Postroad: whether one is ready, by its probe port, and whether a node takes a password."""
 
 from __future__ import annotations
 
 import json
+import smtplib
+import ssl
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
+
+from postroad.localstack.ports import LOOPBACK
 
 _TIMEOUT_S = 5.0
+_REFUSED = 535
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,19 @@ def readiness(url: str) -> Readiness:
             return Readiness(ready=False, detail=_detail(error.read()))
     except OSError as error:
         return Readiness(ready=False, detail=str(getattr(error, "reason", error)))
+
+
+def login_is_refused(port: int, ca_file: Path, username: str, password: str) -> bool:
+    """Whether the node at the TLS `port` says for good that this is no login. Blocks for up to 5 s."""
+    context = ssl.create_default_context(cafile=ca_file)
+    try:
+        with smtplib.SMTP_SSL(LOOPBACK, port, timeout=_TIMEOUT_S, context=context) as client:
+            client.login(username, password)
+    except smtplib.SMTPAuthenticationError as error:
+        return error.smtp_code == _REFUSED
+    except (OSError, smtplib.SMTPException):
+        return False
+    return False
 
 
 def _detail(body: bytes) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from postroad.localstack import setup
 from postroad.localstack.layout import Layout
 from postroad.localstack.ports import LOOPBACK, settle_ports
 from postroad.localstack.progress import Progress
@@ -123,7 +124,7 @@ Postroad is up. Everything lives in {_shown(layout.root)}; Ctrl-C stops it, the 
   SMTP host       {LOOPBACK}
   SMTP ports      {ports["smtp"]} (STARTTLS), {ports["smtps"]} (TLS), {ports["plain"]} (networks bound to an account)
   SMTP user       {facts.smtp_username}
-  SMTP password   {facts.smtp_password}
+  SMTP password   {facts.smtp_password or _how_to_renew(layout)}
   CA certificate  {ca_file}
   gRPC            {LOOPBACK}:{ports["grpc"]}
   HTTP            http://{LOOPBACK}:{ports["http"]}/api/v1   node: http://{LOOPBACK}:{ports["node-http"]}/metrics
@@ -132,6 +133,11 @@ Send a mail:
 
   {pasted_command(layout.root)} send --to someone@example.net --subject hello
 """
+
+
+def _how_to_renew(layout: Layout) -> str:
+    kept = _shown(setup.credential_file(layout))
+    return f"is not the one that was kept; for a new one stop this, delete {kept}, and start again"
 
 
 def pasted_command(root: Path) -> str:

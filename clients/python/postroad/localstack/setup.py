@@ -80,15 +80,20 @@ def cluster_id(server: PostgresServer) -> str:
     return hashlib.sha256(server.password.encode()).hexdigest()[:16]
 
 
+def credential_file(layout: Layout) -> Path:
+    """Where the demo's user name and password are kept; without it they are made anew."""
+    return layout / "keys" / "demo.json"
+
+
 def kept_credential(layout: Layout, cluster: str) -> dict[str, str] | None:
     """The demo's user name and password, None until they are made for this cluster."""
-    kept = _read_json(layout / "keys" / "demo.json")
+    kept = _read_json(credential_file(layout))
     return kept["credential"] if kept.get("cluster") == cluster else None
 
 
 def keep_credential(layout: Layout, cluster: str, credential: dict[str, str]) -> None:
     """Keep the demo's user name and password; from now on the demo is not made again."""
-    write_private(layout / "keys" / "demo.json", json.dumps({"cluster": cluster, "credential": credential}))
+    write_private(credential_file(layout), json.dumps({"cluster": cluster, "credential": credential}))
 
 
 # --- steps -------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from postroad.localstack.errors import LocalStackError
 from postroad.localstack.layout import Layout
 from postroad.localstack.ports import LOOPBACK, is_free, port_taken
 from postroad.localstack.postgres import PostgresServer
-from postroad.localstack.probe import readiness
+from postroad.localstack.probe import login_is_refused, readiness
 from postroad.localstack.progress import Progress
 from postroad.localstack.service import ServerService, Service
 from postroad.localstack.valkey import ValkeyServer
@@ -46,7 +46,7 @@ _SYNC_POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a user needs to know of a running stack."""
+    """What a user needs to know of a running stack. `smtp_password` is empty when it was changed since it was kept."""
 
     ports: dict[str, int]
     smtp_username: str
@@ -117,7 +117,9 @@ class Stack:
             self._write_cli_file(credential)
             await self._start_node(client)
             await self._start("Configuration on the node", self._synced(client))
-        return Facts(self._ports, credential["username"], credential["password"], setup.ca_file(self._layout))
+        username, password, ca_file = credential["username"], credential["password"], setup.ca_file(self._layout)
+        is_refused = await asyncio.to_thread(login_is_refused, self._ports["smtps"], ca_file, username, password)
+        return Facts(self._ports, username, "" if is_refused else password, ca_file)
 
     async def _start(self, what: str, work: Coroutine[Any, Any, None]) -> None:
         with self._progress.step(what):
