@@ -79,6 +79,7 @@ PerAddress = Annotated[
     int | None, typer.Option("--address-connections", min=0, help="A minute and client address; 0: no limit")
 ]
 MaxBytes = Annotated[int | None, typer.Option("--max-bytes", help="Largest message")]
+Pool = Annotated[str | None, typer.Option("--pool", help="Node pool")]
 MaxRecipients = Annotated[int | None, typer.Option("--max-recipients", help="Recipients a message")]
 MaxConnections = Annotated[
     int | None, typer.Option("--max-connections", min=0, help="Held by a worker; 0: as the node's settings say")
@@ -106,7 +107,7 @@ Level = Annotated[LogLevel | None, typer.Option("--log-level", help="`node`: as 
 def create_node(
     context: typer.Context,
     node_id: Id,
-    pool: Annotated[str, typer.Option("--pool", help="Node pool")] = "",
+    pool: Pool = None,
     display_name: DisplayName = None,
 ) -> None:
     """Create a node and show its enrolment token, once; good for 15 minutes."""
@@ -116,7 +117,7 @@ def create_node(
 
 
 @nodes_app.command("update")
-def update_node(context: typer.Context, name: Name, display_name: DisplayName = None, pool: DisplayName = None) -> None:
+def update_node(context: typer.Context, name: Name, display_name: DisplayName = None, pool: Pool = None) -> None:
     """Change what is given."""
     session = session_of(context)
 
