@@ -39,3 +39,11 @@ def test_no_option_of_a_command_has_the_name_of_another(words: str, command: Any
 @pytest.mark.parametrize(("words", "command"), _ALL, ids=[words for words, _ in _ALL])
 def test_no_option_of_a_command_is_taken_by_the_options_for_all(words: str, command: Any) -> None:
     assert not main._COMMON_OPTIONS.intersection(_names(command)), f"postroad {words}"
+
+
+@pytest.mark.parametrize("words", [words for words, _ in _ALL if words.endswith(" list") and "contexts" not in words])
+def test_every_list_can_be_had_whole(words: str) -> None:
+    command = dict(_ALL)[words]
+    (bound,) = [option for option in command.params if {"--limit", "--last"}.intersection(option.opts)]
+    assert bound.default is None
+    assert "0 is all" in bound.help

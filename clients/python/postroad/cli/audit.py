@@ -15,7 +15,6 @@ from postroad.control.v1 import book_service_pb2
 from postroad.control.v1.book_pb2 import Book, BookFinding
 
 _EVERY_ACCOUNT = "accounts/-"
-_LIMIT = 10_000
 
 
 def _waiting(book: Book) -> str:
@@ -77,8 +76,8 @@ def audit(
     """Show the books and what is wrong with them; status 0 when nothing is, else 1."""
     session = session_of(context)
     parent = _EVERY_ACCOUNT if every else session.account
-    books: list[Book] = list_all(session, BOOK, _LIMIT, parent=parent)
-    findings: list[BookFinding] = list_all(session, FINDING, _LIMIT, parent=parent, show_resolved=resolved)
+    books: list[Book] = list_all(session, BOOK, parent=parent)
+    findings: list[BookFinding] = list_all(session, FINDING, parent=parent, show_resolved=resolved)
     if session.printer.is_json:
         session.printer.json({"books": _as_json(books), "bookFindings": _as_json(findings)})
     else:

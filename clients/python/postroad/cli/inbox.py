@@ -13,10 +13,14 @@ import typer
 
 from postroad.cli.output import printable
 from postroad.cli.problems import NOT_CONFIGURED, CommandError
+from postroad.cli.resources import bound_of, tell_more
 from postroad.cli.session import Session, session_of
 from postroad.inbox import Inbox, ReceivedMail
 
 app = typer.Typer(no_args_is_help=True, help="The inbox of the local stack: mail that was delivered, byte for byte.")
+
+# What people see of a list unless they say otherwise.
+_LAST = 50
 
 Folder = Annotated[Path | None, typer.Option("--dir", help="Folder of the inbox; that of `postroad up` by default")]
 
@@ -31,12 +35,19 @@ def _inbox(session: Session, folder: Path | None) -> Inbox:
 @app.command("list")
 def list_mail(
     context: typer.Context,
-    last: Annotated[int, typer.Option("--last", min=1, help="The last so many")] = 50,
+    last: Annotated[
+        int | None,
+        typer.Option("--last", min=0, help="The last so many; 0 is all, as with JSON unless given", show_default=False),
+    ] = None,
     folder: Folder = None,
 ) -> None:
     """List received mail, oldest first."""
     session = session_of(context)
-    mails = _inbox(session, folder).mails(last)
+    bound = bound_of(session, last, _LAST)
+    mails = _inbox(session, folder).mails(None if bound is None else bound + 1)
+    if bound is not None and len(mails) > bound:
+        mails = mails[-bound:]
+        tell_more(session, bound, "--last")
     if session.printer.is_json:
         session.printer.json({"mails": [_for_programs(mail) for mail in mails]})
         return

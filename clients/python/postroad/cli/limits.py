@@ -14,12 +14,14 @@ from postroad.cli.resources import (
     Kind,
     Name,
     add_deletion,
+    bound_of,
     call,
     changed,
     create,
     fresh,
-    list_all,
+    list_some,
     show,
+    tell_more,
     update,
 )
 from postroad.cli.resources import Limit as MaxRows
@@ -82,16 +84,20 @@ DisplayName = Annotated[str | None, typer.Option("--display-name", help="For peo
 @app.command("list")
 def list_limits(
     context: typer.Context,
-    limit: MaxRows = 1_000,
+    limit: MaxRows = None,
     own: Annotated[bool, typer.Option("--own", help="The account's own only, no shared ones, no defaults")] = False,
     shared: Annotated[bool, typer.Option("--shared", help="Those that belong to no account; operators only")] = False,
 ) -> None:
     """List what holds for the account, a line for each subject, with what is left of it."""
     session = session_of(context)
+    bound = bound_of(session, limit)
     if own or shared:
-        found = list_all(session, LIMIT, limit, parent="" if shared else session.account)
+        found = list_some(session, LIMIT, bound, parent="" if shared else session.account)
     else:
-        found = list(call(session, LIMIT, "ListEffectiveLimits", parent=session.account).limits)[:limit]
+        effective = list(call(session, LIMIT, "ListEffectiveLimits", parent=session.account).limits)
+        found = effective[:bound]
+        if len(found) < len(effective):
+            tell_more(session, len(found))
     if session.printer.is_json:
         session.printer.resources("limits", found, ())
         return

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from google.protobuf.json_format import MessageToDict
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from postroad.cli.commands import add_commands
 from postroad.cli.output import Column, Printer, clock_text, enum_text, short, time_text
 from postroad.cli.problems import FAILED
-from postroad.cli.resources import Kind, Limit, call, list_all
+from postroad.cli.resources import Kind, Limit, bound_of, call, list_some
 from postroad.cli.session import Session, session_of
+from postroad.cli.times import earlier_option, timestamp
 from postroad.control.v1 import message_service_pb2
 from postroad.control.v1.message_pb2 import (
     DELIVERY_EVENT_TYPE_ACCEPTED,
@@ -54,6 +54,8 @@ app = typer.Typer(no_args_is_help=True, help="Messages: what was accepted, where
 
 MessageName = Annotated[str, typer.Argument(help="Id from the 250, or full resource name")]
 FOLLOW_TIMEOUT_S = 60.0
+# What people see of a list unless they say otherwise.
+_NEWEST = 50
 
 
 class State(StrEnum):
@@ -71,10 +73,8 @@ class State(StrEnum):
     CANCELLED = "cancelled"
 
 
-Moment = Annotated[
-    datetime | None,
-    typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="UTC"),
-]
+Since = Annotated[datetime | None, earlier_option("--since", "Accepted then or later, UTC")]
+Before = Annotated[datetime | None, earlier_option("--before", "Accepted earlier, UTC")]
 
 
 @app.command("list")
@@ -83,9 +83,9 @@ def list_messages(
     state: Annotated[State | None, typer.Option("--state", help="With a recipient in this state")] = None,
     recipient: Annotated[str, typer.Option("--recipient", help="With exactly this recipient")] = "",
     tag: Annotated[str, typer.Option("--tag", help="With this tag")] = "",
-    since: Moment = None,
-    before: Moment = None,
-    limit: Limit = 50,
+    since: Since = None,
+    before: Before = None,
+    limit: Limit = None,
 ) -> None:
     """List messages, newest first."""
     session = session_of(context)
@@ -94,9 +94,9 @@ def list_messages(
         filters["state"] = RecipientState.Value(f"RECIPIENT_STATE_{state.upper()}")
     for field, moment in (("start_time", since), ("end_time", before)):
         if moment is not None:
-            filters[field] = Timestamp()
-            filters[field].FromDatetime(moment.replace(tzinfo=UTC))
-    session.printer.resources("messages", list_all(session, MESSAGE, limit, **filters), MESSAGE.columns)
+            filters[field] = timestamp(moment)
+    found = list_some(session, MESSAGE, bound_of(session, limit, _NEWEST), **filters)
+    session.printer.resources("messages", found, MESSAGE.columns)
 
 
 @app.command("get")

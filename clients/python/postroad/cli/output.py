@@ -2,8 +2,8 @@
 
 JSON is the protobuf JSON form of the API's own messages (field names in lowerCamelCase, enums by name, times in RFC
 3339), the same that the HTTP API speaks, so it is as stable as the API. Lists are one object with the collection's
-name, whole, without page tokens. Text for people may change at any time and goes to standard output; errors and
-remarks go to standard error.
+name, whole unless a part was asked for, without page tokens. Text for people may change at any time and goes to
+standard output; errors and remarks go to standard error.
 """
 
 from __future__ import annotations

@@ -19,9 +19,14 @@ from postroad.cli.session import Session, session_of
 from postroad.sdk import NotFoundError
 
 _PAGE_SIZE = 500
+# What people see of a list unless they say otherwise.
+MANY = 1_000
 
 Name = Annotated[str, typer.Argument(help="Id, or full resource name")]
-Limit = Annotated[int, typer.Option("--limit", min=1, help="At most so many")]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", min=0, help="At most so many; 0 is all, as with JSON unless given", show_default=False),
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")]
 
 
@@ -90,18 +95,37 @@ def update(session: Session, kind: Kind, name: str, change: Callable[[Any], list
     return call(session, kind, f"Update{kind.noun}", **{kind.field: resource, "update_mask": {"paths": paths}})
 
 
-def list_all(session: Session, kind: Kind, limit: int, **fields: Any) -> list[Any]:
-    """The first `limit` resources, over as many pages as it takes."""
+def bound_of(session: Session, limit: int | None, many: int = MANY) -> int | None:
+    """How much of a list is shown: what was asked for, else `many` to people, all to programs. None is all."""
+    if limit is None:
+        return None if session.printer.is_json else many
+    return limit or None
+
+
+def list_some(session: Session, kind: Kind, bound: int | None, **fields: Any) -> list[Any]:
+    """The first `bound` resources, over as many pages as it takes; people are told when there are more."""
     found: list[Any] = []
     token = ""
-    while len(found) < limit:
-        page_size = min(_PAGE_SIZE, limit - len(found))
+    while bound is None or len(found) < bound:
+        page_size = _PAGE_SIZE if bound is None else min(_PAGE_SIZE, bound - len(found))
         answer = call(session, kind, f"List{kind.noun}s", page_size=page_size, page_token=token, **fields)
         found += getattr(answer, kind.list_field)
         token = answer.next_page_token
         if not token:
-            break
-    return found[:limit]
+            return found
+    tell_more(session, len(found))
+    return found
+
+
+def list_all(session: Session, kind: Kind, **fields: Any) -> list[Any]:
+    """All resources, over as many pages as it takes."""
+    return list_some(session, kind, None, **fields)
+
+
+def tell_more(session: Session, count: int, option: str = "--limit") -> None:
+    """Tell people that a list ends before its end; a program that is given a part has asked for it."""
+    if not session.printer.is_json:
+        session.printer.remark(f"{count} shown, more exist: {option} NUMBER shows more, {option} 0 all")
 
 
 def changed(resource: Message, **values: Any) -> list[str]:
@@ -139,22 +163,22 @@ def add_standard(app: typer.Typer, kind: Kind, *, shared: bool = False) -> None:
 def add_reading(app: typer.Typer, kind: Kind, list_text: str, *, shared: bool = False) -> None:
     """Give `app` the commands list and get."""
 
-    def list_own(context: typer.Context, limit: Limit = 1_000) -> None:
+    def list_own(context: typer.Context, limit: Limit = None) -> None:
         session = session_of(context)
         parent = {"parent": session.account} if kind.in_account else {}
-        found = list_all(session, kind, limit, **parent)
+        found = list_some(session, kind, bound_of(session, limit), **parent)
         session.printer.resources(json_name(kind.list_field), found, kind.columns)
 
     def list_own_or_shared(
         context: typer.Context,
-        limit: Limit = 1_000,
+        limit: Limit = None,
         without_account: Annotated[bool, typer.Option("--shared", help="Those that belong to no account")] = False,
     ) -> None:
         if not without_account:
             list_own(context, limit)
             return
         session = session_of(context)
-        found = list_all(session, kind, limit, parent="")
+        found = list_some(session, kind, bound_of(session, limit), parent="")
         session.printer.resources(json_name(kind.list_field), found, kind.columns)
 
     def get(context: typer.Context, name: Name) -> None:

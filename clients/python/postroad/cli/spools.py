@@ -9,7 +9,7 @@ import typer
 
 from postroad.cli.nodes import NODE
 from postroad.cli.output import Column, short
-from postroad.cli.resources import Limit, Yes, call, list_all, show
+from postroad.cli.resources import Limit, Yes, bound_of, call, list_some, show
 from postroad.cli.session import session_of
 from postroad.control.v1.node_pb2 import Node
 
@@ -32,10 +32,10 @@ OfNode = Annotated[str, typer.Option("--node", help="Name or id of the node")]
 
 
 @app.command("list")
-def list_spools(context: typer.Context, limit: Limit = 1_000) -> None:
+def list_spools(context: typer.Context, limit: Limit = None) -> None:
     """List the spools of all nodes; `nodes get` names what one lost."""
     session = session_of(context)
-    found = list_all(session, NODE, limit)
+    found = list_some(session, NODE, bound_of(session, limit))
     if session.printer.is_json:
         session.printer.resources("nodes", found, NODE.columns)
         return

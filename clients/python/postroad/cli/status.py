@@ -17,8 +17,6 @@ from postroad.cli.spools import spool_remarks
 from postroad.localstack.probe import readiness
 from postroad.sdk import PermissionDeniedError, PostroadError
 
-_MANY = 1_000
-
 
 @dataclass(frozen=True, slots=True)
 class Probe:
@@ -80,7 +78,7 @@ def health(context: typer.Context) -> None:
 
 def _nodes(session: Session) -> tuple[list[Any], str]:
     try:
-        return list_all(session, NODE, _MANY), ""
+        return list_all(session, NODE), ""
     except PermissionDeniedError:
         return [], ""  # an account's key: nodes are the operators' business
     except PostroadError as error:
