@@ -32,6 +32,8 @@ def test_lost_messages_are_named() -> None:
     assert text.endswith("8, 9; `postroad nodes get mx1` names more")
 
 
-def test_losses_that_nobody_can_name_are_spoken_of() -> None:
+def test_losses_that_nobody_can_name_are_not_spoken_of_as_losses() -> None:
     (text,) = remarks(accepted=True, unnamed_losses=True)
-    assert text == f"mx1: spool {S} was damaged, messages lost: 0 or more"
+    assert text == f"mx1: spool {S} was damaged: no message is known to be lost, but parts cannot be read"
+    (text,) = remarks(accepted=True, unnamed_losses=True, lost_count=1, lost_messages=["a"])
+    assert text == f"mx1: spool {S} was damaged, messages lost: 1 or more: a"

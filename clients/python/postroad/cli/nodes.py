@@ -14,16 +14,24 @@ from postroad.cli.session import session_of
 from postroad.control.v1 import node_service_pb2
 from postroad.control.v1.node_pb2 import Node, NodePool
 
+
+def _state(node: Node) -> str:
+    """The state, and where nothing worse holds, that the node is drained."""
+    is_drained = node.drain_operation and node.state == Node.STATE_ENROLLED
+    return "drained" if is_drained else enum_text(node, "state")
+
+
 NODE = Kind(
     noun="Node",
     collection="nodes",
     service="nodes",
     module=node_service_pb2,
     in_account=False,
+    texts=lambda one: {"state": _state(one)},
     columns=(
         Column("NODE", lambda one: short(one.name)),
         Column("POOL", lambda one: short(one.node_pool)),
-        Column("STATE", lambda one: "drained" if one.drain_operation else enum_text(one, "state")),
+        Column("STATE", _state),
         Column("CONNECTED", lambda one: "yes" if one.connected else "no"),
         Column("CONFIG", lambda one: enum_text(one, "config_status")),
         Column("WAITING", lambda one: str(sum(spool.waiting_count for spool in one.spools))),
@@ -71,6 +79,7 @@ add_standard(pools_app, POOL)
 
 Id = Annotated[str, typer.Argument(help="Lower-case letters, digits and '-'")]
 DisplayName = Annotated[str | None, typer.Option("--display-name", help="For people")]
+Pool = Annotated[str | None, typer.Option("--pool", help="Node pool")]
 PerAccount = Annotated[int | None, typer.Option("--account-messages", min=0, help="An hour and account; 0: no limit")]
 PerCredential = Annotated[
     int | None, typer.Option("--credential-messages", min=0, help="An hour and credential; 0: no limit")
@@ -79,7 +88,6 @@ PerAddress = Annotated[
     int | None, typer.Option("--address-connections", min=0, help="A minute and client address; 0: no limit")
 ]
 MaxBytes = Annotated[int | None, typer.Option("--max-bytes", help="Largest message")]
-Pool = Annotated[str | None, typer.Option("--pool", help="Node pool")]
 MaxRecipients = Annotated[int | None, typer.Option("--max-recipients", help="Recipients a message")]
 MaxConnections = Annotated[
     int | None, typer.Option("--max-connections", min=0, help="Held by a worker; 0: as the node's settings say")

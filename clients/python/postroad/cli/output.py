@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -56,8 +56,10 @@ class Printer:
         """Whether a program reads."""
         return self.output is Output.JSON
 
-    def resource(self, message: Message, *, hidden: frozenset[str] = frozenset()) -> None:
-        """One resource: all fields that are set, one a line."""
+    def resource(
+        self, message: Message, *, hidden: frozenset[str] = frozenset(), texts: Mapping[str, str] | None = None
+    ) -> None:
+        """One resource: all fields that are set, one a line; `texts` has people's words for some."""
         if self.is_json:
             self.json(MessageToDict(message))
             return
@@ -65,7 +67,7 @@ class Printer:
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, text in _lines(message, "", hidden):
-            grid.add_row(name, Text(text))
+            grid.add_row(name, Text((texts or {}).get(name, text)))
         self.console.print(grid)
 
     def resources(self, collection: str, messages: Sequence[Message], columns: Sequence[Column]) -> None:

@@ -7,7 +7,7 @@ reads, so that a command is one edit and a concurrent one is refused by the serv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -46,6 +46,8 @@ class Kind:
     in_account: bool = True
     hidden: frozenset[str] = frozenset({"uid", "etag"})
     may_be_shared: bool = False
+    # What people read in a field that alone does not say it.
+    texts: Callable[[Any], Mapping[str, str]] = lambda _: {}
 
     @property
     def field(self) -> str:
@@ -145,7 +147,7 @@ def changed(resource: Message, **values: Any) -> list[str]:
 
 def show(session: Session, kind: Kind, resource: Message) -> None:
     """Print one resource."""
-    session.printer.resource(resource, hidden=kind.hidden)
+    session.printer.resource(resource, hidden=kind.hidden, texts=kind.texts(resource))
 
 
 def json_name(name: str) -> str:

@@ -93,12 +93,16 @@ def spool_remarks(node: Node) -> Iterator[str]:
                 f"{name}: spool {spool.spool} came back older than it was, and nothing is sent from it until "
                 f"`postroad spool accept {spool.spool} --node {name}`"
             )
-        if lost := _lost(spool):
+        if spool.lost_count:
             named = ", ".join(spool.lost_messages[:_NAMED])
             rest = f"; `postroad nodes get {name}` names more" if len(spool.lost_messages) > _NAMED else ""
-            yield f"{name}: spool {spool.spool} was damaged, messages lost: {lost}{': ' if named else ''}{named}{rest}"
+            lost = f"messages lost: {_lost(spool)}{': ' if named else ''}{named}{rest}"
+            yield f"{name}: spool {spool.spool} was damaged, {lost}"
+        elif spool.unnamed_losses:
+            yield f"{name}: spool {spool.spool} was damaged: no message is known to be lost, but parts cannot be read"
 
 
 def _lost(spool: Any) -> str:
-    more = " or more" if spool.unnamed_losses else ""
-    return f"{spool.lost_count}{more}" if spool.lost_count or more else ""
+    if not spool.lost_count:
+        return "none known" if spool.unnamed_losses else ""
+    return f"{spool.lost_count} or more" if spool.unnamed_losses else str(spool.lost_count)
