@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from postroad.cli.connection import account_name, read_contexts, user_folder, write_contexts
-from postroad.cli.problems import NOT_THERE, CommandError
+from postroad.cli.given_files import read_text
+from postroad.cli.problems import NOT_CONFIGURED, NOT_THERE, CommandError
+from postroad.cli.resources import Yes
 from postroad.cli.session import session_of
 
 app = typer.Typer(no_args_is_help=True, help="Named servers, kept in your own folder of settings (0600).")
@@ -51,7 +52,9 @@ def set_context(
     flags = session.flags
     key = flags.api_key
     if key_file is not None:
-        key = (sys.stdin.read() if str(key_file) == "-" else key_file.read_text(encoding="ascii")).strip()
+        key = read_text(key_file).strip()
+        if not key:
+            raise CommandError(f"{key_file}: there is no key in it: nothing was kept", status=NOT_CONFIGURED)
     given: dict[str, Any] = {
         "server": flags.server,
         "api_key": key,
@@ -73,13 +76,18 @@ def use_context(context: typer.Context, name: ContextName) -> None:
 
 
 @app.command("delete")
-def delete_context(context: typer.Context, name: ContextName) -> None:
-    """Forget a context."""
+def delete_context(context: typer.Context, name: ContextName, yes: Yes = False) -> None:
+    """Forget a context and the key in it; asks first unless --yes or JSON is wanted."""
+    printer = session_of(context).printer
     folder = user_folder(os.environ)
     current, contexts = _existing(folder, name)
+    if not yes and not printer.is_json:
+        typer.confirm(f"Delete context {name}?", abort=True)
     del contexts[name]
     write_contexts(folder, "" if current == name else current, contexts)
-    session_of(context).printer.say(f"Forgot {name}")
+    printer.say(f"Forgot {name}")
+    if printer.is_json:
+        printer.json({"name": name, "deleted": True})
 
 
 def _existing(folder: Path, name: str) -> tuple[str, dict[str, dict[str, Any]]]:

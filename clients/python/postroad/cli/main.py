@@ -32,7 +32,7 @@ from postroad.cli import (
 from postroad.cli.audit import audit
 from postroad.cli.connection import ConnectionSettingsError, Flags
 from postroad.cli.output import Output, make_printer
-from postroad.cli.problems import CommandError, report
+from postroad.cli.problems import FAILED, NOT_CONFIGURED, CommandError, report
 from postroad.cli.send import send
 from postroad.cli.send_message import send_message
 from postroad.cli.session import Session
@@ -129,8 +129,10 @@ def run(arguments: list[str]) -> int:
     except (PostroadError, CommandError, ConnectionSettingsError, LocalStackError, InboxError) as error:
         return report(error, printer)
     except OSError as error:
-        # A file that the user named: --raw, --ca-file, --password-file.
-        return report(CommandError(f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")), printer)
+        # With a file's name it is one that the user named, or one of ours that cannot be used.
+        status = FAILED if error.filename is None else NOT_CONFIGURED
+        text = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+        return report(CommandError(text, status=status), printer)
     return 0
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from postroad.cli.given_files import read_text
 from postroad.cli.output import Column, enum_text, short
 from postroad.cli.problems import FAILED
 from postroad.cli.resources import Kind, Name, add_standard, call, changed, create, show, update
@@ -139,8 +139,8 @@ def _change_smtp(
     paths = changed(
         smtp,
         username=username,
-        password=_password(password_file) if password_file else None,
-        ca_pem=ca_file.read_text(encoding="ascii") if ca_file else None,
+        password=read_text(password_file).removesuffix("\n") if password_file else None,
+        ca_pem=read_text(ca_file) if ca_file else None,
         max_connections=max_connections,
     )
     if endpoints:
@@ -161,8 +161,3 @@ def _endpoint(text: str, implicit_tls: bool) -> SmtpProvider.Endpoint:
     if port and not port.isdecimal():
         raise typer.BadParameter(f"{text} is no host:port")
     return SmtpProvider.Endpoint(host=host.strip("[]"), port=int(port or 0), implicit_tls=implicit_tls)
-
-
-def _password(file: Path) -> str:
-    text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
-    return text.removesuffix("\n")
