@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import socketserver
 import ssl
 import threading
@@ -30,6 +32,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.extensions = b"250 AUTH PLAIN\r\n"
         self.mails: list[bytes] = []
         self.context = context
+        self.starts_plain = False
         self.ids = iter(IDS)
         super().__init__(("127.0.0.1", 0), Conversation)
 
@@ -39,6 +42,8 @@ class Server(socketserver.ThreadingTCPServer):
                 return b"250-server\r\n" + self.extensions
             case b"MAIL":
                 self.mails.append(line)
+            case b"STAR":
+                return b"220 2.0.0 go on\r\n"
             case b"AUTH":
                 return b"235 2.7.0 welcome\r\n"
             case b"DATA":
@@ -57,7 +62,11 @@ class Conversation(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         server = self.server
         assert isinstance(server, Server)
-        peer = server.context.wrap_socket(self.request, server_side=True) if server.context else self.request
+        context = None if server.starts_plain else server.context
+        with contextlib.suppress(ssl.SSLError):  # a client that does not trust us
+            self.converse(server, context.wrap_socket(self.request, server_side=True) if context else self.request)
+
+    def converse(self, server: Server, peer: socket.socket) -> None:
         with peer, peer.makefile("rb") as lines:
             peer.sendall(server.greeting)
             in_content = False
@@ -66,6 +75,9 @@ class Conversation(socketserver.BaseRequestHandler):
                     continue
                 in_content = line[:4].upper() == b"DATA"
                 peer.sendall(server.reply(line))
+                if line[:4].upper() == b"STAR":
+                    assert server.context is not None
+                    server.context.wrap_socket(peer, server_side=True)
 
 
 @contextmanager
@@ -152,7 +164,8 @@ def test_a_server_that_takes_no_connection_is_quoted_and_not_called_down(
 @pytest.mark.parametrize(
     ("options", "parameters"),
     [
-        (["--hold-for", "90"], b" HOLDFOR=90"),
+        (["--hold-for", "60"], b" HOLDFOR=60"),
+        (["--hold-for", "1m"], b" HOLDFOR=60"),
         (["--at", "2026-12-01T08:30:00Z", "--priority", "-4"], b" HOLDUNTIL=2026-12-01T08:30:00Z MT-PRIORITY=-4"),
         (["--at", "2026-12-01"], b" HOLDUNTIL=2026-12-01T00:00:00Z"),
         (["--priority", "9", "--no-follow"], b" MT-PRIORITY=9"),
@@ -183,6 +196,46 @@ def test_nothing_is_submitted_where_the_server_does_not_know_what_is_asked(
     assert "does not offer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("offered", "most"), [(b"2592000", "30 days"), (b"86400", "1 day"), (b"90000", "90000 s"), (b"60", "60 s")]
+)
+def test_nothing_is_submitted_that_is_to_wait_longer_than_the_server_offers(
+    offered: bytes, most: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(monkeypatch, b"220 ready\r\n", tmp_path) as server:
+        server.extensions = b"250-AUTH PLAIN\r\n250 FUTURERELEASE %b 2026-12-31T00:00:00Z\r\n" % offered
+        assert run([*LINE, "--implicit-tls", f"--hold-for={int(offered) + 1}"]) == problems.FAILED
+        assert server.mails == []
+        assert run([*LINE, "--implicit-tls", f"--hold-for={int(offered)}"]) == 0
+    assert f"the server holds mail for {most} at most" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--implicit-tls"], []])
+def test_a_certificate_that_is_not_trusted_is_told_with_what_names_its_ca(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(monkeypatch, b"220 ready\r\n", tmp_path) as server:
+        server.starts_plain = not words
+        server.extensions = b"250-AUTH PLAIN\r\n250 STARTTLS\r\n"
+        monkeypatch.delenv("POSTROAD_SMTP_CA_FILE")
+        assert run([*LINE, *words]) == problems.UNREACHABLE
+    said = capsys.readouterr().err
+    assert "certificate is not trusted" in said
+    assert "POSTROAD_SMTP_CA_FILE" in said
+    assert "Is it running" not in said
+
+
+def test_what_was_accepted_is_told_to_programs_also_when_nobody_can_watch_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(monkeypatch, b"220 ready\r\n", tmp_path):
+        monkeypatch.setenv("POSTROAD_ACCOUNT", "demo")
+        monkeypatch.setenv("POSTROAD_SERVER", "127.0.0.1:1")
+        monkeypatch.setenv("POSTROAD_API_KEY", "prk_none")
+        assert run([*LINE, "--implicit-tls", "--timeout", "1", "-o", "json"]) == problems.UNREACHABLE
+    assert json.loads(capsys.readouterr().out) == {"messages": [{"id": IDS[0]}]}
+
+
 def test_one_time_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*LINE, "--hold-for", "5", "--at", "2026-12-01"]) == 2
-    assert "--hold-for or --at" in capsys.readouterr().err
+    assert "--hold-for or --at, not both" in capsys.readouterr().err

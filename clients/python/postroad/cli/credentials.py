@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from postroad.cli.output import Column, short, time_text
 from postroad.cli.resources import Kind, Name, add_standard, add_verb, call, create, fresh, show
 from postroad.cli.session import Session, session_of
 from postroad.cli.suspensions import add_suspension
+from postroad.cli.times import later_option, timestamp
 from postroad.control.v1 import credential_service_pb2
 from postroad.control.v1.credential_pb2 import ApiKey, SmtpCredential
 
@@ -67,9 +67,7 @@ add_verb(api_keys_app, API_KEY, "Revoke", "Refuse the key from now on, for good.
 
 Id = Annotated[str, typer.Argument(help="Lower-case letters, digits and '-'")]
 DisplayName = Annotated[str, typer.Option("--display-name", help="For people")]
-Expires = Annotated[
-    datetime | None, typer.Option("--expires", help="End of its life, UTC", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"])
-]
+Expires = Annotated[datetime | None, later_option("--expires", "End of its life, UTC")]
 
 
 @credentials_app.command("create")
@@ -78,7 +76,7 @@ def create_credential(
 ) -> None:
     """Create a credential and show its password, once."""
     session = session_of(context)
-    credential = SmtpCredential(display_name=display_name, expire_time=_timestamp(expires))
+    credential = SmtpCredential(display_name=display_name, expire_time=timestamp(expires) if expires else None)
     _show_secret(session, SMTP_CREDENTIAL, create(session, SMTP_CREDENTIAL, credential_id, credential))
 
 
@@ -105,7 +103,9 @@ def create_api_key(
     if operator == bool(scope):
         raise typer.BadParameter("give --scope at least once, or --operator, not both")
     key = ApiKey(
-        display_name=display_name, scopes=["operator"] if operator else scope or [], expire_time=_timestamp(expires)
+        display_name=display_name,
+        scopes=["operator"] if operator else scope or [],
+        expire_time=timestamp(expires) if expires else None,
     )
     _show_secret(session, API_KEY, create(session, API_KEY, key_id, key, "" if operator else None))
 
@@ -125,11 +125,3 @@ def _rotate(session: Session, kind: Kind, text: str) -> None:
 def _show_secret(session: Session, kind: Kind, resource: Any) -> None:
     show(session, kind, resource)
     session.printer.say("The secret is shown this once only: keep it now.", "yellow")
-
-
-def _timestamp(moment: datetime | None) -> Timestamp | None:
-    if moment is None:
-        return None
-    timestamp = Timestamp()
-    timestamp.FromDatetime(moment.replace(tzinfo=UTC))
-    return timestamp

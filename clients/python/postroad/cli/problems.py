@@ -106,7 +106,9 @@ def report(error: Exception, printer: Printer) -> int:
     """Say what went wrong and what to do, on standard error; returns the exit status."""
     problem, advice = _texts(error)
     if printer.is_json:
-        printer.errors.print(json.dumps(_as_status(error, problem)), soft_wrap=True, markup=False, highlight=False)
+        printer.errors.print(
+            json.dumps(_as_status(error, problem) | {"advice": advice}), soft_wrap=True, markup=False, highlight=False
+        )
         return status_of(error)
     printer.remark(f"Error: {problem}", "bold red")
     if isinstance(error, PostroadError):
@@ -123,9 +125,10 @@ def report(error: Exception, printer: Printer) -> int:
 
 def _texts(error: Exception) -> tuple[str, str]:
     if isinstance(error, PostroadError):
-        advice = ADVICE.get(error.reason, "") or " ".join(getattr(error, "__notes__", ()))
+        advice = ADVICE.get(error.reason, "")
         if not advice and error.code is grpc.StatusCode.UNAVAILABLE:
             advice = _UNREACHABLE
+        advice = "\n".join(text for text in (advice, *getattr(error, "__notes__", ())) if text)
         # One line is enough where the fields are listed below it.
         message = "the request is not valid" if error.details.violations else error.message
         return message, advice

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -14,15 +13,17 @@ import typer
 from google.protobuf.json_format import MessageToDict
 
 from postroad.cli.connection import SmtpSettings
+from postroad.cli.given_files import read_bytes, read_text
 from postroad.cli.messages import FOLLOW_TIMEOUT_S, is_sent, watch, watch_all
 from postroad.cli.problems import FAILED, NOT_CONFIGURED, CommandError
 from postroad.cli.session import Session, session_of
 from postroad.cli.submission import Parameter, canonical, compose, submit
+from postroad.cli.times import SPAN, hold_seconds_of, later_option
 from postroad.control.v1.message_pb2 import Message
+from postroad.sdk import PostroadError
 
 # Each costs requests of the key, which has a hundred a minute.
 _MOST_TIMELINES = 10
-_MOMENTS = ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d"]
 _NO_SERVER = "no SMTP server is known"
 _NO_SERVER_ADVICE = "Run `postroad up`, or set POSTROAD_SMTP_SERVER, POSTROAD_SMTP_USERNAME and POSTROAD_SMTP_PASSWORD"
 
@@ -40,9 +41,12 @@ def send(
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, max=10_000, help="So many copies")] = 1,
     hold_for_s: Annotated[
-        int | None, typer.Option("--hold-for", min=1, max=999_999_999, help="Seconds before it goes out")
+        int | None,
+        typer.Option(
+            "--hold-for", parser=hold_seconds_of, metavar=SPAN, help="Before it goes out: seconds, or 15m, 2h"
+        ),
     ] = None,
-    at: Annotated[datetime | None, typer.Option("--at", formats=_MOMENTS, help="When it goes out, UTC")] = None,
+    at: Annotated[datetime | None, later_option("--at", "When it goes out, UTC")] = None,
     priority: Annotated[
         int, typer.Option("--priority", min=-9, max=9, help="Among the account's mail the highest goes first")
     ] = 0,
@@ -67,7 +71,7 @@ def send(
         raise CommandError(_NO_SERVER, _NO_SERVER_ADVICE, NOT_CONFIGURED)
     if not sender:
         raise typer.BadParameter("give --from")
-    content = canonical(_read(raw)) if raw is not None else compose(sender, to, subject, _text(body, body_file))
+    content = canonical(read_bytes(raw)) if raw is not None else compose(sender, to, subject, _text(body, body_file))
     ids: list[str] = []
     try:
         submit(
@@ -88,7 +92,13 @@ def send(
     if not (follow_ or (follow_ is None and not held)):
         _tell_accepted(session, ids)
         return
-    messages = _watch(session, ids, timeout_s)
+    try:
+        messages = _watch(session, ids, timeout_s)
+    except (PostroadError, KeyboardInterrupt):
+        # They are accepted, whatever becomes of the look at them; people have read it above.
+        if session.printer.is_json:
+            _tell_accepted(session, ids)
+        raise
     if session.printer.is_json:
         session.printer.json({"messages": [MessageToDict(message) for message in messages]})
     if not all(is_sent(message) for message in messages):
@@ -97,10 +107,10 @@ def send(
 
 def _parameters(hold_for_s: int | None, at: datetime | None, priority: int) -> list[Parameter]:
     if hold_for_s is not None and at is not None:
-        raise typer.BadParameter("give --hold-for or --at")
+        raise typer.BadParameter("give --hold-for or --at, not both")
     parameters = []
     if hold_for_s is not None:
-        parameters.append(Parameter("FUTURERELEASE", f"HOLDFOR={hold_for_s}"))
+        parameters.append(Parameter("FUTURERELEASE", f"HOLDFOR={hold_for_s}", hold_for_s))
     if at is not None:
         parameters.append(Parameter("FUTURERELEASE", f"HOLDUNTIL={at:%Y-%m-%dT%H:%M:%S}Z"))
     if priority:
@@ -141,8 +151,4 @@ def smtp_settings(found: SmtpSettings) -> SmtpSettings:
 
 
 def _text(body: str, body_file: Path | None) -> str:
-    return body if body_file is None else _read(body_file).decode("utf-8")
-
-
-def _read(file: Path) -> bytes:
-    return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    return body if body_file is None else read_text(body_file)

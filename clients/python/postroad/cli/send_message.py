@@ -8,7 +8,7 @@ unless options name others. Without a file a message is made of the options.
 from __future__ import annotations
 
 import mimetypes
-import sys
+import uuid
 from datetime import UTC, datetime, timedelta
 from email.errors import MessageError
 from email.parser import BytesHeaderParser
@@ -18,14 +18,16 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 from google.protobuf.json_format import MessageToDict
-from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.message import Message
 
+from postroad.cli.given_files import read_bytes, read_text
 from postroad.cli.messages import FOLLOW_TIMEOUT_S, is_sent, watch
 from postroad.cli.output import short
 from postroad.cli.problems import FAILED
-from postroad.cli.session import session_of
+from postroad.cli.session import Session, session_of
 from postroad.cli.submission import canonical
-from postroad.control.v1.message_service_pb2 import SendMessageRequest
+from postroad.cli.times import SPAN, later_option, seconds_of, timestamp
+from postroad.control.v1.message_service_pb2 import SendMessageRequest, SendMessageResponse
 from postroad.control.v1.outgoing_message_pb2 import (
     Attachment,
     EmailAddress,
@@ -33,9 +35,8 @@ from postroad.control.v1.outgoing_message_pb2 import (
     MessageContent,
     OutgoingMessage,
 )
+from postroad.sdk import DeadlineError, InternalError, UnavailableError
 
-_MOMENTS = ["%Y-%m-%dT%H:%M:%SZ", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d"]
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _RECIPIENT_FIELDS = ("To", "Cc", "Bcc")
 
 Addresses = list[str] | None
@@ -64,8 +65,11 @@ def send_message(
     html_file: Annotated[Path | None, typer.Option("--html-file", help="File with it; `-` is stdin")] = None,
     attach: Annotated[list[Path] | None, typer.Option("--attach", help="File to attach; repeatable")] = None,
     header: Annotated[list[str] | None, typer.Option("--header", help="`Name: value`; repeatable")] = None,
-    at: Annotated[datetime | None, typer.Option("--at", formats=_MOMENTS, help="When it goes out, UTC")] = None,
-    wait: Annotated[str, typer.Option("--in", help="After so long, such as 90s, 10m, 2h or 1d")] = "",
+    at: Annotated[datetime | None, later_option("--at", "When it goes out, UTC")] = None,
+    wait_s: Annotated[
+        int | None,
+        typer.Option("--in", parser=seconds_of, metavar=SPAN, help="After so long, such as 90s, 10m, 2h or 1d"),
+    ] = None,
     priority: Annotated[
         int, typer.Option("--priority", min=-9, max=9, help="Among the account's mail the highest goes first")
     ] = 0,
@@ -89,7 +93,7 @@ def send_message(
     if file is not None and any([*parts.values(), attach, header]):
         raise typer.BadParameter("a whole message from a file has its own header and parts")
     if file is not None:
-        message = _whole(_read(file), sender, shown)
+        message = _whole(read_bytes(file), sender, shown)
     else:
         message = _made(sender, shown, subject, _text(text, text_file), _text(html, html_file))
         message.content.reply_to.extend(_address("--reply-to", one) for one in reply_to or ())
@@ -98,14 +102,17 @@ def send_message(
     message.tags.extend(tag or ())
     message.metadata.update(_pair(one) for one in metadata or ())
     message.priority = priority
-    moment = _moment(at, wait)
+    moment = _moment(at, wait_s)
     if moment is not None:
-        message.send_time.CopyFrom(moment)
+        message.send_time.CopyFrom(timestamp(moment))
     session = session_of(context)
-    request = SendMessageRequest(parent=session.account, message=message, request_id=request_id, validate_only=dry_run)
-    answer = session.client.messages.SendMessage(request)
+    request = SendMessageRequest(
+        parent=session.account, message=message, request_id=request_id or str(uuid.uuid4()), validate_only=dry_run
+    )
+    answer = _send(session, request, moment)
     if dry_run:
-        session.printer.say(f"It would go to {answer.recipient_count} recipients")
+        count = answer.recipient_count
+        session.printer.say(f"It would go to {count} recipient{'' if count == 1 else 's'}")
     else:
         again = " before" if answer.repeated_request else ""
         session.printer.say(f"Accepted{again} {short(answer.message)}", "bold")
@@ -114,11 +121,33 @@ def send_message(
         if session.printer.is_json:
             session.printer.json(MessageToDict(answer))
         return
-    ended = watch(session, short(answer.message), timeout_s)
-    if session.printer.is_json:
-        session.printer.json(MessageToDict(ended))
+    _watch(session, answer, timeout_s)
+
+
+def _watch(session: Session, answer: SendMessageResponse, timeout_s: float) -> None:
+    shown: Message = answer
+    try:
+        shown = ended = watch(session, short(answer.message), timeout_s)
+    finally:
+        # It is accepted, whatever becomes of the look at it.
+        if session.printer.is_json:
+            session.printer.json(MessageToDict(shown))
     if not is_sent(ended):
         raise typer.Exit(FAILED)
+
+
+def _send(session: Session, request: SendMessageRequest, moment: datetime | None) -> SendMessageResponse:
+    """Send; an error after which nobody knows whether it was stored says how to repeat it without harm."""
+    try:
+        return session.client.messages.SendMessage(request)
+    except (UnavailableError, DeadlineError, InternalError) as error:
+        if not request.validate_only:
+            # A span would lead to another time, and so be another message.
+            time = f" --at {moment:%Y-%m-%dT%H:%M:%S.%fZ} in place of its time" if moment is not None else ""
+            error.add_note(
+                f"It may be stored: the same command with --request-id {request.request_id}{time} sends it once"
+            )
+        raise
 
 
 def _made(sender: str, shown: dict[str, list[str]], subject: str, text: str, html: str) -> OutgoingMessage:
@@ -197,31 +226,21 @@ def _pair(text: str) -> tuple[str, str]:
 def _attachment(file: Path) -> Attachment:
     kind, encoding = mimetypes.guess_type(file.name)
     known = kind if kind and not encoding and kind.partition("/")[0] not in {"multipart", "message"} else ""
-    return Attachment(file_name=file.name, content_type=known, data=_read(file))
+    return Attachment(file_name=file.name, content_type=known, data=read_bytes(file))
 
 
-def _moment(at: datetime | None, wait: str) -> Timestamp | None:
-    if at is not None and wait:
-        raise typer.BadParameter("give --at or --in")
-    if wait:
-        if wait[-1] not in _UNITS or not wait[:-1].isdecimal():
-            raise typer.BadParameter(f"--in: {wait!r} is no number with s, m, h or d")
-        at = datetime.now(UTC) + timedelta(seconds=int(wait[:-1]) * _UNITS[wait[-1]])
-    if at is None:
-        return None
-    moment = Timestamp()
-    moment.FromDatetime(at.replace(tzinfo=UTC))
-    return moment
+def _moment(at: datetime | None, wait_s: int | None) -> datetime | None:
+    if wait_s is None:
+        return at
+    if at is not None:
+        raise typer.BadParameter("give --at or --in, not both")
+    try:
+        return datetime.now(UTC) + timedelta(seconds=wait_s)
+    except OverflowError as error:
+        raise typer.BadParameter("--in: it lies too far ahead") from error
 
 
 def _text(given: str, file: Path | None) -> str:
     if given and file is not None:
         raise typer.BadParameter("give a text or a file with it, not both")
-    return given if file is None else _read(file).decode("utf-8")
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-    except OSError as error:
-        raise typer.BadParameter(f"{file}: {error.strerror}") from error
+    return given if file is None else read_text(file)

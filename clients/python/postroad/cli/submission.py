@@ -25,14 +25,17 @@ from postroad.cli.problems import NOT_ALLOWED, NOT_CONFIGURED, UNREACHABLE, Comm
 
 _QUEUED = re.compile(r"queued as ([0-9a-f-]{36})")
 _TIMEOUT_S = 60.0
+_AWAY = (ssl.SSLError, aiosmtplib.SMTPConnectError, aiosmtplib.SMTPServerDisconnected, aiosmtplib.SMTPTimeoutError)
 _PERMANENT = 500
+_DAY_S = 86_400
 
 
 class Parameter(NamedTuple):
-    """A parameter of MAIL, and the extension that the server must offer for it."""
+    """A parameter of MAIL, the extension that the server must offer for it, and how long it is to hold the mail."""
 
     extension: str
     text: str
+    hold_s: int = 0
 
 
 def compose(sender: str, recipients: Sequence[str], subject: str, body: str) -> bytes:
@@ -114,10 +117,8 @@ def submit(
     except aiosmtplib.SMTPConnectResponseError as error:
         # It runs, and says why it takes no connection.
         raise CommandError(f"{server}: {error.code} {error.message}", "Try again in a moment", UNREACHABLE) from error
-    except (aiosmtplib.SMTPConnectError, aiosmtplib.SMTPServerDisconnected, aiosmtplib.SMTPTimeoutError) as error:
-        raise CommandError(
-            f"{server}: {error.message}", "Is it running? `postroad status` looks", UNREACHABLE
-        ) from error
+    except _AWAY as error:
+        raise _unreachable(server, error) from error
     except aiosmtplib.SMTPRecipientsRefused as error:
         first = error.recipients[0]
         raise CommandError(f"recipient {first.recipient} was refused: {first.code} {first.message}") from error
@@ -155,6 +156,7 @@ async def _submit(
             # Without the extension the server would refuse the parameter, or worse, not know what it was asked.
             if not client.supports_extension(parameter.extension):
                 raise CommandError(f"the server does not offer {parameter.extension}: nothing was submitted")
+            _check_hold(parameter, client.esmtp_extensions[parameter.extension.lower()])
             options.append(parameter.text)
         for _ in range(count):
             errors, reply = await client.sendmail(sender, list(recipients), content, mail_options=options)
@@ -168,6 +170,26 @@ async def _submit(
                 )
             if found is None:
                 raise CommandError(f"the server accepted the message, but named no id: {reply}")
+
+
+def _check_hold(parameter: Parameter, offered: str) -> None:
+    """Refuse what lies further ahead than the seconds that FUTURERELEASE offers (RFC 4865, section 3)."""
+    most = offered.partition(" ")[0]
+    if most.isdecimal() and parameter.hold_s > int(most):
+        days, rest = divmod(int(most), _DAY_S)
+        text = f"{most} s" if rest or not days else f"{days} day{'' if days == 1 else 's'}"
+        raise CommandError(f"the server holds mail for {text} at most: nothing was submitted")
+
+
+def _unreachable(server: str, error: Exception) -> CommandError:
+    cause = error if isinstance(error, ssl.SSLError) else error.__cause__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return CommandError(
+            f"{server}: its certificate is not trusted: {cause.verify_message}",
+            "Name the CA that it hangs on with POSTROAD_SMTP_CA_FILE; without it the system's are asked",
+            UNREACHABLE,
+        )
+    return CommandError(f"{server}: {error}", "Is it running? `postroad status` looks", UNREACHABLE)
 
 
 def _tls_context(settings: SmtpSettings) -> ssl.SSLContext:
