@@ -48,7 +48,7 @@ def _text(taken: TakenSpool, folder: Path, node: str, *, told: bool) -> str:
         lines.append(f"{folder} could not be written: see that {taken.former_node} does not start with it again")
     lines.append("the node opens it now" if told else "the node opens it when it starts")
     lines.append(
-        f"nothing is sent from it until the control plane says so: "
+        f"nothing is sent from it until the control plane says so; unless it did already: "
         f"postroad spool attach {taken.spool} --node {node.removeprefix('nodes/')}"
     )
     return "".join(f"{line}\n" for line in lines)

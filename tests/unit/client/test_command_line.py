@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -27,18 +29,29 @@ from postroad.control.v1.account_pb2 import Account
 from postroad.control.v1.limit_pb2 import Limit
 from postroad.control.v1.limit_service_pb2 import GetLimitRequest
 from postroad.control.v1.message_pb2 import DELIVERY_EVENT_TYPE_SENT, DeliveryEvent
-from postroad.control.v1.message_service_pb2 import CommandMetadata, SpoolProgress
+from postroad.control.v1.message_service_pb2 import (
+    CommandMessagesRequest,
+    CommandMetadata,
+    CommandResult,
+    SendMessageRequest,
+    SendMessageResponse,
+    SpoolProgress,
+)
 from postroad.control.v1.node_pb2 import Node
 from postroad.control.v1.node_service_pb2 import GetNodeRequest, RevokeNodeRequest
+from postroad.control.v1.provider_pb2 import Provider
+from postroad.control.v1.provider_service_pb2 import GetProviderRequest
 from postroad.inbox import Inbox
 from postroad.localstack import LocalStackError
 from postroad.sdk import (
+    DeadlineError,
     ErrorDetails,
     FailedPreconditionError,
     FieldViolation,
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
+    PostroadError,
     UnavailableError,
 )
 
@@ -162,12 +175,56 @@ def test_without_a_server_the_error_says_where_one_could_come_from(capsys: pytes
     assert "POSTROAD_SERVER" in capsys.readouterr().err
 
 
-def test_a_file_that_is_not_there_is_an_error_without_a_traceback(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+_SEND = "send --to a@b.example --from c@d.example"
+_READING = [
+    f"{_SEND} --raw",
+    f"{_SEND} --body-file",
+    "messages send",
+    f"messages {_SEND} --text-file",
+    f"messages {_SEND} --html-file",
+    f"messages {_SEND} --attach",
+    "providers create x --endpoint y --password-file",
+    "providers create x --endpoint y --provider-ca-file",
+    "providers update x --password-file",
+    "contexts set x --api-key-file",
+    "accounts list --ca-file",
+]
+
+
+class Providers:
+    """The part of a client that shows a provider."""
+
+    def __init__(self) -> None:
+        self.providers = self
+
+    def GetProvider(self, request: GetProviderRequest) -> Provider:
+        return Provider(name=request.name)
+
+
+@pytest.mark.parametrize("line", _READING)
+def test_a_file_that_is_not_there_is_status_3_and_is_named(
+    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("POSTROAD_SMTP_SERVER", "127.0.0.1:1")
-    assert run(["send", "--to", "a@b.example", "--from", "c@d.example", "--raw", "nowhere.eml"]) == 1
+    monkeypatch.setenv("POSTROAD_SERVER", "127.0.0.1:1")
+    monkeypatch.setenv("POSTROAD_API_KEY", "prk_none")
+    monkeypatch.setenv("POSTROAD_ACCOUNT", "demo")
+    if "update" in line:  # which reads the provider first
+        monkeypatch.setattr(Session, "client", Providers())
+    assert run([*line.split(), "nowhere.eml"]) == problems.NOT_CONFIGURED
     assert "nowhere.eml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", [one for one in _READING if "-file" in one and "ca-file" not in one])
+def test_a_text_that_is_none_is_status_3_and_is_named(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "latin").write_bytes(b"gr\xfc\xdfe")
+    monkeypatch.setenv("POSTROAD_SMTP_SERVER", "127.0.0.1:1")
+    monkeypatch.setenv("POSTROAD_ACCOUNT", "demo")
+    monkeypatch.setattr(Session, "client", Providers())
+    assert run([*line.split(), "latin"]) == problems.NOT_CONFIGURED
+    assert "latin: it is not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -190,7 +247,40 @@ def test_contexts_can_be_made_used_and_forgotten(capsys: pytest.CaptureFixture[s
     assert listed["current"] == "other"
     assert [one["name"] for one in listed["contexts"]] == ["other", "prod"]
     assert run(["contexts", "delete", "nothing"]) == 6
-    assert run(["contexts", "delete", "other"]) == 0
+    assert run(["contexts", "delete", "other", "--yes"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "deleted"),
+    [([], "n", False), ([], "y", True), ([], "", False), (["--yes"], "", True), (["--output", "json"], "", True)],
+)
+def test_a_context_is_deleted_when_somebody_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    answer: str,
+    *,
+    deleted: bool,
+) -> None:
+    assert run(["contexts", "set", "prod", "--server", "mail.example:443"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer and f"{answer}\n"))
+    assert (run(["contexts", "delete", "prod", *words]) == 0) is deleted
+    assert ("Delete context prod?" in capsys.readouterr().out) is (not words)
+    assert run(["contexts", "list", "-o", "json"]) == 0
+    assert bool(json.loads(capsys.readouterr().out)["contexts"]) is not deleted
+
+
+@pytest.mark.parametrize("content", ["", "\n"])
+def test_a_context_is_not_kept_without_the_key_that_was_named(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "key").write_text(content)
+    assert (
+        run(["contexts", "set", "prod", "--server", "a.example:1", "--api-key-file", "key"]) == problems.NOT_CONFIGURED
+    )
+    assert "there is no key in it" in capsys.readouterr().err
+    assert run(["contexts", "list", "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["contexts"] == []
 
 
 @pytest.mark.parametrize(
@@ -401,3 +491,136 @@ def test_a_command_says_whom_it_waits_for() -> None:
         "2 of 5 spools done, 4 changed, 1 too late; waiting for 01900000-0000-7000-8000-000000000002, mx2, "
         "the replicated queue"
     )
+
+
+class Commands:
+    """The part of a client that takes commands and messages; what it answers is given."""
+
+    def __init__(self, operation: Operation, error: PostroadError | None = None) -> None:
+        self.messages = self.operations = self.providers = self
+        self.operation = operation
+        self.error = error
+        self.sent: list[SendMessageRequest] = []
+
+    def CommandMessages(self, request: CommandMessagesRequest) -> Operation:
+        return self.operation
+
+    def GetProvider(self, request: GetProviderRequest) -> Provider:
+        if request.name.endswith("/nope"):
+            raise NotFoundError("none", ErrorDetails(grpc.StatusCode.NOT_FOUND, "RESOURCE_NOT_FOUND"))
+        return Provider(name=request.name)
+
+    def SendMessage(self, request: SendMessageRequest) -> SendMessageResponse:
+        self.sent.append(request)
+        if self.error is not None:
+            raise self.error
+        return SendMessageResponse(message="accounts/demo/messages/m1", recipient_count=len(request.message.content.to))
+
+
+def _operation(counts: CommandMetadata | CommandResult) -> Operation:
+    done = isinstance(counts, CommandResult)
+    operation = Operation(name="accounts/demo/operations/1", done=done)
+    (operation.response if done else operation.metadata).Pack(counts)
+    return operation
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Commands]:
+    """Make a server that answers so."""
+
+    def make(counts: CommandMetadata | CommandResult, error: PostroadError | None = None) -> Commands:
+        client = Commands(_operation(counts), error)
+        monkeypatch.setattr(Session, "client", client)
+        return client
+
+    monkeypatch.setenv("POSTROAD_ACCOUNT", "demo")
+    return make
+
+
+def test_programs_are_told_what_was_changed_also_when_the_wait_is_over(
+    answering: Callable[..., Commands], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pending = [SpoolProgress(spool="01900000-0000-7000-8000-000000000000", node="nodes/mx2")]
+    answering(CommandMetadata(changed_count=3, too_late_count=1, spool_count=2, pending_spools=pending))
+    line = ["messages", "hold", "--account-wide", "--wait", "0", "-o", "json"]
+    assert run(line) == problems.UNREACHABLE
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {
+        "changedCount": 3,
+        "tooLateCount": 1,
+        "operations": ["accounts/demo/operations/1"],
+    }
+    assert "mx2" in json.loads(said.err)["message"]
+
+
+def test_what_the_replicated_queue_says_is_not_said_by_a_number(
+    answering: Callable[..., Commands], capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue = SpoolProgress(spool="00000000-0000-0000-0000-000000000001", error="no room")
+    answering(CommandResult(changed_count=1, spools=[queue]))
+    assert run(["messages", "hold", "--account-wide", "--yes"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["the replicated queue: no room", "Held 1, too late for 0"]
+
+
+@pytest.mark.parametrize(("provider", "status"), [("nope", problems.NOT_THERE), ("relay", problems.FAILED)])
+def test_a_filter_that_met_nothing_says_so_when_there_is_no_such_provider(
+    provider: str, status: int, answering: Callable[..., Commands]
+) -> None:
+    answering(CommandResult())
+    assert run(["messages", "hold", "--provider", provider, "--yes"]) == status
+    # Mail may wait for one that was deleted.
+    answering(CommandResult(changed_count=1))
+    assert run(["messages", "hold", "--provider", provider, "--yes"]) == 0
+
+
+_MAIL = ["messages", "send", "--from", "a@b.example", "--to", "c@d.example", "--text", "x"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "details"),
+    [
+        (UnavailableError, ErrorDetails(grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")),
+        (UnavailableError, ErrorDetails(grpc.StatusCode.UNAVAILABLE)),
+        (DeadlineError, ErrorDetails(grpc.StatusCode.DEADLINE_EXCEEDED)),
+    ],
+)
+@pytest.mark.parametrize("words", [[], ["-o", "json"]])
+def test_a_message_of_which_nobody_knows_is_told_with_how_to_send_it_once(
+    kind: type[PostroadError],
+    details: ErrorDetails,
+    words: list[str],
+    answering: Callable[..., Commands],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    client = answering(CommandResult(), kind("x", details))
+    assert run([*_MAIL, "--in", "1h", *words]) == problems.UNREACHABLE
+    err = capsys.readouterr().err
+    found = re.search(r"--request-id (\S+) --at (\S+)", json.loads(err)["advice"] if words else err)
+    assert found is not None
+    client.error = None
+    assert run([*_MAIL, "--request-id", found[1], "--at", found[2]]) == 0
+    first, again = client.sent
+    assert first == again
+
+
+def test_a_message_that_was_refused_is_not_said_to_be_stored(
+    answering: Callable[..., Commands], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answering(CommandResult(), NotFoundError("x", ErrorDetails(grpc.StatusCode.NOT_FOUND)))
+    assert run(_MAIL) == problems.NOT_THERE
+    assert "--request-id" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "text"), [([], "1 recipient"), (["--to", "e@f.example"], "2 recipients")])
+def test_a_message_would_go_to_so_many(
+    more: list[str], text: str, answering: Callable[..., Commands], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answering(CommandResult())
+    assert run([*_MAIL, *more, "--validate-only"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"It would go to {text}"]
+
+
+def test_one_time_is_enough(answering: Callable[..., Commands], capsys: pytest.CaptureFixture[str]) -> None:
+    answering(CommandResult())
+    assert run([*_MAIL, "--at", "2026-12-01", "--in", "1h"]) == 2
+    assert "give --at or --in, not both" in capsys.readouterr().err

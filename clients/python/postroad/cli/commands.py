@@ -7,7 +7,7 @@ has not answered in time: it will, as soon as it is there.
 
 from __future__ import annotations
 
-import re
+import contextlib
 import time
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +22,7 @@ from postroad.cli.output import short
 from postroad.cli.problems import FAILED, UNREACHABLE, CommandError
 from postroad.cli.resources import Yes
 from postroad.cli.session import Session, session_of
+from postroad.cli.times import SPAN, seconds_of, span
 from postroad.control.v1.message_pb2 import RecipientState
 from postroad.control.v1.message_service_pb2 import (
     BounceMessageRequest,
@@ -37,10 +38,11 @@ from postroad.control.v1.message_service_pb2 import (
     RetryMessageRequest,
     SpoolProgress,
 )
+from postroad.control.v1.provider_service_pb2 import GetProviderRequest
+from postroad.sdk import PermissionDeniedError
 
 _WAIT_S = 20
 _LOOK_S = 1.0
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _EVERY_ACCOUNT = "accounts/-"
 _QUEUE_SPOOL = "00000000-0000-0000-0000-000000000001"
 
@@ -60,7 +62,10 @@ AccountWide = Annotated[bool, typer.Option("--account-wide", help="All mail of t
 FleetWide = Annotated[bool, typer.Option("--every-account", help="Mail of every account; operators only")]
 WaitsFor = Annotated[str, typer.Option("--provider", help="Mail that waits for this provider")]
 RecipientDomain = Annotated[str, typer.Option("--recipient-domain", help="Mail to addresses of this domain")]
-OlderThan = Annotated[str, typer.Option("--older-than", help="Mail accepted so long ago: 90s, 15m, 2h, 3d")]
+OlderThan = Annotated[
+    str | None,
+    typer.Option("--older-than", parser=span, metavar=SPAN, help="Mail accepted so long ago: 90s, 15m, 2h, 3d"),
+]
 States = Annotated[list[WaitingState] | None, typer.Option("--state", help="Mail in this state; repeatable")]
 
 
@@ -91,7 +96,7 @@ class _Choice:
     every_account: bool
     provider: str
     recipient_domain: str
-    older_than: str
+    older_than: str | None
     states: list[WaitingState]
 
     @property
@@ -134,14 +139,6 @@ class _Choice:
         return " ".join(["all waiting mail", *parts])
 
 
-def seconds_of(text: str) -> int:
-    """Seconds in `90s`, `15m`, `2h` or `3d`; BadParameter."""
-    found = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
-    if found is None:
-        raise typer.BadParameter(f"{text} is no time: write 90s, 15m, 2h or 3d", param_hint="--older-than")
-    return int(found[1]) * _UNITS[found[2]]
-
-
 def add_commands(app: typer.Typer) -> None:
     """Give `app` the commands on waiting mail."""
     for verb, name, text in (
@@ -170,7 +167,7 @@ def _plain(verb: _Verb) -> Any:
         every_account: FleetWide = False,
         provider: WaitsFor = "",
         recipient_domain: RecipientDomain = "",
-        older_than: OlderThan = "",
+        older_than: OlderThan = None,
         states: States = None,
         wait_s: Wait = _WAIT_S,
         yes: Yes = False,
@@ -190,7 +187,7 @@ def _reroute(
     every_account: FleetWide = False,
     provider: WaitsFor = "",
     recipient_domain: RecipientDomain = "",
-    older_than: OlderThan = "",
+    older_than: OlderThan = None,
     states: States = None,
     wait_s: Wait = _WAIT_S,
     yes: Yes = False,
@@ -215,7 +212,17 @@ def _run(session: Session, verb: _Verb, choice: _Choice, target: str, wait_s: in
             for name in choice.names
         ]
     ends_s = time.monotonic() + wait_s
-    _report(session, verb, [_wait(session, operation, ends_s) for operation in operations])
+    changed = _report(session, verb, [_wait(session, operation, ends_s) for operation in operations])
+    if not changed:
+        if choice.provider:
+            _check_provider(session, session.name("providers", choice.provider))
+        raise typer.Exit(FAILED)
+
+
+def _check_provider(session: Session, name: str) -> None:
+    """NotFoundError when there is no such provider: looked at last, for mail may wait for one that was deleted."""
+    with contextlib.suppress(PermissionDeniedError):  # a key that may not read providers
+        session.client.providers.GetProvider(GetProviderRequest(name=name))
 
 
 def _wait(session: Session, operation: Operation, ends_s: float) -> Operation:
@@ -247,7 +254,8 @@ def _holder(spool: SpoolProgress) -> str:
     return "the replicated queue" if spool.spool == _QUEUE_SPOOL else short(spool.node) or spool.spool
 
 
-def _report(session: Session, verb: _Verb, operations: list[Operation]) -> None:
+def _report(session: Session, verb: _Verb, operations: list[Operation]) -> int:
+    """Say what became of the operations; returns how many recipients were changed."""
     changed = too_late = 0
     errors = []
     notes = []
@@ -258,11 +266,11 @@ def _report(session: Session, verb: _Verb, operations: list[Operation]) -> None:
         counts: Any = CommandResult() if operation.done else CommandMetadata()
         (operation.response if operation.done else operation.metadata).Unpack(counts)
         if operation.done:
-            notes += [f"{short(one.node) or one.spool}: {one.error}" for one in counts.spools if one.error]
+            notes += [f"{_holder(one)}: {one.error}" for one in counts.spools if one.error]
         changed += counts.changed_count
         too_late += counts.too_late_count
     pending = [operation for operation in operations if not operation.done]
-    if session.printer.is_json and not errors and not pending:
+    if session.printer.is_json:
         names = [operation.name for operation in operations]
         session.printer.json({"changedCount": changed, "tooLateCount": too_late, "operations": names})
     for note in notes:
@@ -277,5 +285,4 @@ def _report(session: Session, verb: _Verb, operations: list[Operation]) -> None:
             "lost never does: `postroad spool give-up` ends what waited there",
             UNREACHABLE,
         )
-    if not changed:
-        raise typer.Exit(FAILED)
+    return changed
