@@ -106,12 +106,13 @@ def submit(
     except aiosmtplib.SMTPAuthenticationError as error:
         if error.code < _PERMANENT:
             raise CommandError(
-                f"{server}: {error.code} {error.message}", "Try again in a moment", UNREACHABLE
+                f"{server}: {error.code} {error.message}",
+                "Try again in a moment; a suspended account or credential has to be resumed: `postroad accounts list`",
+                UNREACHABLE,
             ) from error
         raise CommandError(
             f"AUTH as {settings.username} was refused: {error.message}",
-            "Check user and password: `postroad credentials list`, `postroad credentials rotate …`; "
-            "a suspended account cannot log in either: `postroad accounts list`",
+            "Check user and password: `postroad credentials list`, `postroad credentials rotate …`",
             NOT_ALLOWED,
         ) from error
     except aiosmtplib.SMTPConnectResponseError as error:
