@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -26,7 +25,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ from support.chaos.books import Books, Strike
 from support.chaos.clock import clock_environment, set_clock
 from support.chaos.disk import disk_environment
 from support.chaos.sink import Gate
-from support.chaos.stack import SAFE, ChaosStack, spool_rows
+from support.chaos.stack import SAFE, ChaosStack, spool_opening, spool_rows
 from support.fault_proxy import Fault, FaultProxy, Kind, LoopThread
 from support.killable_stack import command_of, is_server, pids_below, wait_until
 from support.local_stack import STOP_TIMEOUT_S, environment
@@ -413,8 +412,7 @@ class FleetStack(ChaosStack):
         _copy(self._spools, self._old_disk)
         self._start_second()
         # What the control plane has not heard of it cannot tell from the copy.
-        taken = {spool.name: _incarnation(spool) for spool in self._old_disk.iterdir()}
-        wait_until(lambda: self._is_above("incarnation", taken), "the disk is reported again")
+        wait_until(lambda: self._is_known("opening"), "the disk is reported again")
 
     def restore_disk(self, timeout_s: float = 60.0) -> None:
         """Put the second node's disk back to the copy, and return when the node knows that nothing may be sent from it.
@@ -439,14 +437,13 @@ class FleetStack(ChaosStack):
         self.stop_second()
         shutil.rmtree(self._spools)
         self._new_disk.rename(self._spools)
-        incarnations = {spool.name: _incarnation(spool) for spool in self._spools.iterdir()}
         self._start_second()
         # It is refused for what the old one was, and its worker takes mail until it hears of it.
         self.books.note_strike(Strike("second worker", "ended by a refusal", ends_worker=True))
         # What the control plane accepts must be what this disk says, and not what the old one said.
-        wait_until(lambda: self._is_above("reported_incarnation", incarnations), "the newest disk is reported")
+        wait_until(lambda: self._is_known("reported_opening"), "the newest disk is reported")
         self.books.note_strike(Strike("second worker", "ended by an acceptance", ends_worker=True))
-        wait_until(lambda: self._accept(incarnations), "the newest disk is accepted", _START_S)
+        wait_until(self._accept, "the newest disk is accepted", _START_S)
         wait_until(lambda: not any(map(is_refused, self._spools.iterdir())), "the newest disk is sent from")
 
     @property
@@ -457,27 +454,23 @@ class FleetStack(ChaosStack):
     def _new_disk(self) -> Path:
         return self.root / "node-2" / "spool-new"
 
-    def _accept(self, spools: Iterable[str]) -> bool:
+    def _accept(self) -> bool:
         with contextlib.suppress(UnavailableError), self.client() as client:
-            for spool in spools:
+            for spool in self._spools.iterdir():
                 # What was accepted by a call whose answer was lost is refused no more.
                 with contextlib.suppress(FailedPreconditionError):
-                    client.nodes.AcceptSpool(AcceptSpoolRequest(name="nodes/node-2", spool=spool))
+                    client.nodes.AcceptSpool(AcceptSpoolRequest(name="nodes/node-2", spool=spool.name))
             return True
         return False
 
-    def _is_above(self, column: str, incarnations: dict[str, int]) -> bool:
+    def _is_known(self, column: str) -> bool:
+        """Whether the control plane has the present opening of the second node's disk there."""
+        query = f"SELECT spool::text, encode({column}, 'hex') AS known FROM postroad.spools"  # noqa: S608 - of this file
         try:
-            rows = asyncio.run(self.fetch(f"SELECT spool::text, {column} AS n FROM postroad.spools"))  # noqa: S608 - ours
-        except (OSError, asyncpg.PostgresError):
+            known = {row["spool"]: row["known"] for row in asyncio.run(self.fetch(query))}
+            return all(known.get(one.name) == spool_opening(one / "spool.db") for one in self._spools.iterdir())
+        except (OSError, ValueError, asyncpg.PostgresError, apsw.Error):
             return False
-        reported = {row["spool"]: row["n"] for row in rows}
-        return all(reported.get(spool, 0) > incarnation for spool, incarnation in incarnations.items())
-
-
-def _incarnation(spool: Path) -> int:
-    number: int = json.loads((spool / "identity").read_text(encoding="utf-8"))["incarnation"]
-    return number
 
 
 def _copy(source: Path, target: Path) -> None:

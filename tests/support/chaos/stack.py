@@ -261,13 +261,22 @@ def _read_ledger(rows: list[Any]) -> dict[str, list[Told]]:
 
 def spool_rows(file: Path) -> list[str]:
     """What a spool still holds, a line for each recipient."""
+    return [
+        f"{file.parent.name}: {message} for {recipient}: {state}, attempt {attempt}"
+        for message, recipient, state, attempt in _read(file, "SELECT message, recipient, state, attempt FROM waiting")
+    ]
+
+
+def spool_opening(file: Path) -> str:
+    """The id of a spool's present opening, in hexadecimal digits."""
+    ((opening,),) = _read(file, "SELECT lower(hex(id)) FROM opening WHERE last_record IS NULL")
+    return str(opening)
+
+
+def _read(file: Path, query: str) -> list[Any]:
     connection = apsw.Connection(str(file), flags=apsw.SQLITE_OPEN_READONLY)
     try:
         connection.set_busy_timeout(1_000)
-        rows = connection.execute("SELECT message, recipient, state, attempt FROM waiting").fetchall()
+        return connection.execute(query).fetchall()
     finally:
         connection.close()
-    return [
-        f"{file.parent.name}: {message} for {recipient}: {state}, attempt {attempt}"
-        for message, recipient, state, attempt in rows
-    ]
