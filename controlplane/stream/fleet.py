@@ -34,6 +34,7 @@ from controlplane.stream.session import DESTINATION_DENIALS, CloseCode, Hello, S
 
 # While no scan succeeds.
 REMEMBERED = timedelta(seconds=30)
+_CLOCKS_DIFFER_S = 3_600
 
 
 class NotAdmittedError(Exception):
@@ -94,6 +95,7 @@ class FleetService:
             knows_destinations = DESTINATION_DENIALS in hello.features
             greeting = NodeHello(hello.boot_id, hello.software_version, knows_destinations)
             refused = await self._repository.open_stream(slot.node_id, stream, greeting, now)
+            await self._outdo_denials(hello.denials_version, now)
             slot.stream = stream
             slot.session.receive_hello(hello, refused)
             slot.told_to_drain = hello.told_to_drain
@@ -172,6 +174,15 @@ class FleetService:
                 self._admitted[key] = (now, node)
             else:
                 self._admitted.pop(key, None)
+
+    async def _outdo_denials(self, held: int, now: datetime) -> None:
+        """Where a node holds a newer set of denials than is stored, PostgreSQL was restored: make what is stored news.
+
+        Versions follow the clock; what lies far ahead of it no control plane has told.
+        """
+        if held <= (now.timestamp() + _CLOCKS_DIFFER_S) * 1000 and await self._repository.denials_version() < held:
+            await self._repository.move_denials(held)
+            await self._scan_denials()
 
     async def _scan_denials(self) -> None:
         version = await self._repository.denials_version()

@@ -178,6 +178,31 @@ async def _deny(database: Database, denial: str, kind: int) -> int:
     return int(state[0])
 
 
+async def test_what_a_restored_database_denies_is_news_to_a_node_that_holds_more(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    stored = await _deny(migrated_database, "accounts/a", 1)
+    held = int(time.time() * 1000)
+    assert held > stored
+    stream = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
+    await stream.hello(denials_version=held)
+
+    denials = (await stream.next_denials()).denials
+
+    assert denials.version > held
+    assert [one.account for one in denials.denials] == ["accounts/a"]
+
+
+async def test_a_version_of_denials_that_no_clock_has_shown_moves_nothing(
+    port: NodesPort, migrated_database: Database
+) -> None:
+    stored = await _deny(migrated_database, "accounts/a", 1)
+    stream = NodeStream(port.channel(await port.enrolled("edge-1")), "edge-1")
+    await stream.hello(denials_version=int(time.time() * 1000) + 86_400_000)
+    await stream.expect("snapshot")
+    assert (await fetch(migrated_database, "SELECT version FROM postroad.denial_state"))[0]["version"] == stored
+
+
 async def _receipt(database: Database, kind: int) -> tuple[int, int | None]:
     rows = await fetch(database, "SELECT * FROM postroad.denial_receipts(NULL, $1::smallint)", kind)
     return rows[0]["denials_version"], rows[0]["told_since"]
