@@ -275,7 +275,7 @@ class Nodes(Protocol):
         """Take what the spool reported for true; False when it was not refused. NotFoundError."""
 
     async def give_up_spool(self, node: str, spool: str, silent_since: datetime) -> bool:
-        """Make it nobody's for ever; False while the node is connected and reported it since then. NotFoundError."""
+        """Make it nobody's for ever; False where a node that is not revoked reported it since then. NotFoundError."""
 
     async def lock_spool(self, spool: str) -> str:
         """Whose the spool is, which stays so until the transaction ends. NotFoundError."""

@@ -184,7 +184,7 @@ class NodesService:
             if not await work.nodes.give_up_spool(node, spool, await work.now() - SILENCE):
                 owner = names.format_name(names.NODE, node)
                 raise FailedPreconditionError(
-                    Reason.SPOOL_IN_USE, f"{owner} is connected and has spool {spool}", subject=spool
+                    Reason.SPOOL_IN_USE, f"{owner} reported spool {spool} just now", subject=spool
                 )
             return await work.nodes.get(node)
 

@@ -49,6 +49,15 @@ class Plane:
     async def open(self, spool: str, node: str) -> Cursor | Refusal:
         return await self.ledger.open_spool(node, SpoolOpening(spool, 1, 0, 1, 1_000), NOW)
 
+    async def be_silent(self) -> None:
+        """Nobody has reported a spool for longer than it takes to be believed lost."""
+        silent = datetime.now(UTC) - timedelta(seconds=91)
+        await self.stack.as_superuser("UPDATE postroad.spools SET update_time = $1", silent)
+
+    async def give_up_lost(self) -> None:
+        await self.be_silent()
+        await self.give_up()
+
     async def give_up(self, node: str = "mx2", spool: str = LOST) -> None:
         request = service.GiveUpSpoolRequest(name=f"nodes/{node}", spool=spool)
         await self.stack.operator.node("GiveUpSpool", request)
@@ -91,7 +100,7 @@ async def plane(migrated_database: Database) -> AsyncIterator[Plane]:
 
 
 async def test_what_waited_on_a_lost_disk_fails_with_an_event_and_nothing_else_does(plane: Plane) -> None:
-    await plane.give_up()
+    await plane.give_up_lost()
     assert await plane.states(LOST) == [QUEUED] * 5 + [SENT]
     await plane.end(2)
 
@@ -115,7 +124,7 @@ async def test_the_books_of_a_lost_disk_are_closed_and_no_finding_stays_open(pla
     found = {(one.spool, one.node): findings_of(one) for one in await store.silent_spools(later)}
     assert {spool for spool, _ in found} == {LOST, OTHER}
     await store.report_silent(found, later)
-    await plane.give_up()
+    await plane.give_up_lost()
     assert {one.spool for one in await store.silent_spools(later)} == {OTHER}
 
     await plane.end(2_000)
@@ -137,7 +146,7 @@ async def test_commands_do_not_wait_for_a_lost_disk(plane: Plane) -> None:
     every.filter.SetInParent()
     before = await plane.account.message("CommandMessages", every)
     (one,) = await fetch(plane.database, "SELECT message_id FROM postroad.messages WHERE spool = $1 LIMIT 1", LOST)
-    await plane.give_up()
+    await plane.give_up_lost()
     after = await plane.account.message("CommandMessages", every)
     cancel = messages.CancelMessageRequest(name=f"accounts/demo/messages/{one['message_id']}")
     named = await plane.account.message("CancelMessage", cancel)
@@ -158,7 +167,7 @@ async def test_commands_do_not_wait_for_a_lost_disk(plane: Plane) -> None:
 
 async def test_a_node_whose_disk_is_lost_can_be_deleted(plane: Plane) -> None:
     assert (await plane.stack.operator.refused(plane.delete("mx2"))).reason == "NODE_IN_USE"
-    await plane.give_up()
+    await plane.give_up_lost()
     await plane.delete("mx2")
     await plane.end(2_000)
     assert await plane.states(LOST) == [SENT] + [FAILED] * 5
@@ -172,12 +181,12 @@ async def test_a_drain_does_not_wait_for_a_lost_disk(plane: Plane) -> None:
     )
     handovers = PostgresHandovers(plane.fleet)
     assert await handovers.end_drains(NOW) == []
-    await plane.give_up()
+    await plane.give_up_lost()
     assert await handovers.end_drains(NOW) == ["mx2"]
 
 
 async def test_a_disk_that_turns_up_is_refused_on_every_node(plane: Plane) -> None:
-    await plane.give_up()
+    await plane.give_up_lost()
     await plane.delete("mx2")
     refusal = await plane.open(LOST, "mx1")
     assert isinstance(refusal, Refusal)
@@ -193,18 +202,20 @@ async def test_a_disk_that_turns_up_is_refused_on_every_node(plane: Plane) -> No
     assert not await fetch(plane.database, "SELECT FROM postroad.spools WHERE spool = $1", LOST)
 
 
-async def test_a_spool_that_a_connected_node_reports_is_not_given_up(plane: Plane) -> None:
-    await plane.stack.as_superuser("INSERT INTO postroad.node_status (node, connected) VALUES ('mx2', true)")
-    await plane.stack.as_superuser("UPDATE postroad.spools SET update_time = $1", datetime.now(UTC))
+async def test_a_spool_that_was_reported_just_now_is_not_given_up(plane: Plane) -> None:
     error = await plane.stack.operator.refused(plane.give_up())
     assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "SPOOL_IN_USE")
     # The node is there again, with another disk: it does not speak of the old one.
-    silent = datetime.now(UTC) - timedelta(seconds=91)
-    await plane.stack.as_superuser("UPDATE postroad.spools SET update_time = $1", silent)
-    await plane.give_up()
+    await plane.give_up_lost()
     error = await plane.stack.operator.refused(plane.give_up())
     assert error.code is grpc.StatusCode.NOT_FOUND
     assert (await plane.stack.operator.refused(plane.give_up("mx2", OTHER))).code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_the_spool_of_a_node_that_is_revoked_is_given_up_at_once(plane: Plane) -> None:
+    await plane.stack.operator.node("RevokeNode", service.RevokeNodeRequest(name="nodes/mx2"))
+    await plane.give_up()
+    assert not await fetch(plane.database, "SELECT FROM postroad.spools WHERE spool = $1", LOST)
 
 
 async def test_a_filter_passes_over_the_empty_spool_of_a_revoked_node(plane: Plane) -> None:

@@ -58,8 +58,8 @@ SELECT EXISTS (
 )
 """
 _IN_USE = """
-SELECT coalesce(s.connected, false) AND p.update_time >= $3
-FROM postroad.spools p LEFT JOIN postroad.node_status s USING (node) WHERE p.node = $1 AND p.spool = $2 FOR UPDATE OF p
+SELECT n.state <> $4 AND p.update_time >= $3
+FROM postroad.spools p JOIN postroad.nodes n USING (node) WHERE p.node = $1 AND p.spool = $2 FOR UPDATE OF p
 """
 _DRAIN = """
 SELECT d.*, coalesce(s.closed, false) AND n.drain = d.drain AS closed, (
@@ -165,7 +165,7 @@ class NodesRepository:
 
     async def give_up_spool(self, node: str, spool: str, silent_since: datetime) -> bool:
         """As the port says."""
-        in_use = await self._session.value("spool_in_use", _IN_USE, *(node, spool, silent_since))
+        in_use = await self._session.value("spool_in_use", _IN_USE, *(node, spool, silent_since, NodeState.REVOKED))
         if in_use is None:
             raise NotFoundError(f"{names.format_name(names.NODE, node)} spool {spool}")
         if in_use:

@@ -207,7 +207,8 @@ class NodeServiceServicer:
         do not wait for the spool any more, and its node can be deleted. There is no way
         back: a disk that turns up all the same is refused for ever, on whatever node.
         NOT_FOUND for a spool that is not the node's. FAILED_PRECONDITION with reason
-        SPOOL_IN_USE while the node is connected and reported the spool in the last 90 s.
+        SPOOL_IN_USE for a spool that was reported in the last 90 s, unless its node is
+        revoked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -73,7 +73,8 @@ class NodeServiceStub:
     do not wait for the spool any more, and its node can be deleted. There is no way
     back: a disk that turns up all the same is refused for ever, on whatever node.
     NOT_FOUND for a spool that is not the node's. FAILED_PRECONDITION with reason
-    SPOOL_IN_USE while the node is connected and reported the spool in the last 90 s.
+    SPOOL_IN_USE for a spool that was reported in the last 90 s, unless its node is
+    revoked.
     """
     DrainNode: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.DrainNodeRequest, _operations_pb2.Operation]
     """Tells a node to take no more mail and to hand what waits on it over to the
@@ -144,7 +145,8 @@ class NodeServiceAsyncStub(NodeServiceStub):
     do not wait for the spool any more, and its node can be deleted. There is no way
     back: a disk that turns up all the same is refused for ever, on whatever node.
     NOT_FOUND for a spool that is not the node's. FAILED_PRECONDITION with reason
-    SPOOL_IN_USE while the node is connected and reported the spool in the last 90 s.
+    SPOOL_IN_USE for a spool that was reported in the last 90 s, unless its node is
+    revoked.
     """
     DrainNode: _aio.UnaryUnaryMultiCallable[_node_service_pb2.DrainNodeRequest, _operations_pb2.Operation]  # type: ignore[assignment]
     """Tells a node to take no more mail and to hand what waits on it over to the
@@ -272,7 +274,8 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         do not wait for the spool any more, and its node can be deleted. There is no way
         back: a disk that turns up all the same is refused for ever, on whatever node.
         NOT_FOUND for a spool that is not the node's. FAILED_PRECONDITION with reason
-        SPOOL_IN_USE while the node is connected and reported the spool in the last 90 s.
+        SPOOL_IN_USE for a spool that was reported in the last 90 s, unless its node is
+        revoked.
         """
 
     @_abc_1.abstractmethod
