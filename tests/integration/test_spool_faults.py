@@ -195,9 +195,11 @@ async def test_a_reader_that_holds_the_wal_stops_accepting_at_the_cap_until_it_l
     assert await spool.settle(settlement(accepted[0].message_id, [change(row, State.SENT)])) == 1
     reader.close()
     clock.advance(2)
-    assert not spool.has_room(1)  # begins a checkpoint
-    await spool.write_record(b"after the checkpoint")
-    assert spool.has_room(1)
+    # Begins a checkpoint, or where something is still being written leaves that to the next look.
+    async with asyncio.timeout(10):
+        while not spool.has_room(1):
+            await spool.write_record(b"after the checkpoint")
+            clock.advance(2)
     await spool.accept(make_envelope(), CONTENT, [make_row()])
     assert (await spool.stats()).wal_bytes < 200_000
     await spool.close()

@@ -134,7 +134,7 @@ async def test_configuration_keeps_an_audit_and_mail_has_no_triggers(migrated_da
             "pool_keys",
         ),
         # The verbs that change none of these.
-        *("commands", "enrollment_tokens", "spools"),
+        *("commands", "enrollment_tokens", "spools", "given_up_spools"),
     }
 
 

@@ -79,8 +79,10 @@ class NodeProcess:
 
 def log_events(settings_file: Path, event: str) -> list[dict[str, Any]]:
     """The lines of this event that the node's processes wrote so far."""
-    lines = (settings_file.parent / "node.log").read_text(encoding="utf-8").splitlines()
-    found: list[dict[str, Any]] = [json.loads(line) for line in lines if line.startswith("{")]
+    lines = (settings_file.parent / "node.log").read_text(encoding="utf-8").splitlines(keepends=True)
+    # The last one may not be whole yet.
+    whole = (line for line in lines if line.startswith("{") and line.endswith("\n"))
+    found: list[dict[str, Any]] = [json.loads(line) for line in whole]
     return [line for line in found if line["event"] == event]
 
 

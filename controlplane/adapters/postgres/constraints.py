@@ -107,6 +107,7 @@ UNREACHABLE = frozenset(
         "pk_drain_targets",
         "pk_enrollment_tokens",
         "pk_former_accounts",
+        "pk_given_up_spools",
         "pk_handover_contents",
         "pk_handovers",
         "pk_idempotency",
