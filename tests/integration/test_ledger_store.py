@@ -378,6 +378,27 @@ async def test_what_a_restored_disk_wrote_before_it_was_refused_is_stored_once_i
     assert await _count(migrated_database, "delivery_events") == 2
 
 
+async def test_mail_that_a_restored_disk_ends_after_fewer_attempts_has_ended(
+    ledger: PostgresLedger, migrated_database: Database
+) -> None:
+    raw_id = message_id()
+    await _open(ledger)
+    put_off = [changed(raw_id, update(0, DEFERRED, attempts=attempt)) for attempt in (1, 2, 3)]
+    await _store(ledger, 1, accepted(raw_id), *put_off)
+    await _open(ledger, incarnation=2, last=1, acknowledged=1)
+    await _accept(migrated_database)
+    await _open(ledger, incarnation=2, last=1, acknowledged=1)
+
+    sent = changed(raw_id, update(0, SENT, attempts=2), events=(event(EventType.EVENT_TYPE_SENT, 0),))
+    stored = await _store(ledger, 2, changed(raw_id, update(0, DEFERRED, attempts=1)), incarnation=2)
+    assert await _states(migrated_database, raw_id) == [DEFERRED]
+    ended = await _store(ledger, 3, sent, incarnation=2)
+
+    assert (stored, ended) == (Stored(Cursor(SPOOL, 2), 1, 0), Stored(Cursor(SPOOL, 3), 1, 0))
+    (row,) = await fetch(migrated_database, "SELECT state, attempts, next_attempt_time FROM postroad.recipients")
+    assert (row["state"], row["attempts"], row["next_attempt_time"]) == (SENT, 3, None)
+
+
 async def test_mail_that_a_restored_disk_tells_anew_keeps_its_outcome(
     ledger: PostgresLedger, migrated_database: Database
 ) -> None:

@@ -238,6 +238,24 @@ async def test_what_was_sent_before_is_not_sent_again_when_the_next_attempt_is_p
     assert await ledger_states(migrated_database, raw_id) == [SENT]
 
 
+@pytest.mark.parametrize("end", [SENT, RecipientState.RECIPIENT_STATE_BOUNCED])
+async def test_an_end_of_an_attempt_before_the_one_that_was_put_off_is_believed(
+    holder: Holder, other: Holder, migrated_database: Database, end: RecipientState
+) -> None:
+    raw_id, former = await holder.store(), holder.epoch
+    await end_lease(migrated_database, former)
+    claim_id, claimed = await other.claim()
+    await other.confirm(claim_id, claimed)
+    await other.report(changed(raw_id, update(0, DEFERRED, attempts=2)))
+    await holder.report(changed(raw_id, update(0, DEFERRED, attempts=1)), epoch=former)
+    assert await queue_states(migrated_database, raw_id) == [(DEFERRED, 2)]
+    await holder.report(changed(raw_id, update(0, end, attempts=1)), epoch=former)
+    assert await queue_row(migrated_database, raw_id) is None
+    assert await ledger_states(migrated_database, raw_id) == [end]
+    (row,) = await fetch(migrated_database, "SELECT attempts FROM postroad.recipients")
+    assert row["attempts"] == 2
+
+
 async def test_a_former_lease_of_the_same_spool_is_another_lease(holder: Holder, migrated_database: Database) -> None:
     """It takes over its own mail; what is said under the old lease then is too late."""
     raw_id, former = await holder.store(), holder.epoch

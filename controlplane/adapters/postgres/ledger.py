@@ -20,7 +20,8 @@ it accepted and those that it took over, and has them no more once it gave them 
 messages, which move between spools, it speaks under a lease of its own, whether that has ended or not: one that holds
 the message, or one of a node of the account's pool. What it says of mail that it holds under a lease changes the
 replicated queue in the same transaction.
-A recipient's first terminal state stays; a later, other one becomes an event `conflicting_outcome`.
+A recipient's first terminal state stays, whichever attempt it is of; a later, other one becomes an event
+`conflicting_outcome`. Of other states that of the highest attempt stays.
 What a spool was asked to cancel or bounce and has lost, as the books say, ends when it has answered (`ends`).
 What was accepted and what ended is entered into the spool's books by the statement that moves the cursor, and into the
 queue's where the spool held it under a lease.
@@ -112,18 +113,21 @@ WITH written AS (
 )
 {BY_DAY}
 """
-# The bounds let the planner leave out all days but those of the batch.
+# The bounds let the planner leave out all days but those of the batch. An end counts whatever attempt it is of: who lost
+# a lease, or goes on from an older disk, has made fewer than the ledger knows.
 _UPDATE_RECIPIENTS = f"""
 WITH u ({_RECIPIENT_COLUMNS}) AS ({_RECIPIENT_ROWS}), written AS (
 UPDATE postroad.recipients AS r
-SET state = u.state, attempts = u.attempts, next_attempt_time = u.next_attempt_time, update_time = u.update_time,
+SET state = u.state, attempts = greatest(r.attempts, u.attempts), next_attempt_time = u.next_attempt_time,
+    update_time = u.update_time,
     reply_code = CASE WHEN u.reply_text <> '' OR u.reply_code <> 0 THEN u.reply_code ELSE r.reply_code END,
     enhanced_code = CASE WHEN u.reply_text <> '' OR u.reply_code <> 0 THEN u.enhanced_code ELSE r.enhanced_code END,
     reply_text = CASE WHEN u.reply_text <> '' OR u.reply_code <> 0 THEN u.reply_text ELSE r.reply_text END,
     provider = CASE WHEN u.provider <> '' THEN u.provider ELSE r.provider END
 FROM u
 WHERE r.message_id = u.message_id AND r.recipient_index = u.recipient_index AND r.account = u.account
-    AND r.message_id BETWEEN $13 AND $14 AND r.state <> ALL ($15::smallint[]) AND r.attempts <= u.attempts
+    AND r.message_id BETWEEN $13 AND $14 AND r.state <> ALL ($15::smallint[])
+    AND (r.attempts <= u.attempts OR u.state = ANY ($15))
 RETURNING r.tableoid AS partition, r.account, r.state
 )
 {BY_DAY}
