@@ -14,7 +14,7 @@ import pytest
 from controlplane.adapters.postgres import queue, queue_reports
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.leader import PostgresJobs
-from controlplane.adapters.postgres.ledger import PostgresLedger
+from controlplane.adapters.postgres.ledger import COUNT_OWN, PostgresLedger
 from controlplane.adapters.postgres.queue import BY_AGE, CLAIMED_OF_ACCOUNT, PostgresQueue
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
 from controlplane.ports_queue import (
@@ -748,6 +748,24 @@ async def test_a_claim_reads_what_it_gives_and_not_what_waits_for_its_time(
     assert (plan["Actual Rows"], len(scans)) == (100, 3)
     assert touched <= _TOUCHED_ROWS, plan
     assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] <= _TOUCHED_BLOCKS, plan
+
+
+async def test_whose_mail_it_is_costs_by_the_message_and_not_by_the_square_of_them(
+    holder: Holder, migrated_database: Database
+) -> None:
+    count = 1_000
+    raw_ids = [message_id() for _ in range(count)]
+    await holder.store_all([queued(raw_id) for raw_id in raw_ids])
+    await execute(migrated_database, "ANALYZE")
+    ids = [text_id(raw_id) for raw_id in raw_ids]
+    spool, leases = uuid.UUID(holder.spool), [holder.epoch] * count
+    arguments = (ids, ["demo"] * count, min(ids), max(ids), spool, ids, leases, holder.node)
+    assert (await fetch(migrated_database, COUNT_OWN, *arguments))[0][0] == count
+    (row,) = await fetch(migrated_database, "EXPLAIN (ANALYZE, FORMAT JSON) " + COUNT_OWN, *arguments)
+    plan = json.loads(row[0])[0]["Plan"]
+    removed = ("Actual Rows", "Rows Removed by Filter", "Rows Removed by Join Filter")
+    touched = sum(sum(one.get(key, 0) for key in removed) * one["Actual Loops"] for one in nodes_below(plan))
+    assert touched <= 20 * count, plan
 
 
 def nodes_below(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:

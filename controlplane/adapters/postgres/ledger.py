@@ -156,20 +156,22 @@ SELECT message_id, recipient_index, type, (extract(epoch FROM event_time) * 1000
 FROM postroad.delivery_events WHERE message_id = ANY ($1)
 """
 # A late word is good after its account moved to another pool where the spool accepted the message; that of a deleted
-# account is nobody's any more.
-_COUNT_OWN = """
+# account is nobody's any more. Leases are found once for all messages, and not by each message among those of all.
+COUNT_OWN = """
 SELECT count(*)
 FROM postroad.messages AS m JOIN unnest($1::uuid[], $2::text[]) AS u (i, a) ON m.message_id = u.i AND m.account = u.a
-WHERE m.message_id BETWEEN $3 AND $4 AND CASE WHEN m.replicated THEN EXISTS (
-    SELECT FROM unnest($6::uuid[], $7::bigint[]) AS h (i, e)
-    JOIN postroad.node_leases AS l ON l.epoch = h.e AND l.spool = $5
-    WHERE h.i = m.message_id AND (
-        m.spool = $5
-        OR EXISTS (SELECT FROM postroad.replicated_queue AS q WHERE q.message_id = h.i AND q.epoch = h.e)
-        OR NOT EXISTS (
-            SELECT FROM postroad.accounts AS c WHERE c.account = m.account
-                AND c.node_pool IS DISTINCT FROM (SELECT n.node_pool FROM postroad.nodes AS n WHERE n.node = $8)
-        )
+LEFT JOIN (
+    SELECT g.i, array_agg(l.epoch) AS epochs FROM unnest($6::uuid[], $7::bigint[]) AS g (i, e)
+    JOIN postroad.node_leases AS l ON l.epoch = g.e AND l.spool = $5 GROUP BY g.i
+) AS h ON h.i = m.message_id
+WHERE m.message_id BETWEEN $3 AND $4 AND CASE WHEN m.replicated THEN h.i IS NOT NULL AND (
+    m.spool = $5
+    OR EXISTS (
+        SELECT FROM postroad.replicated_queue AS q WHERE q.message_id = m.message_id AND q.epoch = ANY (h.epochs)
+    )
+    OR NOT EXISTS (
+        SELECT FROM postroad.accounts AS c WHERE c.account = m.account
+            AND c.node_pool IS DISTINCT FROM (SELECT n.node_pool FROM postroad.nodes AS n WHERE n.node = $8)
     )
 ) ELSE m.spool = $5 END
 """
@@ -575,7 +577,7 @@ class _Writer:
         bounds = (min(message_ids), max(message_ids))
         leases = columns(rows.leases, 2)
         arguments = (message_ids, accounts, *bounds, self._spool, *leases, self._node_id)
-        count = await self._connection.fetchval(_COUNT_OWN, *arguments)
+        count = await self._connection.fetchval(COUNT_OWN, *arguments)
         if count < len(named):
             raise _UnknownRecipientError("a message is none of this spool, nor under a lease of it")
 
