@@ -43,13 +43,12 @@ def is_old_copy(stored_opening: bytes | None, cursor: int, openings: Openings, l
     return openings.ends(last_record).get(stored_opening, -1) < cursor
 
 
-def resume_after(
-    stored_opening: bytes | None, cursor: int, openings: Openings, last_record: int, acknowledged: int
-) -> int:
-    """The last record that this disk and the ledger, which has `cursor` records, have in common.
+def resume_after(stored_opening: bytes | None, cursor: int, openings: Openings, acknowledged: int) -> int:
+    """The last record that this disk and the ledger, which has `cursor` records, surely have in common.
 
-    Where the disk knows the opening, they parted when that ended on it. Else all that is known is what it had heard to
-    be stored.
+    All of them, where the opening that is stored is a former one that ended with as many. Else they parted in the midst
+    of an opening, and all that is known is what the disk had heard to be stored: where a machine was put back together
+    with its memory, the opening went on with records of its own.
     """
-    ended = openings.ends(last_record).get(stored_opening) if stored_opening else None
-    return min(cursor, acknowledged if ended is None else ended)
+    ended = dict(openings.former).get(stored_opening, -1) if stored_opening else -1
+    return cursor if ended >= cursor else min(cursor, acknowledged)

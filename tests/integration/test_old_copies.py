@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from controlplane.adapters.postgres.fleet import PostgresFleet
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.domain.openings import Openings
-from controlplane.ports_fleet import Cursor, RawBatch, Refusal, RefusalReason, SpoolOpening
+from controlplane.ports_fleet import Cursor, RawBatch, Refusal, RefusalReason, SpoolOpening, SpoolStatus, Stored
 from dataplane.adapters.spool_sqlite import SqliteSpool, openings
 from dataplane.spool_folders import is_refused
 from postroad.control.v1 import node_service_pb2
 from support.databases import Database
-from support.fleet import NOW, add_node, execute, fetch, fleet_database
+from support.fleet import NOW, accepted, add_node, execute, fetch, fleet_database, message_id, text_id
 from support.node_process import running
 from support.nodes import Fleet, serving_fleet, submit
 from support.nodes_port import until
@@ -134,17 +135,55 @@ async def test_what_a_refused_copy_says_changes_nothing_for_the_live_disk_once_t
     assert not await is_believed(ledger, copy)
 
     assert not await is_believed(ledger, disk)
+    await accept(migrated_database)
+
+    assert not await is_believed(ledger, copy)
+    await execute(migrated_database, "UPDATE postroad.spools SET accepted = true")
+    assert await is_believed(ledger, disk)
+
+
+async def accept(database: Database) -> None:
+    """As AcceptSpool does."""
     await execute(
-        migrated_database,
+        database,
         """
         UPDATE postroad.spools SET accepted = true, incarnation = reported_incarnation, cursor = resume_record,
             opening = reported_opening
         """,
     )
 
-    assert not await is_believed(ledger, copy)
-    await execute(migrated_database, "UPDATE postroad.spools SET accepted = true")
-    assert await is_believed(ledger, disk)
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["goes on", "restarted"])
+@pytest.mark.parametrize("by", ["ledger", "status"])
+async def test_what_a_machine_recorded_that_got_its_memory_back_is_stored_once_it_is_accepted(
+    ledger: PostgresLedger, migrated_database: Database, by: str, *, restarted: bool
+) -> None:
+    spool = str(uuid.uuid4())
+    first, second = (bytes([number]) * 16 for number in (1, 2))
+    assert await ledger.open_spool(NODE, SpoolOpening(spool, 1, 0, 1, 0, Openings(first)), NOW) == Cursor(spool, 0)
+    records = [accepted(message_id()).SerializeToString() for _ in range(6)]
+    await ledger.store(NODE, RawBatch(spool, 1, 1, records), NOW)
+
+    # It is of the time of record 1, and recorded two of its own as 2 and 3; the worker starts anew when it is refused.
+    incarnation, openings = (2, Openings(second, ((first, 3),))) if restarted else (1, Openings(first))
+    opening = SpoolOpening(spool, incarnation, 1, 1, 3, openings)
+    if by == "ledger":
+        assert isinstance(await ledger.open_spool(NODE, opening, NOW), Refusal)
+    else:
+        status = SpoolStatus(spool, incarnation, 1, 3, 0, open=True, refused=True, openings=openings)
+        async with fleet_database(migrated_database) as database:
+            (owner,) = await PostgresFleet(database, bytes).report_spools(NODE, [status], NOW)
+        assert not owner.accepted
+    await accept(migrated_database)
+
+    assert await ledger.open_spool(NODE, opening, NOW) == Cursor(spool, 1)
+    own = [message_id(), message_id()]
+    raw = [accepted(raw_id).SerializeToString() for raw_id in own]
+    stored = await ledger.store(NODE, RawBatch(spool, incarnation, 2, raw), NOW)
+    assert stored == Stored(Cursor(spool, 3), 2, 0)
+    rows = await fetch(migrated_database, "SELECT message_id FROM postroad.messages")
+    assert len(rows) == 8
+    assert {text_id(raw_id) for raw_id in own} <= {row["message_id"] for row in rows}
 
 
 async def test_restarts_while_the_control_plane_is_away_are_believed(ledger: PostgresLedger, disk: Path) -> None:

@@ -271,7 +271,9 @@ class PostgresFleet:
                         OR p.opening IS NOT NULL AND coalesce(k.ended, -1) < p.cursor
                     )),
                     resume_record = CASE
-                        WHEN k.h THEN least(p.cursor, coalesce(k.ended, k.a)) ELSE p.resume_record
+                        WHEN NOT k.h THEN p.resume_record
+                        WHEN k.ended >= p.cursor AND p.opening IS DISTINCT FROM k.o THEN p.cursor
+                        ELSE least(p.cursor, k.a)
                     END,
                     reported_opening = k.o,
                     lost_messages = string_to_array(k.l, ','),

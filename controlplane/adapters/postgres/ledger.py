@@ -113,8 +113,8 @@ WITH written AS (
 )
 {BY_DAY}
 """
-# The bounds let the planner leave out all days but those of the batch. An end counts whatever attempt it is of: who lost
-# a lease, or goes on from an older disk, has made fewer than the ledger knows.
+# The bounds let the planner leave out all days but those of the batch. An end counts whatever attempt it is of: who
+# lost a lease, or goes on from an older disk, has made fewer than the ledger knows.
 _UPDATE_RECIPIENTS = f"""
 WITH u ({_RECIPIENT_COLUMNS}) AS ({_RECIPIENT_ROWS}), written AS (
 UPDATE postroad.recipients AS r
@@ -266,7 +266,7 @@ class PostgresLedger:
                 """,
                 spool,
                 opening.incarnation,
-                resume_after(row["opening"], cursor, opening.openings, opening.last_record, opening.acknowledged),
+                resume_after(row["opening"], cursor, opening.openings, opening.acknowledged),
                 accepted,
                 cursor,
                 now,

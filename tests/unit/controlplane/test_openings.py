@@ -44,14 +44,21 @@ def test_what_is_an_old_copy(
     [
         # The newest disk, refused for what a copy was: whatever it had heard.
         (FIRST, Openings(SECOND, ((FIRST, STORED + 7),)), STORED),
+        (FIRST, Openings(SECOND, ((FIRST, STORED),)), STORED),
         # A copy that was made in the midst of the opening, and one that was made before it.
-        (FIRST, Openings(OTHER, ((FIRST, 90),)), 90),
+        (FIRST, Openings(OTHER, ((FIRST, 90),)), 80),
         (SECOND, Openings(OTHER, ((FIRST, 90),)), 80),
         (None, Openings(FIRST), 80),
         (FIRST, Openings(), 80),
+        # A machine that was put back together with its memory has records of its own under the opening.
+        (FIRST, Openings(FIRST), 80),
     ],
 )
 def test_where_the_ledger_goes_on_with_a_disk_that_is_accepted(
     stored_opening: bytes | None, openings: Openings, resumed: int
 ) -> None:
-    assert resume_after(stored_opening, STORED, openings, STORED + 9, 80) == resumed
+    assert resume_after(stored_opening, STORED, openings, 80) == resumed
+
+
+def test_the_ledger_goes_on_behind_no_record_that_it_has_not() -> None:
+    assert resume_after(FIRST, STORED, Openings(OTHER), STORED + 9) == STORED
