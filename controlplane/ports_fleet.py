@@ -447,7 +447,11 @@ class JobStore(Protocol):
         ...
 
     async def sweep_queue(self, before: datetime) -> None:
-        """Forget contents put before then whose message never came; end what is held too long."""
+        """Forget contents put before then whose message never came."""
+        ...
+
+    async def expire_held(self, limit: int) -> int:
+        """End what the replicated queue holds for too long, for at most `limit` recipients; returns for how many."""
         ...
 
     async def end_left_behind(self, limit: int) -> int:

@@ -26,6 +26,7 @@ _OLD_REVISIONS = timedelta(days=30)
 # A revision may be megabytes: few in a transaction.
 _REVISIONS_A_BATCH, _BATCHES_A_RUN = 200, 100
 _LEFT_BEHIND_A_BATCH = 5_000
+_HELD_A_BATCH = 5_000
 _COMMANDS_A_BATCH = 10
 _GIVEN_UP_A_BATCH = 2_000
 # One transaction, so that the nodes are sent the denials once a run at most.
@@ -68,6 +69,7 @@ def housekeeping_jobs(store: JobStore, *, retention: timedelta) -> list[Job]:
         Job("forget_tokens", timedelta(hours=1), forget_tokens),
         Job("forget_revisions", timedelta(hours=6), forget_revisions),
         Job("sweep_queue", timedelta(hours=1), sweep_queue),
+        Job("expire_held", timedelta(hours=1), lambda _: _in_batches(store.expire_held, _HELD_A_BATCH)),
         Job(
             "end_left_behind", timedelta(minutes=1), lambda _: _in_batches(store.end_left_behind, _LEFT_BEHIND_A_BATCH)
         ),

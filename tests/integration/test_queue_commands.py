@@ -336,12 +336,27 @@ async def test_what_is_held_ends_with_its_lifetime(
         await give(migrated_database, Verb.HOLD, raw_id, account="brief")
     assert await carry_out(holder) == [waiting]
     await execute(migrated_database, "UPDATE postroad.messages SET accept_time = accept_time - interval '1 hour'")
-    await PostgresJobs(database).sweep_queue(NOW - timedelta(days=1))
+    assert await PostgresJobs(database).expire_held(100) == 1
     assert await queue_row(migrated_database, ended) is None
     assert await ledger_states(migrated_database, ended) == [int(State.EXPIRED)]
     assert await event_types(migrated_database, ended) == [int(EventType.HELD), int(EventType.EXPIRED)]
     for raw_id in (kept, scheduled):
         assert await queue_states(migrated_database, raw_id) == [(int(State.HELD), 0)]
+
+
+async def test_what_is_held_ends_some_recipients_at_a_time(
+    holder: Holder, database: FleetDatabase, migrated_database: Database
+) -> None:
+    await execute(migrated_database, "UPDATE postroad.accounts SET retry_lifetime_s = 60")
+    raw_ids = [await store(holder, "a@example.net", "b@example.net", "c@example.net") for _ in range(3)]
+    await give(migrated_database, Verb.HOLD, *raw_ids)
+    assert await carry_out(holder) == []
+    await execute(migrated_database, "UPDATE postroad.messages SET accept_time = accept_time - interval '1 hour'")
+    jobs = PostgresJobs(database)
+    assert [await jobs.expire_held(4) for _ in range(4)] == [4, 4, 1, 0]
+    assert await fetch(migrated_database, "SELECT FROM postroad.replicated_queue") == []
+    for raw_id in raw_ids:
+        assert await ledger_states(migrated_database, raw_id) == [int(State.EXPIRED)] * 3
 
 
 async def test_commands_end_where_no_node_asks_for_mail(

@@ -188,7 +188,11 @@ class PostgresJobs:
         """As the port says."""
         async with self._database.transaction("job_sweep_queue") as connection:
             await connection.execute(_SWEEP_CONTENTS, least_message_id(before))
-            await expire_held(connection, await connection.fetchval("SELECT transaction_timestamp()"))
+
+    async def expire_held(self, limit: int) -> int:
+        """As the port says."""
+        async with self._database.transaction("job_expire_held") as connection:
+            return await expire_held(connection, await connection.fetchval("SELECT transaction_timestamp()"), limit)
 
     async def end_left_behind(self, limit: int) -> int:
         """As the port says."""

@@ -136,7 +136,7 @@ JOIN postroad.accounts AS a ON a.account = q.account
 JOIN postroad.messages AS m ON m.message_id = q.message_id
 WHERE r.state = {_HELD}
     AND coalesce(m.send_time, m.accept_time) + coalesce(a.retry_lifetime_s, $2) * interval '1 s' <= $1
-ORDER BY r.message_id LIMIT {WALKED} FOR UPDATE OF q SKIP LOCKED
+ORDER BY r.message_id LIMIT $3 FOR UPDATE OF q SKIP LOCKED
 """
 _END = f"""
 UPDATE postroad.queue_recipients AS r SET state = {int(State.EXPIRED)}
@@ -145,11 +145,11 @@ WHERE r.message_id = u.m AND r.recipient_index = u.i AND r.state = {_HELD}
 """
 
 
-async def expire_held(connection: Connection, now: datetime) -> None:
-    """End mail that is held when its lifetime is over."""
-    found = await connection.fetch(_EXPIRED, now, RetryPolicy().lifetime_s)
+async def expire_held(connection: Connection, now: datetime, limit: int) -> int:
+    """End mail that is held when its lifetime is over, for at most `limit` recipients; for how many."""
+    found = await connection.fetch(_EXPIRED, now, RetryPolicy().lifetime_s, limit)
     if not found:
-        return
+        return 0
     message_ids, indexes, accounts = (
         [row[name] for row in found] for name in ("message_id", "recipient_index", "account")
     )
@@ -161,6 +161,7 @@ async def expire_held(connection: Connection, now: datetime) -> None:
     await connection.execute(TELL, message_ids, indexes, accounts, int(EventType.EXPIRED), now, "", *said, QUEUE_SPOOL)
     await release(connection, message_ids)
     await connection.execute(_DUE, message_ids)
+    return len(found)
 
 
 async def run_command(connection: Connection, now: datetime) -> bool:

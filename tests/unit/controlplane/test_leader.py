@@ -109,9 +109,9 @@ async def test_a_job_that_fails_stops_nobody_and_runs_again_at_the_next_turn() -
 class Store:
     """Remembers what the jobs asked for."""
 
-    def __init__(self, old_revisions: int = 0) -> None:
+    def __init__(self, left: int = 0) -> None:
         self.asked: list[tuple[object, ...]] = []
-        self.old_revisions = old_revisions
+        self.left = left
 
     async def ensure_partitions(self, first: date, days: int) -> None:
         self.asked.append(("ensure", first, days))
@@ -134,12 +134,19 @@ class Store:
 
     async def delete_config_revisions(self, before: datetime, limit: int) -> int:
         self.asked.append(("revisions", before, limit))
-        forgotten = min(limit, self.old_revisions)
-        self.old_revisions -= forgotten
+        return self._forget(limit)
+
+    def _forget(self, limit: int) -> int:
+        forgotten = min(limit, self.left)
+        self.left -= forgotten
         return forgotten
 
     async def sweep_queue(self, before: datetime) -> None:
         self.asked.append(("queue", before))
+
+    async def expire_held(self, limit: int) -> int:
+        self.asked.append(("held", limit))
+        return self._forget(limit)
 
     async def end_left_behind(self, limit: int) -> int:
         self.asked.append(("left behind", limit))
@@ -171,6 +178,7 @@ class Store:
         ("forget_tokens", ("tokens", START - timedelta(days=1))),
         ("forget_revisions", ("revisions", START - timedelta(days=30), 200)),
         ("forget_denials", ("denials", START, 10_000)),
+        ("expire_held", ("held", 5_000)),
         ("end_left_behind", ("left behind", 5_000)),
         ("end_given_up", ("given up", 2_000)),
         ("run_queue_commands", ("commands", 10)),
@@ -197,4 +205,14 @@ async def test_old_revisions_go_in_batches_and_no_run_is_endless(old: int, batch
 
     await run(START)
 
-    assert (len(store.asked), store.old_revisions) == (batches, left)
+    assert (len(store.asked), store.left) == (batches, left)
+
+
+@pytest.mark.parametrize(("held", "batches", "left"), [(4_999, 1, 0), (5_500, 2, 0), (500_001, 100, 1)])
+async def test_all_that_is_held_too_long_ends_in_batches(held: int, batches: int, left: int) -> None:
+    store = Store(held)
+    (run,) = [one.run for one in housekeeping_jobs(store, retention=timedelta(days=30)) if one.name == "expire_held"]
+
+    await run(START)
+
+    assert (len(store.asked), store.left) == (batches, left)
