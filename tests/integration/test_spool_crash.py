@@ -16,7 +16,7 @@ import support.spool_child as child
 from dataplane.adapters.spool_sqlite import SqliteSpool
 from dataplane.core.ids import MessageId
 from dataplane.failpoints import VARIABLE
-from support.spools import ManualClock, open_durable
+from support.spools import ManualClock, make_envelope, make_row, open_durable
 
 ROOT = Path(__file__).parents[2]
 # Messages of a sender that is killed long before its last one.
@@ -24,13 +24,15 @@ ENDLESS = 100_000
 POINTS = ["spool.before_commit", "spool.after_commit", "spool.content_stored", "spool.content_appended"]
 
 
-def start(folder: Path, seed: int, failpoints: str, count: int = ENDLESS) -> subprocess.Popen[bytes]:
+def start(
+    folder: Path, seed: int, failpoints: str, count: int = ENDLESS, way: str = "mixed"
+) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         VARIABLE: failpoints,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "clients" / "python")]),
     }
-    command = [sys.executable, child.__file__, str(folder), str(seed), str(count)]
+    command = [sys.executable, child.__file__, str(folder), str(seed), str(count), way]
     return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
 
 
@@ -80,6 +82,29 @@ async def test_sigkill_at_a_failpoint_loses_nothing_that_was_answered(tmp_path: 
     assert spool.identity.incarnation == 2
     await check(spool, accepted, settled)
     await spool.close()
+
+
+@pytest.mark.parametrize("way", ["accept", "take"])
+async def test_a_claim_or_hand_over_that_a_kill_cut_behind_its_file_comes_again(tmp_path: Path, way: str) -> None:
+    """The message is PostgreSQL's, or the other spool's, and has its id; a file of it lies here without a row."""
+    folder = tmp_path / str(uuid.uuid4())
+    process = start(folder, 3, "spool.content_stored:1", way=way)
+    output, _ = process.communicate(timeout=50)
+    assert (process.returncode, output) == (-signal.SIGKILL, b"")
+    (left,) = (folder / "content").iterdir()
+    spool = await open_durable(folder, ManualClock())
+    message_id = MessageId(bytes.fromhex(left.name))
+    assert await spool.load(message_id) is None
+    envelope, content, rows = make_envelope(message_id), b"again" * 50_000, [make_row()]
+    if way == "accept":
+        await spool.accept(envelope, content, rows)
+    else:
+        await spool.take(envelope, content, rows, b"taken")
+    stored = await spool.load(message_id)
+    assert stored is not None
+    assert stored.content == content
+    await spool.close()
+    assert list((folder / "content").iterdir()) == [left]
 
 
 async def test_sigkill_at_any_time_and_again_loses_nothing_that_was_answered(tmp_path: Path) -> None:

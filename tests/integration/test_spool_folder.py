@@ -391,6 +391,23 @@ async def test_the_same_id_twice_does_not_touch_the_first_content(folder: Path, 
     await spool.close()
 
 
+async def test_a_file_is_no_orphan_before_its_row_is_committed_nor_while_it_is_removed(
+    folder: Path, clock: ManualClock
+) -> None:
+    spool = await open_durable(folder, clock)
+    message_id = make_id()
+    storing = spool.accept(make_envelope(message_id), b"submitted to the commit at once", [make_row()])
+    assert (storing.done(), spool._is_orphan(message_id)) == (False, False)
+    await storing
+    assert not spool._is_orphan(message_id)
+    await spool.settle(settlement(message_id, [change(make_row(), State.SENT)], b"", reported=True))
+    assert spool._is_orphan(message_id)
+    removing = spool._remove_files([message_id])
+    assert not spool._is_orphan(message_id)
+    await removing
+    await spool.close()
+
+
 async def test_orphans_are_swept_by_age_and_owned_files_never(folder: Path, clock: ManualClock) -> None:
     spool = await open_durable(folder, clock)
     envelope = make_envelope()

@@ -1,7 +1,8 @@
-"""A process that uses a spool until it is killed: `spool_child.py FOLDER SEED MESSAGES`.
+"""A process that uses a spool until it is killed: `spool_child.py FOLDER SEED MESSAGES WAY`.
 
-It says on standard output what it was told, one line a time, unbuffered: `accepted ID`, `settled ID`. All that
-it writes follows from ids and numbers, so that the parent can tell whole from half.
+WAY is `mixed`, or `accept` or `take` for one large message that comes so. It says on standard output what it was told,
+one line a time, unbuffered: `accepted ID`, `settled ID`. All that it writes follows from ids and numbers, so that the
+parent can tell whole from half.
 """
 
 from __future__ import annotations
@@ -68,6 +69,16 @@ async def send(spool: Spool, choice: random.Random, count: int) -> None:
             say(f"settled {message_id.hex()}")
 
 
+async def store_one(folder: Path, way: str) -> None:
+    spool = await open_durable(folder, SystemClock())
+    envelope, content, rows = make_envelope(), b"first" * 40_000, [make_row()]
+    if way == "accept":
+        await spool.accept(envelope, content, rows)
+    else:
+        await spool.take(envelope, content, rows, b"taken")
+    await spool.close()
+
+
 async def run(folder: Path, seed: int, count: int) -> None:
     limits = SpoolLimits(checkpoint_bytes=200_000)
     spool = await open_durable(folder, SystemClock(), limits=limits)
@@ -78,4 +89,7 @@ async def run(folder: Path, seed: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+    if sys.argv[4] == "mixed":
+        asyncio.run(run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+    else:
+        asyncio.run(store_one(Path(sys.argv[1]), sys.argv[4]))

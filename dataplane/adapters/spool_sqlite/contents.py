@@ -2,8 +2,9 @@
 
 A file is durable, and its name in the folder too, before the row that needs it is written; it is removed after the
 commit that removed the row. What a crash leaves between the two is an orphan, removed once it is older than any writer
-can be. A content that arrives in pieces has a name that ends in `.part` until it is complete (see `incoming`). The
-functions block and belong into a thread; errors are OSError.
+can be, and written over before that when its message is claimed or handed over once more, under the id that it has. A
+content that arrives in pieces has a name that ends in `.part` until it is complete (see `incoming`). The functions
+block and belong into a thread; errors are OSError.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class Contents:
             path.unlink(missing_ok=True)
             raise
 
+    def write_over_orphan(self, message_id: MessageId, content: bytes) -> None:
+        """Write durably under a name that only a crash has left. The errors of `write`."""
+        self.remove([message_id])
+        self.write(message_id, content)
+
     def read(self, message_id: MessageId) -> bytes:
         """Read whole. FileNotFoundError when it is gone."""
         return self._path(message_id).read_bytes()
@@ -63,7 +69,7 @@ class Contents:
     def complete(self, message_id: MessageId) -> None:
         """Give a content that is on disk its final name, durably. FileExistsError for an id that has a file."""
         path = self._path(message_id)
-        # Nobody else makes files here: the folder is locked, and ids are not made twice.
+        # Nobody else makes files here: the folder is locked, and what arrives in pieces has a new id.
         if path.exists():
             raise FileExistsError(path)
         self.part_path(message_id).rename(path)

@@ -27,6 +27,7 @@ import enum
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import apsw
 
@@ -70,7 +71,7 @@ class GroupCommit:
         clock: Clock,
         limits: SpoolLimits,
         on_failed: Callable[[SpoolFailedError], None],
-        on_removable: Callable[[list[MessageId]], None],
+        on_removable: Callable[[list[MessageId]], object],
         on_full: Callable[[], object],
     ) -> None:
         self._connection = connection
@@ -122,6 +123,11 @@ class GroupCommit:
         self._pending.append(operation)
         if self._state is _State.IDLE and not self._scheduled:
             self._schedule(at_once=not operation.is_patient)
+
+    def has_accept(self, message_id: MessageId) -> bool:
+        """Whether a message of this id gathers, or is in the commit under way."""
+        operations = chain(self._batch, self._pending)
+        return any(isinstance(operation, Accept) and operation.row[0] == message_id for operation in operations)
 
     def wal_has_room(self) -> bool:
         """Whether the WAL is below its cap; above it tries to checkpoint, at most once a second."""

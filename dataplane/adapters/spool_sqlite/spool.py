@@ -121,6 +121,7 @@ class SqliteSpool:
         # Writes of messages whose content is on its way to a file wait behind it.
         self._behind: dict[MessageId, list[Operation]] = {}
         self._incoming: dict[MessageId, SqliteIncoming] = {}
+        self._removing: set[MessageId] = set()  # messages whose files a thread is about to remove
         self._reader = Reader(connections[1])
         self._reserve = Reserve(folder / RESERVE, limits.reserve_bytes)
         self._commits = GroupCommit(
@@ -324,11 +325,33 @@ class SqliteSpool:
         message_id = operation.row[0]
         self._behind[message_id] = [operation]
         work = self.in_file_thread(self._contents.write, message_id, content)
-        work.add_done_callback(partial(self._content_written, message_id))
+        work.add_done_callback(partial(self._content_written, message_id, content))
 
-    def _content_written(self, message_id: MessageId, work: asyncio.Future[None]) -> None:
+    def _content_written(self, message_id: MessageId, content: bytes, work: asyncio.Future[None]) -> None:
+        error = work.exception()
+        try:
+            is_in_the_way = isinstance(error, FileExistsError) and self._is_orphan(message_id)
+        except apsw.Error as failure:
+            self._content_stored(message_id, self._give_up(failure))
+            return
+        if is_in_the_way:
+            # A crash, of a message that is claimed or handed over once more.
+            work = self.in_file_thread(self._contents.write_over_orphan, message_id, content)
+            work.add_done_callback(partial(self._content_written_over, message_id))
+        else:
+            self._content_stored(message_id, None if error is None else content_error(error))
+
+    def _content_written_over(self, message_id: MessageId, work: asyncio.Future[None]) -> None:
         error = work.exception()
         self._content_stored(message_id, None if error is None else content_error(error))
+
+    def _is_orphan(self, message_id: MessageId) -> bool:
+        """Whether no row needs the file of this message or is about to, and nobody is removing it."""
+        return not (
+            message_id in self._removing
+            or self._commits.has_accept(message_id)
+            or self._reader.owns_content(message_id)
+        )
 
     def _content_stored(self, message_id: MessageId, told: SpoolError | None) -> None:
         """The file of a message is durable, or it failed: write what waits behind it, or fail it."""
@@ -384,10 +407,17 @@ class SqliteSpool:
         """A commit found no room: what delivery settles is to be written all the same, with one of the next commits."""
         self.in_file_thread(self._reserve.give_up).add_done_callback(asyncio.Future.exception)
 
-    def _remove_files(self, message_ids: list[MessageId]) -> None:
+    def _remove_files(self, message_ids: list[MessageId]) -> asyncio.Future[None]:
         """After the commit that removed the rows; a file that stays behind is an orphan."""
+        self._removing.update(message_ids)
         work = self.in_file_thread(self._contents.remove, message_ids)
-        work.add_done_callback(asyncio.Future.exception)
+        work.add_done_callback(partial(self._files_removed, message_ids))
+        return work
+
+    def _files_removed(self, message_ids: list[MessageId], work: asyncio.Future[None]) -> None:
+        self._removing.difference_update(message_ids)
+        if not work.cancelled():
+            work.exception()
 
     def in_file_thread(self, function: Callable[..., Result], *arguments: object) -> asyncio.Future[Result]:
         """Run what blocks; `close` waits for it."""
@@ -409,14 +439,13 @@ class SqliteSpool:
             await self.in_file_thread(self._contents.remove_parts, left)
         before_s = self._clock.wall_ms() / 1000 - ORPHAN_AGE_S
         aged = await self.in_file_thread(lambda: list(self._contents.aged(before_s)))
-        orphans: list[MessageId] = []
+        orphan_count = 0
         for message_id in aged:
-            if message_id not in self._behind and not self._reader.owns_content(message_id):
-                orphans.append(message_id)
+            if message_id not in self._behind and self._is_orphan(message_id):
+                await self._remove_files([message_id])
+                orphan_count += 1
             await asyncio.sleep(0)
-        if orphans:
-            await self.in_file_thread(self._contents.remove, orphans)
-        return len(left) + len(orphans)
+        return len(left) + orphan_count
 
     async def forget_keys(self) -> int:
         """Remove submission keys that are older than 24 hours, some in each commit; return how many. SpoolError."""
