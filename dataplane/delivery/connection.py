@@ -7,6 +7,9 @@ drips does not hold the connection; a transaction as a whole has TRANSACTION_LIM
 A content that is not small leaves in pieces, one a turn of the loop, as the transport has room for them, and its final
 dot when the kernel has sent all before it, so that the dot of a next hop that is slow is here and not in a buffer.
 
+From the first transaction on the end of a connection is a reset, which throws away what the kernel has not sent: also
+an end that the transport tells of when it has closed. Ends of which all has been sent take that back.
+
     the final dot is                                           `dot_is_here`   cut, it is
     in the machine, or in a buffer of this process             yes             INTERRUPTED
     in the kernel, which has not sent it as far as it says     yes             UNCERTAIN: it may just have been sent
@@ -23,7 +26,7 @@ from dataplane.core.client import BLOCK_TIMEOUT_S, NOT_PERMITTED, Client, Phase,
 from dataplane.core.transaction import Transaction, Verdict, VerdictKind
 from dataplane.delivery.deadlines import NEVER, Deadlines
 from dataplane.delivery.limits import Lease
-from dataplane.delivery.wire import cut_off, unsent_bytes
+from dataplane.delivery.wire import cut_off, reset_on_close, unsent_bytes
 from dataplane.ports import Clock
 
 IDLE_S = 30.0
@@ -108,6 +111,8 @@ class Connection(asyncio.Protocol):
 
     def send(self, transaction: Transaction) -> None:
         """Begin a transaction; only when `reusable`. `on_done` may be called before this returns."""
+        if not self.transaction_count and self._wire is not None:
+            reset_on_close(self._wire, wanted=True)
         self.transaction_count += 1
         now_s = self._clock.monotonic()
         self._limit_s = now_s + TRANSACTION_LIMIT_S
@@ -131,6 +136,8 @@ class Connection(asyncio.Protocol):
             is_held = self._writing_paused or (in_content and self._held() > 0)
             if in_content and self._wire is not None and self._unsent():
                 cut_off(self._wire)
+            else:
+                self._end_in_order()
             signal = self._client.lost(reason, dot_may_have_left=not is_held)
             if self._transport is not None:
                 self._transport.abort()
@@ -155,6 +162,13 @@ class Connection(asyncio.Protocol):
         moved = replies != self._replies_seen
         self._replies_seen = replies
         self._after(signal, moved=moved)
+
+    def eof_received(self) -> None:
+        """The remote says no more, and may read on: not what it has not taken. A bare FIN under TLS is not told of."""
+        if self._client.phase is Phase.CONTENT and self._unsent():
+            self.abort("connection lost")
+        else:
+            self._end_in_order()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The remote or the network ended it."""
@@ -251,6 +265,8 @@ class Connection(asyncio.Protocol):
     def _finish(self) -> None:
         self._limit_s = self.deadline_s = NEVER
         outcome = self._client.outcome
+        if self._client.reusable and outcome is not None and any(map(_is_failure, outcome)) and self._unsent():
+            self._client.reusable = False  # what was refused before it was sent is not to be sent
         reusable = self._client.reusable
         if self.on_done is not None and outcome is not None:
             self.on_done(self, outcome)
@@ -262,9 +278,11 @@ class Connection(asyncio.Protocol):
             return
         self._closed = True
         self._deadlines.forget(self)
-        if self._transport is not None and self._writing_paused:
+        if self._transport is not None and self._wire is not None and self._unsent():
+            cut_off(self._wire)
             self._transport.abort()  # `close` would wait for a remote that does not read
         elif self._transport is not None:
+            self._end_in_order()
             self._transport.close()
         if not self.opening.done():
             verdict = self._client.failure or Verdict(VerdictKind.TEMPORARY, 0, "4.4.2", "connection lost")
@@ -273,6 +291,10 @@ class Connection(asyncio.Protocol):
             self.opening.exception()
         if self.on_closed is not None:
             self.on_closed(self)
+
+    def _end_in_order(self) -> None:
+        if self.transaction_count and self._wire is not None:
+            reset_on_close(self._wire, wanted=False)
 
     def _held(self) -> int:
         """Octets that are still in this process."""
@@ -284,3 +306,7 @@ class Connection(asyncio.Protocol):
     def _unsent(self) -> int:
         """Octets that have not left this machine."""
         return self._held() + (unsent_bytes(self._wire) if self._wire is not None else 0)
+
+
+def _is_failure(verdict: Verdict) -> bool:
+    return verdict.kind is not VerdictKind.SENT

@@ -15,7 +15,7 @@ import struct
 import sys
 
 _SIOCOUTQNSD = 0x894B
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_RESET_ON_CLOSE, _IN_ORDER = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 
 def unsent_bytes(transport: asyncio.Transport) -> int:
@@ -40,6 +40,14 @@ def cut_off(transport: asyncio.Transport) -> None:
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(_descriptor(transport))) as own:
         own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         own.shutdown(socket.SHUT_WR)
+
+
+def reset_on_close(transport: asyncio.Transport, *, wanted: bool) -> None:
+    """Let the end of the connection, whoever brings it, throw away what the kernel has not sent; or take that back."""
+    if transport.is_closing():
+        return
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(_descriptor(transport))) as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE if wanted else _IN_ORDER)
 
 
 def _descriptor(transport: asyncio.Transport) -> int:

@@ -197,6 +197,42 @@ async def test_a_next_hop_that_moves_is_not_given_up(pki: RelayPki) -> None:
         assert one.bench.types() == ["SENT"]
 
 
+@TLS
+async def test_a_next_hop_that_says_no_more_gets_nothing_more_either(pki: RelayPki, tls: str) -> None:
+    """The connection is over before the suspension, and would leave its kernel the dot."""
+    async with slow(pki, tls) as one:
+        await one.stands_still(SMALL)
+        one.path.say_no_more()
+        (event,) = await one.bench.events_come(1)
+        assert (event.type.name, event.reply_text, one.connection_count) == ("UNCERTAIN", "connection lost", 0)
+        suspend(one.bench)
+        await one.reads_on()
+        assert (one.hop.messages, one.path.forwarded_count < len(SMALL)) == ([], True)
+
+
+@pytest.mark.parametrize("reply", ["421 4.3.2 going down", "451 4.3.0 not now"])
+async def test_what_is_refused_before_it_was_sent_is_not_sent_afterwards(pki: RelayPki, reply: str) -> None:
+    async with slow(pki, "clear") as one:
+        await one.stands_still(SMALL)
+        one.path.say(f"{reply}\r\n".encode())
+        (event,) = await one.bench.events_come(1)
+        assert (event.type.name, event.reply_text, one.connection_count) == ("DEFERRED", reply[4:], 0)
+        await one.reads_on()
+        assert (one.hop.messages, one.path.forwarded_count < len(SMALL)) == ([], True)
+
+
+@TLS
+async def test_an_end_in_order_is_no_reset(pki: RelayPki, tls: str) -> None:
+    async with slow(pki, tls) as one:
+        await one.stands_still(SMALL)
+        connection = one.connection
+        one.path.open()
+        await one.bench.events_come(1)
+        connection.leave()
+        await one.path.ended.wait()
+        assert not one.path.was_reset
+
+
 async def test_a_port_for_tls_from_the_first_byte_that_speaks_in_clear_gets_nothing(pki: RelayPki) -> None:
     async with next_hop() as hop, delivery_bench() as bench:
         bench.config.add_provider(A, hop.port, tls_policy=TlsPolicy.REQUIRED, implicit_tls=True)

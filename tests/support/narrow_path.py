@@ -1,7 +1,8 @@
 """A TCP path that stops reading when a test says so, with as little room as the system allows: a next hop that is slow.
 
 It knows nothing of what passes, so that TLS passes as well. `shut` stops what comes from the client, `open` lets it go
-on; `ended` is set when the client's side has ended, by FIN or by a reset.
+on; `ended` is set when the client's side has ended, by FIN or by a reset (`was_reset`). `say` and `say_no_more` speak
+to the client for the next hop, in clear.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class NarrowPath:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     forwarded_count: int = 0
     """Octets of the client that were passed on."""
+    was_reset: bool = False
     _is_open: asyncio.Event = field(default_factory=asyncio.Event)
+    _client: socket.socket | None = None
 
     def shut(self) -> None:
         self._is_open.clear()
@@ -31,10 +34,20 @@ class NarrowPath:
     def open(self) -> None:
         self._is_open.set()
 
+    def say(self, octets: bytes) -> None:
+        assert self._client is not None
+        assert self._client.send(octets) == len(octets)
+
+    def say_no_more(self) -> None:
+        """Half-close: what comes from the client is taken as before."""
+        assert self._client is not None
+        self._client.shutdown(socket.SHUT_WR)
+
     async def forward(self, listening: socket.socket, hop_port: int) -> None:
         """Pass one connection on."""
         loop = asyncio.get_running_loop()
         client, _ = await loop.sock_accept(listening)
+        self._client = client
         reader, writer = await asyncio.open_connection("127.0.0.1", hop_port)
         back = loop.create_task(self._back(reader, client))
         try:
@@ -46,7 +59,7 @@ class NarrowPath:
 
     async def _there(self, client: socket.socket, writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(ConnectionError):
+        try:
             while True:
                 await self._is_open.wait()
                 octets = await loop.sock_recv(client, _PIECE_BYTES)
@@ -55,6 +68,8 @@ class NarrowPath:
                 writer.write(octets)
                 await writer.drain()
                 self.forwarded_count += len(octets)
+        except ConnectionError:
+            self.was_reset = True
         self.ended.set()
 
     async def _back(self, reader: asyncio.StreamReader, client: socket.socket) -> None:
