@@ -387,7 +387,8 @@ class LinkedQueue:
         error = SpoolError("the commit was cancelled") if local.cancelled() else local.exception()
         if error is not None:
             self._abandon("the spool did not take what it holds")
-            # It is stored, and goes by another way: whatever the spool says, this is not refused.
+            # It is stored, and goes by another way: whatever the spool says, no client may hear that it is not.
+            self.counters.refused += 1
             error = SpoolError(f"PostgreSQL has it, the spool does not: {error}")
         _resolve(store.future, error)
 

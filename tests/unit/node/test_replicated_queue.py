@@ -220,6 +220,7 @@ async def test_what_the_spool_has_no_room_for_is_stored_all_the_same_and_not_ref
             task.cancel()
     # A client that is told so asks again, and knows that it may be there.
     assert type(refusal.value) is SpoolError
+    assert (bench.queue.counters.stored, bench.queue.counters.refused) == (1, 1), "a window W1, which is counted"
     assert bench.engine.ended == 1
 
 
