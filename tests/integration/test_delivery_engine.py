@@ -39,7 +39,7 @@ async def waiting(bench: Bench) -> list[State]:
 async def come_to_wait(bench: Bench, count: int) -> list[State]:
     """The same, once the spool has so many: what is cut is put back a moment later."""
     async with asyncio.timeout(10):
-        while len(found := await waiting(bench)) < count:
+        while len(found := await waiting(bench)) < count:  # noqa: ASYNC110 - a spool tells nobody of its rows
             await asyncio.sleep(0.001)
     return found
 
