@@ -172,7 +172,9 @@ async def test_what_a_machine_recorded_that_got_its_memory_back_is_stored_once_i
     else:
         status = SpoolStatus(spool, incarnation, 1, 3, 0, open=True, refused=True, openings=openings)
         async with fleet_database(migrated_database) as database:
-            (owner,) = await PostgresFleet(database, bytes).report_spools(NODE, [status], NOW)
+            (owner,) = await PostgresFleet(database, lambda _pool, _key, sealed: sealed).report_spools(
+                NODE, [status], NOW
+            )
         assert not owner.accepted
     await accept(migrated_database)
 

@@ -240,7 +240,7 @@ async def test_what_was_sent_before_is_not_sent_again_when_the_next_attempt_is_p
 
 @pytest.mark.parametrize("end", [SENT, RecipientState.RECIPIENT_STATE_BOUNCED])
 async def test_an_end_of_an_attempt_before_the_one_that_was_put_off_is_believed(
-    holder: Holder, other: Holder, migrated_database: Database, end: RecipientState
+    holder: Holder, other: Holder, migrated_database: Database, end: int
 ) -> None:
     raw_id, former = await holder.store(), holder.epoch
     await end_lease(migrated_database, former)
