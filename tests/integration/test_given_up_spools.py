@@ -49,13 +49,12 @@ class Plane:
     async def open(self, spool: str, node: str) -> Cursor | Refusal:
         return await self.ledger.open_spool(node, SpoolOpening(spool, 1, 0, 1, 1_000), NOW)
 
-    async def be_silent(self) -> None:
-        """Nobody has reported a spool for longer than it takes to be believed lost."""
-        silent = datetime.now(UTC) - timedelta(seconds=91)
-        await self.stack.as_superuser("UPDATE postroad.spools SET update_time = $1", silent)
+    async def was_reported(self, *, seconds_ago: float) -> None:
+        reported = datetime.now(UTC) - timedelta(seconds=seconds_ago)
+        await self.stack.as_superuser("UPDATE postroad.spools SET update_time = $1", reported)
 
     async def give_up_lost(self) -> None:
-        await self.be_silent()
+        await self.was_reported(seconds_ago=91)
         await self.give_up()
 
     async def give_up(self, node: str = "mx2", spool: str = LOST) -> None:
@@ -203,6 +202,7 @@ async def test_a_disk_that_turns_up_is_refused_on_every_node(plane: Plane) -> No
 
 
 async def test_a_spool_that_was_reported_just_now_is_not_given_up(plane: Plane) -> None:
+    await plane.was_reported(seconds_ago=0)
     error = await plane.stack.operator.refused(plane.give_up())
     assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "SPOOL_IN_USE")
     # The node is there again, with another disk: it does not speak of the old one.
@@ -213,6 +213,7 @@ async def test_a_spool_that_was_reported_just_now_is_not_given_up(plane: Plane) 
 
 
 async def test_the_spool_of_a_node_that_is_revoked_is_given_up_at_once(plane: Plane) -> None:
+    await plane.was_reported(seconds_ago=0)
     await plane.stack.operator.node("RevokeNode", service.RevokeNodeRequest(name="nodes/mx2"))
     await plane.give_up()
     assert not await fetch(plane.database, "SELECT FROM postroad.spools WHERE spool = $1", LOST)
