@@ -35,7 +35,7 @@ from postroad.localstack import PostgresServer
 from postroad.localstack.database import API, DATABASE, FLEET, OWNER
 from postroad.localstack.demo import ACCOUNT, PROVIDER
 from postroad.localstack.ports import settle_ports
-from postroad.sdk import AsyncClient, PostroadError, connect_async
+from postroad.sdk import AsyncClient, Client, PostroadError, connect_async
 from support.chaos.books import Books, Strike
 from support.chaos.disk import disk_environment
 from support.chaos.judge import TERMINAL, Told
@@ -197,17 +197,17 @@ class ChaosStack(KillableStack):
         begun_s = time.time()
         found: list[Book] = []
 
-        def compared() -> bool:
+        def compared(client: Client) -> bool:
             nonlocal found
-            with contextlib.suppress(PostroadError), self.client() as client:
+            with contextlib.suppress(PostroadError):
                 found = list(client.books.ListBooks(ListBooksRequest(parent=_EVERY_ACCOUNT)).books)
             return bool(found) and all(book.compare_time.ToNanoseconds() / 1e9 > begun_s for book in found)
 
-        try:
-            wait_until(compared, "the books were compared", timeout_s)
-        except AssertionError as error:
-            raise AssertionError(f"{error}: {found}") from error
         with self.client() as client:
+            try:
+                wait_until(lambda: compared(client), "the books were compared", timeout_s)
+            except AssertionError as error:
+                raise AssertionError(f"{error}: {found}") from error
             findings = client.books.ListBookFindings(ListBookFindingsRequest(parent=_EVERY_ACCOUNT)).book_findings
         return [
             *(f"does not balance or agree: {book}" for book in found if not (book.balances and book.agrees)),
