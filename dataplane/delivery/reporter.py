@@ -37,12 +37,14 @@ class Reporter:
         self._timer: asyncio.TimerHandle | None = None
 
     def watch(self, message: Message) -> None:
-        """Record the message's acceptance unless that happens by itself within REST_S."""
-        if message.reported:
-            return
+        """Record the message's acceptance unless that happens by itself within REST_S.
+
+        Who holds it and watches it already goes on to: a message may be read back before who accepted it comes here.
+        """
         message_id = message.envelope.message_id
+        if message.reported or message_id in self._watched or message_id in self._writing:
+            return
         self._watched[message_id] = (self._clock.monotonic() + REST_S, message)
-        self._watched.move_to_end(message_id)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(REST_S, self._fire)
 

@@ -91,6 +91,22 @@ async def test_an_acceptance_that_is_not_settled_in_time_is_recorded_alone_and_o
         assert [record.accepted for record in bench.records[1:]] == [None]
 
 
+async def test_a_message_that_is_read_back_before_it_is_watched_is_recorded_once() -> None:
+    async with next_hop() as hop, delivery_bench() as bench:
+        bench.config.add_provider(A, hop.port)
+        bench.config.route_to(A)
+        envelope = bench.envelope()
+        row = RecipientRow(0, "b@example.net", State.QUEUED, 0, bench.clock.wall_ms(), envelope.priority, KEY_A)
+        await bench.spool.accept(envelope, CONTENT, [row])
+        bench.engine.wake(KEY_A)
+        await bench.events_come(1)
+
+        bench.engine.queued(envelope, [row])
+        await bench.engine.stop(0.0)
+
+        assert [record.accepted for record in bench.records] == [envelope]
+
+
 async def test_a_queued_message_is_recorded_and_read_back_when_there_is_room() -> None:
     async with next_hop() as hop, delivery_bench(window_bytes=0) as bench:
         bench.config.add_provider(A, hop.port)

@@ -184,8 +184,7 @@ def _enter(record: LedgerRecord, found: dict[str, list[Told]]) -> None:
     message_id = str(uuid.UUID(bytes=bytes(record.message_id)))
     if record.HasField("accepted"):
         token = record.accepted.header_message_id.strip("<>").partition("@")[0]
-        # A worker that starts may tell one twice that was settled meanwhile: as in PostgreSQL, the first one counts.
-        found.setdefault(message_id, [Told(token, address, 2) for address in record.accepted.recipients])
+        found[message_id] = [Told(token, address, 2) for address in record.accepted.recipients]
     rows = found.setdefault(message_id, [])
     indexes = [update.index for update in record.recipients] + [one for event in record.events for one in event.indexes]
     while len(rows) <= max(indexes, default=-1):
