@@ -13,14 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 
-from controlplane.ports_fleet import (
-    Cursor,
-    LedgerStore,
-    RawBatch,
-    Refusal,
-    RefusalReason,
-    SpoolOpening,
-)
+from controlplane.ports_fleet import Cursor, LedgerStore, RawBatch, Refusal, RefusalReason, SpoolOpening
 
 # More in one transaction costs nothing less per record, and holds the spool's row and memory longer.
 MERGED_RECORDS = 4_000

@@ -12,13 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from controlplane.ports_fleet import (
-    Bundle,
-    BundleVersion,
-    PoolConfig,
-    PoolKey,
-    digest_of,
-)
+from controlplane.ports_fleet import Bundle, BundleVersion, PoolConfig, PoolKey, digest_of
 
 
 class ConfigCache:

@@ -12,12 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from controlplane.ports_fleet import (
-    DenialSet,
-    PoolConfig,
-    SpoolCommand,
-    SpoolStatus,
-)
+from controlplane.ports_fleet import DenialSet, PoolConfig, SpoolCommand, SpoolStatus
 from controlplane.stream.cache import ConfigCache
 from controlplane.stream.session import Action, CloseCode, Directive, Session
 

@@ -25,12 +25,7 @@ from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
 from controlplane.domain.books import MOST_NAMED, Comparison, FindingKind
 from controlplane.jobs.books import SILENT_AFTER, book_jobs
 from controlplane.jobs.leader import Job
-from controlplane.ports_fleet import (
-    WAITING_DAYS,
-    BookHealth,
-    RawBatch,
-    SpoolOpening,
-)
+from controlplane.ports_fleet import WAITING_DAYS, BookHealth, RawBatch, SpoolOpening
 from controlplane.services.auditing import Auditor
 from dataplane.adapters.ledger_codec import encode_record
 from dataplane.adapters.spool_sqlite import SqliteSpool

@@ -17,13 +17,7 @@ from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import COUNT_OWN, PostgresLedger
 from controlplane.adapters.postgres.queue import BY_AGE, CLAIMED_OF_ACCOUNT, PostgresQueue
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
-from controlplane.ports_queue import (
-    BadQueueRequestError,
-    LeaseLostError,
-    QueuedMessage,
-    Repeated,
-    SpoolOwnershipError,
-)
+from controlplane.ports_queue import BadQueueRequestError, LeaseLostError, QueuedMessage, Repeated, SpoolOwnershipError
 from postroad.node.v1.ledger_pb2 import EventType, RecipientState
 from support.databases import Database
 from support.fleet import (

@@ -14,13 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from controlplane.ports_fleet import (
-    Bundle,
-    ConfigStatus,
-    DenialSet,
-    PoolConfig,
-    digest_of,
-)
+from controlplane.ports_fleet import Bundle, ConfigStatus, DenialSet, PoolConfig, digest_of
 from controlplane.stream.session import (
     BASE_MISMATCH,
     Ack,

@@ -15,12 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from controlplane.adapters.grpc.stream_codec import hello_of
-from controlplane.ports_fleet import (
-    Bundle,
-    DenialSet,
-    PoolConfig,
-    digest_of,
-)
+from controlplane.ports_fleet import Bundle, DenialSet, PoolConfig, digest_of
 from controlplane.stream import session as control
 from dataplane.agent import stream_machine as node
 from dataplane.agent.applied import WorkerTable

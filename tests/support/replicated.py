@@ -11,12 +11,7 @@ from typing import Any
 from controlplane.adapters.postgres.ledger import PostgresLedger
 from controlplane.adapters.postgres.queue import PostgresQueue
 from controlplane.ports_fleet import RawBatch, SpoolOpening
-from controlplane.ports_queue import (
-    Claimed,
-    ClaimWish,
-    QueuedMessage,
-    Repeated,
-)
+from controlplane.ports_queue import Claimed, ClaimWish, QueuedMessage, Repeated
 from postroad.node.v1.ledger_pb2 import LedgerRecord
 from support.databases import Database
 from support.fleet import NOW, NOW_MS, accepted, execute, fetch, message_id, text_id

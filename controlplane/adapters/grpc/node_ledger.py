@@ -23,12 +23,7 @@ from controlplane.adapters.grpc.stream_codec import BadMessageError, openings_of
 from controlplane.adapters.grpc.transport import identity_of
 from controlplane.adapters.pki import NodeIdentity, PkiError
 from controlplane.domain.errors import UnavailableError
-from controlplane.ports_fleet import (
-    Cursor,
-    RawBatch,
-    Refusal,
-    SpoolOpening,
-)
+from controlplane.ports_fleet import Cursor, RawBatch, Refusal, SpoolOpening
 from controlplane.services.auditing import Auditor, Comparer
 from controlplane.services.handovers import HandoverPart, Handovers, Receiver, Take
 from controlplane.services.ingest import IngestService, Told

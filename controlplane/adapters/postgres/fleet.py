@@ -12,14 +12,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 
+from controlplane.adapters.ledger_records import columns
 from controlplane.adapters.postgres.bundles import MOVE_DENIALS
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.session import Connection
 from controlplane.domain.messages import milliseconds_at
+from controlplane.domain.openings import is_old_copy, resume_after
 from controlplane.ports_fleet import (
     Bundle,
     BundleListing,
@@ -238,62 +241,36 @@ class PostgresFleet:
         if not spools:
             return []
         async with self._database.transaction("node_report_spools") as connection:
-            ids = [UUID(spool.spool) for spool in spools]
-            incarnations = [spool.incarnation for spool in spools]
-            waiting = [spool.waiting_count for spool in spools]
+            by_id = {UUID(spool.spool): spool for spool in spools}
             await connection.execute(
                 """
                 INSERT INTO postroad.spools (spool, node, incarnation)
                 SELECT s, $2, i FROM unnest($1::uuid[], $3::bigint[]) AS u (s, i) ORDER BY s
                 ON CONFLICT DO NOTHING
                 """,
-                ids,
-                node_id,
-                incarnations,
+                *(list(by_id), node_id, [spool.incarnation for spool in spools]),
+            )
+            known = await connection.fetch(
+                """
+                SELECT spool, incarnation, cursor, accepted, opening, resume_record FROM postroad.spools
+                WHERE spool = ANY ($1) AND node = $2 ORDER BY spool FOR UPDATE
+                """,
+                *(list(by_id), node_id),
             )
             rows = await connection.fetch(
                 """
-                WITH known AS (
-                    SELECT p.spool, u.i, u.w, u.l, u.c, u.n, u.r, u.h, u.a, u.o,
-                        (u.e::jsonb ->> encode(p.opening, 'hex'))::bigint AS ended
-                    FROM postroad.spools p
-                    JOIN unnest(
-                        $1::uuid[], $2::bigint[], $3::bigint[], $6::text[], $7::bigint[], $8::boolean[], $9::bigint[],
-                        $10::boolean[], $11::bigint[], $12::bytea[], $13::text[]
-                    ) AS u (s, i, w, l, c, n, r, h, a, o, e) ON p.spool = u.s
-                    WHERE p.node = $4
-                    ORDER BY p.spool FOR UPDATE OF p
-                )
                 UPDATE postroad.spools p
-                SET waiting_count = k.w, reported_incarnation = k.i, update_time = $5,
-                    accepted = p.accepted AND NOT (k.h AND (
-                        k.i < p.incarnation OR k.r < p.cursor
-                        OR p.opening IS NOT NULL AND coalesce(k.ended, -1) < p.cursor
-                    )),
-                    resume_record = CASE
-                        WHEN NOT k.h THEN p.resume_record
-                        WHEN k.ended >= p.cursor AND p.opening IS DISTINCT FROM k.o THEN p.cursor
-                        ELSE least(p.cursor, k.a)
-                    END,
-                    reported_opening = k.o,
-                    lost_messages = string_to_array(k.l, ','),
-                    lost_count = k.c, unnamed_losses = k.n
-                FROM known k WHERE p.spool = k.spool
+                SET waiting_count = u.w, reported_incarnation = u.i, accepted = u.a, resume_record = u.r,
+                    reported_opening = u.o, lost_messages = string_to_array(u.l, ','), lost_count = u.c,
+                    unnamed_losses = u.n, update_time = $1
+                FROM unnest(
+                    $2::uuid[], $3::bigint[], $4::bigint[], $5::boolean[], $6::bigint[], $7::bytea[], $8::text[],
+                    $9::bigint[], $10::boolean[]
+                ) AS u (s, w, i, a, r, o, l, c, n)
+                WHERE p.spool = u.s
                 RETURNING p.spool, p.node, p.accepted, p.cursor, p.opening
                 """,
-                ids,
-                incarnations,
-                waiting,
-                node_id,
-                now,
-                [",".join(spool.losses.messages) for spool in spools],
-                [spool.losses.message_count for spool in spools],
-                [spool.losses.unnamed for spool in spools],
-                [spool.last_record for spool in spools],
-                [spool.refused for spool in spools],
-                [spool.acknowledged for spool in spools],
-                [spool.openings.present or None for spool in spools],
-                [_ends(spool) for spool in spools],
+                *(now, *columns([_reported(row, by_id[row["spool"]]) for row in known], 9)),
             )
         return [_owner(row) for row in rows]
 
@@ -424,7 +401,16 @@ def _owner(row: asyncpg.Record) -> SpoolOwner:
     return SpoolOwner(str(row["spool"]), row["node"], row["accepted"], row["cursor"], row["opening"])
 
 
-def _ends(spool: SpoolStatus) -> str:
-    """With which record each opening ended, where that is asked for."""
-    ends = spool.openings.ends(spool.last_record) if spool.refused else {}
-    return json.dumps({opening.hex(): last_record for opening, last_record in ends.items()})
+def _reported(row: asyncpg.Record, spool: SpoolStatus) -> tuple[Any, ...]:
+    """What is written of a spool: its id, what it says, and what that makes of it."""
+    accepted, resume_record = row["accepted"], row["resume_record"]
+    if spool.refused:
+        went_backwards = spool.incarnation < row["incarnation"]
+        is_old = is_old_copy(row["opening"], row["cursor"], spool.openings, spool.last_record)
+        accepted = accepted and not (went_backwards or is_old)
+        resume_record = resume_after(row["opening"], row["cursor"], spool.openings, spool.acknowledged)
+    losses = spool.losses
+    return (
+        *(row["spool"], spool.waiting_count, spool.incarnation, accepted, resume_record),
+        *(spool.openings.present or None, ",".join(losses.messages), losses.message_count, losses.unnamed),
+    )

@@ -12,12 +12,7 @@ from postroad.cli import problems
 from postroad.cli.main import run
 from postroad.cli.session import Session
 from postroad.control.v1.node_pb2 import Node
-from postroad.control.v1.node_service_pb2 import (
-    GetNodeRequest,
-    ListNodesRequest,
-    ListNodesResponse,
-    UpdateNodeRequest,
-)
+from postroad.control.v1.node_service_pb2 import GetNodeRequest, ListNodesRequest, ListNodesResponse, UpdateNodeRequest
 
 S = "22222222-2222-4222-8222-222222222222"
 DRAIN = "accounts/-/operations/1"
