@@ -19,7 +19,7 @@ from controlplane.adapters.postgres.book_entries import BY_DAY, Entered, enter_q
 from controlplane.adapters.postgres.bundles import DENIALS_CHANNEL, MOVE_DENIALS
 from controlplane.adapters.postgres.fleet_database import CONNECTION_ERRORS, FleetDatabase
 from controlplane.adapters.postgres.given_up import end_given_up
-from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL, expire_held, run_command
+from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL, expire_held, run_commands
 from controlplane.ports_fleet import WAITING_DAYS
 from dataplane.core.queue import TERMINAL, State
 
@@ -215,12 +215,7 @@ class PostgresJobs:
 
     async def run_queue_commands(self, limit: int) -> int:
         """As the port says."""
-        for count in range(limit):
-            async with self._database.transaction("job_run_queue_commands") as connection:
-                now = await connection.fetchval("SELECT transaction_timestamp()")
-                if not await run_command(connection, now):
-                    return count
-        return limit
+        return await run_commands(self._database, limit)
 
     async def delete_leases(self, before: datetime) -> None:
         """As the port says."""

@@ -153,7 +153,7 @@ FROM unnest(
 """
 _SELECT_EVENTS = """
 SELECT message_id, recipient_index, type, (extract(epoch FROM event_time) * 1000)::bigint, attempt
-FROM postroad.delivery_events WHERE message_id = ANY ($1)
+FROM postroad.delivery_events WHERE message_id = ANY ($1) AND message_id BETWEEN $2 AND $3
 """
 # A late word is good after its account moved to another pool where the spool accepted the message; that of a deleted
 # account is nobody's any more. Leases are found once for all messages, and not by each message among those of all.
@@ -614,7 +614,7 @@ class _Writer:
     ) -> list[tuple[Any, ...]]:
         """Leave out what a disk that was restored tells anew of recipients that had ended."""
         message_ids = list({message_id for message_id, _ in ended})
-        found = await self._connection.fetch(_SELECT_EVENTS, message_ids)
+        found = await self._connection.fetch(_SELECT_EVENTS, message_ids, min(message_ids), max(message_ids))
         known = {tuple(row) for row in found}
         return [event for event in events if (*event[:2], *event[3:6]) not in known]
 

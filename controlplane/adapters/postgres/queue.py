@@ -23,7 +23,7 @@ import asyncpg
 from controlplane.adapters.ledger_records import IdBounds, RecordError, RecordRows, columns
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.ledger import PostgresLedger, insert_replicated, note_keys
-from controlplane.adapters.postgres.queue_commands import run_command
+from controlplane.adapters.postgres.queue_commands import run_commands
 from controlplane.adapters.postgres.queue_reports import return_ended
 from controlplane.adapters.postgres.session import Connection
 from controlplane.ports_queue import (
@@ -224,7 +224,8 @@ class PostgresQueue:
         self, node_id: str, pool: str, wish: ClaimWish, now: datetime | None, *, adopt: bool
     ) -> list[Claimed]:
         """As the port says."""
-        await self._run_commands(now)
+        # What was asked before counts for this claim, but not more than a claim can wait for.
+        await run_commands(self._database, _COMMANDS_A_CLAIM, now)
         async with self._database.transaction("queue_return") as connection:
             clock = now or await connection.fetchval("SELECT transaction_timestamp()")
             returned, uncertain = await return_ended(connection, clock, adopt=adopt)
@@ -251,14 +252,6 @@ class PostgresQueue:
             for row in found
             for key in (row["message_id"],)
         ]
-
-    async def _run_commands(self, now: datetime | None) -> None:
-        """Carry out what is asked of the queue, but not more than a claim can wait for."""
-        for _ in range(_COMMANDS_A_CLAIM):
-            async with self._database.transaction("queue_command") as connection:
-                clock = now or await connection.fetchval("SELECT transaction_timestamp()")
-                if not await run_command(connection, clock):
-                    return
 
     async def fetch_content(self, node_id: str, spool: str, epoch: int, message_id: bytes, chunk: int) -> ContentPart:
         """As the port says."""

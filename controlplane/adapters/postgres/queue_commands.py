@@ -20,6 +20,7 @@ from uuid import UUID
 import asyncpg
 
 from controlplane.adapters.postgres.book_entries import BY_DAY, Entered, enter_queue
+from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.queue_reports import LOCK, release
 from controlplane.adapters.postgres.session import Connection
 from controlplane.domain.messages import EVERY_ACCOUNT, first_id_at
@@ -162,6 +163,19 @@ async def expire_held(connection: Connection, now: datetime, limit: int) -> int:
     await release(connection, message_ids)
     await connection.execute(_DUE, message_ids)
     return len(found)
+
+
+async def run_commands(database: FleetDatabase, limit: int, now: datetime | None = None) -> int:
+    """Carry out what is asked of the queue, in at most `limit` transactions; in how many of them there was something.
+
+    `now` is the database's clock unless it is given.
+    """
+    for count in range(limit):
+        async with database.transaction("queue_command") as connection:
+            clock = now or await connection.fetchval("SELECT transaction_timestamp()")
+            if not await run_command(connection, clock):
+                return count
+    return limit
 
 
 async def run_command(connection: Connection, now: datetime) -> bool:
