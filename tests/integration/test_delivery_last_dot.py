@@ -6,9 +6,11 @@ Nor does it after a lease, not even of a process that stood still meanwhile.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +20,8 @@ from dataplane.core.config import Denials, TlsPolicy
 from dataplane.core.queue import State
 from dataplane.core.transaction import DOT_APART_BYTES
 from dataplane.delivery.connection import Connection
+from dataplane.link import DenialsApplied, DenialsChanged, Message
+from dataplane.worker_side import WorkerParts, WorkerSide
 from support.delivery import ACCOUNT, A, Bench, delivery_bench
 from support.narrow_path import NarrowPath, narrow_path
 from support.next_hop import STALL, Behaviour, NextHop, next_hop
@@ -120,6 +124,49 @@ async def test_a_dot_that_only_the_kernel_has_does_not_leave_either_and_is_uncer
         assert (event.type.name, event.reply_text) == ("UNCERTAIN", "stopped by a denial")
         assert (one.hop.messages, one.bench.states()) == ([], ["DEFERRED"])
         assert one.path.forwarded_count < len(SMALL)
+
+
+class Agent:
+    """What the agent hears of a worker's denials, and whether a descriptor was open when it did."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.heard = asyncio.Event()
+        self.was_open = True
+
+    def send(self, message: Message) -> None:
+        assert isinstance(message, DenialsApplied)
+        try:
+            os.fstat(self._descriptor)
+        except OSError:
+            self.was_open = False
+        self.heard.set()
+
+
+@TLS
+async def test_a_worker_confirms_a_suspension_when_what_it_cut_is_closed(pki: RelayPki, tls: str) -> None:
+    async with slow(pki, tls) as one:
+        await one.stands_still(SMALL)
+        wire = one.connection._wire
+        assert wire is not None
+        agent: Any = Agent(wire.get_extra_info("socket").fileno())
+        view: Any = one.bench.config
+        view.load_denials = lambda: setattr(view, "denials", Denials(1, accounts={ACCOUNT: 0}))
+        nobody: Any = None
+        side = WorkerSide(
+            WorkerParts(
+                *(0, view, {}, {}, nobody, {"spool": one.bench.engine}, {}, nobody, nobody, nobody, nobody, nobody),
+                *(nobody, nobody, one.bench.log),
+            )
+        )
+        giver: Any = SimpleNamespace()
+        side.attach(agent, nobody, nobody, giver, nobody)
+        following = asyncio.create_task(side._follow_denials())
+        side.received(DenialsChanged(1))
+        async with asyncio.timeout(10):
+            await agent.heard.wait()
+        following.cancel()
+        assert not agent.was_open
 
 
 @TLS
