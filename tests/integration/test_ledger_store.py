@@ -27,6 +27,7 @@ from support.databases import Database
 from support.fleet import (
     NOW,
     NOW_MS,
+    accept_spools,
     accepted,
     add_node,
     changed,
@@ -338,19 +339,8 @@ async def test_a_restored_disk_is_refused_until_an_operator_accepts_it(
     assert isinstance(refused, Refusal)
     assert refused.reason is RefusalReason.WENT_BACKWARDS
     assert isinstance(stored.answer, Refusal)
-    await _accept(migrated_database)
+    await accept_spools(migrated_database)
     assert await _open(ledger, incarnation=incarnation + 1, last=last) == Cursor(SPOOL, 0)
-
-
-async def _accept(database: Database) -> None:
-    """As AcceptSpool does."""
-    await execute(
-        database,
-        """
-        UPDATE postroad.spools
-        SET accepted = true, incarnation = reported_incarnation, cursor = resume_record
-        """,
-    )
 
 
 async def test_what_a_restored_disk_wrote_before_it_was_refused_is_stored_once_it_is_accepted(
@@ -363,7 +353,7 @@ async def test_what_a_restored_disk_wrote_before_it_was_refused_is_stored_once_i
 
     # The disk is of the time of record 2, of which it knew that record 1 was stored, and took mail at its start.
     assert isinstance(await _open(ledger, incarnation=2, last=3, acknowledged=1), Refusal)
-    await _accept(migrated_database)
+    await accept_spools(migrated_database)
     assert await _open(ledger, incarnation=2, last=3, acknowledged=1) == Cursor(SPOOL, 1)
     stored = await _store(ledger, 2, sent, accepted(since), incarnation=2)
 
@@ -386,7 +376,7 @@ async def test_mail_that_a_restored_disk_ends_after_fewer_attempts_has_ended(
     put_off = [changed(raw_id, update(0, DEFERRED, attempts=attempt)) for attempt in (1, 2, 3)]
     await _store(ledger, 1, accepted(raw_id), *put_off)
     await _open(ledger, incarnation=2, last=1, acknowledged=1)
-    await _accept(migrated_database)
+    await accept_spools(migrated_database)
     await _open(ledger, incarnation=2, last=1, acknowledged=1)
 
     sent = changed(raw_id, update(0, SENT, attempts=2), events=(event(EventType.EVENT_TYPE_SENT, 0),))

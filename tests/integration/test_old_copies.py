@@ -18,7 +18,7 @@ from dataplane.adapters.spool_sqlite import SqliteSpool, openings
 from dataplane.spool_folders import is_refused
 from postroad.control.v1 import node_service_pb2
 from support.databases import Database
-from support.fleet import NOW, accepted, add_node, execute, fetch, fleet_database, message_id, text_id
+from support.fleet import NOW, accept_spools, accepted, add_node, execute, fetch, fleet_database, message_id, text_id
 from support.node_process import running
 from support.nodes import Fleet, serving_fleet, submit
 from support.nodes_port import until
@@ -135,22 +135,11 @@ async def test_what_a_refused_copy_says_changes_nothing_for_the_live_disk_once_t
     assert not await is_believed(ledger, copy)
 
     assert not await is_believed(ledger, disk)
-    await accept(migrated_database)
+    await accept_spools(migrated_database)
 
     assert not await is_believed(ledger, copy)
     await execute(migrated_database, "UPDATE postroad.spools SET accepted = true")
     assert await is_believed(ledger, disk)
-
-
-async def accept(database: Database) -> None:
-    """As AcceptSpool does."""
-    await execute(
-        database,
-        """
-        UPDATE postroad.spools SET accepted = true, incarnation = reported_incarnation, cursor = resume_record,
-            opening = reported_opening
-        """,
-    )
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["goes on", "restarted"])
@@ -176,7 +165,7 @@ async def test_what_a_machine_recorded_that_got_its_memory_back_is_stored_once_i
                 NODE, [status], NOW
             )
         assert not owner.accepted
-    await accept(migrated_database)
+    await accept_spools(migrated_database)
 
     assert await ledger.open_spool(NODE, opening, NOW) == Cursor(spool, 1)
     own = [message_id(), message_id()]

@@ -19,7 +19,7 @@ from google.rpc.status_pb2 import Status
 from controlplane.adapters.pki import create_authority
 from postroad.node.v1 import config_stream_service_pb2 as pb
 from support.databases import Database
-from support.fleet import execute, fetch
+from support.fleet import accept_spools, execute, fetch
 from support.nodes_port import Certificate, NodesPort, NodeStream, certificate_for, nodes_port, now, put_bundle, until
 
 SETTINGS = "pools/default/settings"
@@ -324,6 +324,12 @@ async def test_another_nodes_spool_is_refused_and_the_stream_goes_on(
     assert row["node"] == "edge-1"
 
 
+async def _let_send(stream: NodeStream, spool: str) -> None:
+    """The node is told that it may send from the spool."""
+    directive = await stream.expect("directive")
+    assert (directive.action, directive.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+
+
 async def test_a_spool_that_moves_is_taken_from_the_one_node_and_given_to_the_other(
     port: NodesPort, migrated_database: Database
 ) -> None:
@@ -342,15 +348,13 @@ async def test_a_spool_that_moves_is_taken_from_the_one_node_and_given_to_the_ot
 
     refused = await former.expect("directive")
     assert (refused.action, refused.spool) == (pb.Directive.ACTION_REFUSE_SPOOL, spool)
-    given = await taker.expect("directive")
-    assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+    await _let_send(taker, spool)
     # Records come, which its last report does not know of; that is no old copy.
     await execute(migrated_database, "UPDATE postroad.spools SET cursor = 12")
     await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
     # Whoever has not heard of it hears it once more.
     await taker.call.write(pb.StreamConfigRequest(status_report=pb.StatusReport(spools=[waiting])))
-    again = await taker.expect("directive")
-    assert (again.action, again.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+    await _let_send(taker, spool)
     (row,) = await fetch(migrated_database, "SELECT node, accepted FROM postroad.spools")
     assert tuple(row) == ("edge-2", True)
 
@@ -367,8 +371,7 @@ async def test_a_node_that_was_away_when_its_spool_was_accepted_hears_of_it_when
     )
     stream = NodeStream(port.channel(certificate), "edge-1")
     await stream.hello(spools=[pb.SpoolStatus(spool=spool, incarnation=6, last_record=40, refused=True)])
-    given = await stream.expect("directive")
-    assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+    await _let_send(stream, spool)
 
 
 async def test_an_old_copy_of_a_spool_that_moved_is_refused_until_it_is_accepted(
@@ -390,10 +393,8 @@ async def test_an_old_copy_of_a_spool_that_moved_is_refused_until_it_is_accepted
     (row,) = await fetch(migrated_database, "SELECT accepted, resume_record FROM postroad.spools")
     assert tuple(row) == (False, 37)
 
-    await execute(migrated_database, "UPDATE postroad.spools SET accepted = true, cursor = resume_record")
-    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
-    given = await stream.expect("directive")
-    assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+    await accept_spools(migrated_database)
+    await _let_send(stream, spool)
 
 
 async def test_a_copy_of_a_spool_that_moved_is_refused_however_much_it_recorded(
@@ -417,10 +418,8 @@ async def test_a_copy_of_a_spool_that_moved_is_refused_however_much_it_recorded(
     (row,) = await fetch(migrated_database, "SELECT accepted, opening, reported_opening FROM postroad.spools")
     assert tuple(row) == (False, known, b"p" * 16)
 
-    await execute(migrated_database, "UPDATE postroad.spools SET accepted = true, opening = reported_opening")
-    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
-    given = await stream.expect("directive")
-    assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+    await accept_spools(migrated_database)
+    await _let_send(stream, spool)
 
 
 async def test_a_spool_that_waits_and_knows_the_opening_that_is_stored_is_let_send(
@@ -438,8 +437,7 @@ async def test_a_spool_that_waits_and_knows_the_opening_that_is_stored_is_let_se
     status = pb.SpoolStatus(spool=spool, incarnation=9, last_record=90, refused=True, opening_id=b"p" * 16)
     status.former_openings.add(id=b"k" * 16, last_record=40)
     await stream.hello(spools=[status])
-    given = await stream.expect("directive")
-    assert (given.action, given.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+    await _let_send(stream, spool)
 
 
 async def test_anything_before_hello_is_refused(port: NodesPort) -> None:
@@ -585,10 +583,8 @@ async def test_a_held_spool_with_an_older_incarnation_is_refused_until_it_is_acc
     (row,) = await fetch(migrated_database, "SELECT accepted FROM postroad.spools")
     assert not row["accepted"]
 
-    await execute(migrated_database, "UPDATE postroad.spools SET accepted = true, incarnation = reported_incarnation")
-    await execute(migrated_database, "SELECT pg_notify('postroad_commands', '')")
-    accepted = await stream.expect("directive")
-    assert (accepted.action, accepted.spool) == (pb.Directive.ACTION_ACCEPT_SPOOL, spool)
+    await accept_spools(migrated_database)
+    await _let_send(stream, spool)
 
 
 async def test_draining_asks_every_node_to_come_back(port: NodesPort) -> None:

@@ -56,6 +56,19 @@ async def execute(database: Database, sql: str, *arguments: object) -> None:
     await fetch(database, sql, *arguments)
 
 
+async def accept_spools(database: Database) -> None:
+    """As AcceptSpool does it for one, for every spool that was refused."""
+    await execute(
+        database,
+        """
+        UPDATE postroad.spools
+        SET accepted = true, incarnation = reported_incarnation, cursor = resume_record, opening = reported_opening
+        WHERE NOT accepted
+        """,
+    )
+    await execute(database, "SELECT pg_notify('postroad_commands', '')")
+
+
 async def fetch(database: Database, sql: str, *arguments: object) -> list[asyncpg.Record]:
     """Rows as the superuser, whom row-level security does not bind."""
     connection = await asyncpg.connect(database.dsn())
