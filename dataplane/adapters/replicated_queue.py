@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from dataplane.adapters.replicated_content import IncomingContent, look_at, resolve
 from dataplane.adapters.spool_sqlite.codec import DamagedRowError, decode_envelope, encode_envelope
 from dataplane.core.envelope import Envelope, RecipientRow, make_queue_key, split_queue_key
 from dataplane.core.ids import MessageId, format_message_id
@@ -64,7 +65,6 @@ REST_S = 3.0
 STRANGE_S = 60.0
 CLAIMED_MESSAGES = 100
 CLAIMED_BYTES = 4 * 1024 * 1024
-CHUNK_BYTES = 256 * 1024
 INLINE_BYTES = 1024 * 1024
 STORES_AT_ONCE = 2
 BATCH_MESSAGES = 500
@@ -187,14 +187,14 @@ class LinkedQueue:
     def accept(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
         """As the port says."""
         if len(content) > INLINE_BYTES:
-            incoming = _Incoming(self, envelope.message_id)
-            incoming.write(content).add_done_callback(_look_at)
+            incoming = IncomingContent(self, envelope.message_id)
+            incoming.write(content).add_done_callback(look_at)
             return incoming.store(envelope, content, recipients)
         return self.put(envelope, content, recipients, pb.QueuedMessage(content=content))
 
-    def receive(self, message_id: MessageId) -> _Incoming:
+    def receive(self, message_id: MessageId) -> IncomingContent:
         """As the port says."""
-        return _Incoming(self, message_id)
+        return IncomingContent(self, message_id)
 
     # --- what the worker calls
 
@@ -372,13 +372,13 @@ class LinkedQueue:
             if first is None:
                 self._stored(store)
             else:
-                _resolve(store.future, RepeatedSubmissionError(first.first_message_id, is_same=first.same_content))
+                resolve(store.future, RepeatedSubmissionError(first.first_message_id, is_same=first.same_content))
 
     def _stored(self, store: _Store) -> None:
         if not store.message.sending:
             if not store.envelope.send_time_ms:
                 self._claim_now.set()
-            _resolve(store.future, None)
+            resolve(store.future, None)
             return
         local = self._spool.accept(store.envelope, store.content, store.rows)
         local.add_done_callback(partial(self._held_here, store))
@@ -390,11 +390,11 @@ class LinkedQueue:
             # It is stored, and goes by another way: whatever the spool says, no client may hear that it is not.
             self.counters.refused += 1
             error = SpoolError(f"PostgreSQL has it, the spool does not: {error}")
-        _resolve(store.future, error)
+        resolve(store.future, error)
 
     def _refuse(self, store: _Store, error: SpoolError) -> None:
         self.counters.refused += 1
-        _resolve(store.future, error)
+        resolve(store.future, error)
 
     # --- claiming
 
@@ -513,7 +513,7 @@ class LinkedQueue:
         changes = [
             RecipientChange(row.index, row.attempt, State.CANCELLED, row.attempt, 0, row.queue_key) for row in rows
         ]
-        self._spool.settle(Settlement(message_id, changes, None, reported=False)).add_done_callback(_look_at)
+        self._spool.settle(Settlement(message_id, changes, None, reported=False)).add_done_callback(look_at)
 
     # --- calls
 
@@ -550,101 +550,3 @@ class LinkedQueue:
             spool=self._spool.identity.spool, message_id=message_id, chunk=chunk, data=data
         )
         await self.call(QueueMethod.STORE_CONTENT, request, pb.StoreContentResponse, STORE_TIMEOUT_S)
-
-
-class _Incoming:
-    """`ports.Incoming`: pieces go to PostgreSQL as they come, one after the other."""
-
-    def __init__(self, queue: LinkedQueue, message_id: MessageId) -> None:
-        self._queue = queue
-        self._message_id = message_id
-        self._buffer = bytearray()
-        self._size_bytes = 0
-        self._chunks = 0
-        self._last: asyncio.Task[None] | None = None
-        self._discarded = False
-
-    @property
-    def size_bytes(self) -> int:
-        """As the port says."""
-        return self._size_bytes
-
-    def write(self, *pieces: bytes) -> asyncio.Future[None]:
-        """As the port says."""
-        for piece in pieces:
-            self._buffer += piece
-            self._size_bytes += len(piece)
-        while len(self._buffer) >= CHUNK_BYTES:
-            self._put(bytes(self._buffer[:CHUNK_BYTES]))
-            del self._buffer[:CHUNK_BYTES]
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self._last is None:
-            written.set_result(None)
-        else:
-            self._last.add_done_callback(partial(_follow, written))
-        return written
-
-    def accept(self, envelope: Envelope, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
-        """As the port says."""
-        return self.store(envelope, b"", recipients)
-
-    def store(self, envelope: Envelope, content: bytes, recipients: Sequence[RecipientRow]) -> asyncio.Future[None]:
-        """Store the message; `content` is what the spool takes, where delivery holds it."""
-        if self._buffer or not self._chunks:
-            self._put(bytes(self._buffer))
-            self._buffer.clear()
-        stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        async def store() -> None:
-            try:
-                if self._last is not None:
-                    await self._last
-                message = pb.QueuedMessage(chunks=self._chunks)
-                await self._queue.put(envelope, content, recipients, message)
-            except SpoolError as error:
-                _resolve(stored, error)
-            else:
-                _resolve(stored, None)
-
-        self._queue.spawn(store())
-        return stored
-
-    def discard(self) -> None:
-        """As the port says; what PostgreSQL has of it is swept there."""
-        self._discarded = True
-        self._buffer.clear()
-
-    def _put(self, data: bytes) -> None:
-        chunk, former = self._chunks, self._last
-        self._chunks += 1
-
-        async def put() -> None:
-            if former is not None:
-                await former
-            if self._discarded:
-                raise SpoolError("the content was given up")
-            await self._queue.put_chunk(self._message_id, chunk, data)
-
-        self._last = self._queue.spawn(put())
-        self._last.add_done_callback(_look_at)
-
-
-def _look_at(future: asyncio.Future[Any]) -> None:
-    """Nobody else looks at how it ended."""
-    if not future.cancelled():
-        future.exception()
-
-
-def _follow(follower: asyncio.Future[None], future: asyncio.Future[None]) -> None:
-    _resolve(follower, SpoolError("given up") if future.cancelled() else future.exception())
-
-
-def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
-        # A client that left looks at nothing.
-        future.exception()

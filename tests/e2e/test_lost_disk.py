@@ -1,4 +1,4 @@
-"""A node that is lost with its disk, as an operator sees it: what waited there is given up, and nothing waits for it."""
+"""A node that is lost with its disk, as an operator sees it: what waited there ends, and nothing waits for it."""
 
 from __future__ import annotations
 
