@@ -20,7 +20,7 @@ from google.rpc import code_pb2
 
 from postroad.cli.output import short
 from postroad.cli.problems import FAILED, UNREACHABLE, CommandError
-from postroad.cli.resources import Yes
+from postroad.cli.resources import Yes, confirm
 from postroad.cli.session import Session, session_of
 from postroad.cli.times import SPAN, seconds_of, span
 from postroad.control.v1.message_pb2 import RecipientState
@@ -201,9 +201,8 @@ def _run(session: Session, verb: _Verb, choice: _Choice, target: str, wait_s: in
     choice.check()
     if choice.has_filter:
         request = choice.request(session, verb, target)
-        if not yes and not session.printer.is_json:
-            word = CommandVerb.Name(verb.number).removeprefix("COMMAND_VERB_").capitalize()
-            typer.confirm(f"{word} {choice.text(session)}?", abort=True)
+        word = CommandVerb.Name(verb.number).removeprefix("COMMAND_VERB_").capitalize()
+        confirm(session, f"{word} {choice.text(session)}?", yes=yes)
         operations = [session.client.messages.CommandMessages(request)]
     else:
         fields = {"provider": target} if target else {}

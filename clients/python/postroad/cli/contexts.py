@@ -11,7 +11,7 @@ import typer
 from postroad.cli.connection import account_name, read_contexts, user_folder, write_contexts
 from postroad.cli.given_files import read_text
 from postroad.cli.problems import NOT_CONFIGURED, NOT_THERE, CommandError
-from postroad.cli.resources import Yes
+from postroad.cli.resources import Yes, confirm
 from postroad.cli.session import session_of
 
 app = typer.Typer(no_args_is_help=True, help="Named servers, kept in your own folder of settings (0600).")
@@ -78,11 +78,11 @@ def use_context(context: typer.Context, name: ContextName) -> None:
 @app.command("delete")
 def delete_context(context: typer.Context, name: ContextName, yes: Yes = False) -> None:
     """Forget a context and the key in it; asks first unless --yes or JSON is wanted."""
-    printer = session_of(context).printer
+    session = session_of(context)
+    printer = session.printer
     folder = user_folder(os.environ)
     current, contexts = _existing(folder, name)
-    if not yes and not printer.is_json:
-        typer.confirm(f"Delete context {name}?", abort=True)
+    confirm(session, f"Delete context {name}?", yes=yes)
     del contexts[name]
     write_contexts(folder, "" if current == name else current, contexts)
     printer.say(f"Forgot {name}")

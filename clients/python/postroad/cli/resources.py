@@ -191,6 +191,12 @@ def add_reading(app: typer.Typer, kind: Kind, list_text: str, *, shared: bool = 
     app.command("get", help=f"Show one {_words(kind)}.")(get)
 
 
+def confirm(session: Session, question: str, *, yes: bool) -> None:
+    """Ask before what cannot be taken back, unless --yes or JSON is wanted; who says no ends the command."""
+    if not yes and not session.printer.is_json:
+        typer.confirm(question, abort=True)
+
+
 def add_deletion(app: typer.Typer, kind: Kind) -> None:
     """Give `app` the command delete."""
 
@@ -198,8 +204,7 @@ def add_deletion(app: typer.Typer, kind: Kind) -> None:
         session = session_of(context)
         full_name = kind.name(session, name)
         resource = fresh(session, kind, full_name)
-        if not yes and not session.printer.is_json:
-            typer.confirm(f"Delete {full_name}?", abort=True)
+        confirm(session, f"Delete {full_name}?", yes=yes)
         call(session, kind, f"Delete{kind.noun}", name=full_name, etag=resource.etag)
         session.printer.say(f"Deleted {full_name}")
         if session.printer.is_json:
@@ -219,8 +224,7 @@ def add_verb(app: typer.Typer, kind: Kind, verb: str, help_text: str) -> None:
         session = session_of(context)
         fields: dict[str, Any] = {"name": kind.name(session, name)}
         resource = fresh(session, kind, fields["name"])
-        if not yes and not session.printer.is_json:
-            typer.confirm(f"{verb} {fields['name']}?", abort=True)
+        confirm(session, f"{verb} {fields['name']}?", yes=yes)
         if "etag" in getattr(kind.module, f"{verb}{kind.noun}Request").DESCRIPTOR.fields_by_name:
             fields["etag"] = resource.etag
         show(session, kind, call(session, kind, f"{verb}{kind.noun}", **fields))

@@ -9,7 +9,7 @@ import typer
 
 from postroad.cli.nodes import NODE
 from postroad.cli.output import Column, short
-from postroad.cli.resources import Limit, Yes, bound_of, call, list_some, show
+from postroad.cli.resources import Limit, Yes, bound_of, call, confirm, list_some, show
 from postroad.cli.session import session_of
 from postroad.control.v1.node_pb2 import Node
 
@@ -67,20 +67,11 @@ def accept(context: typer.Context, spool: Spool, node: OfNode) -> None:
 
 
 @app.command("give-up")
-def give_up(
-    context: typer.Context,
-    spool: Spool,
-    node: OfNode,
-    *,
-    yes: Yes = False,
-) -> None:
+def give_up(context: typer.Context, spool: Spool, node: OfNode, yes: Yes = False) -> None:
     """End all mail that waits in a spool whose disk will not come back; there is no way back."""
     session = session_of(context)
     name = NODE.name(session, node)
-    if not yes and not session.printer.is_json:
-        typer.confirm(
-            f"Fail all that waits in spool {spool} of {short(name)}, and refuse its disk for ever?", abort=True
-        )
+    confirm(session, f"Fail all that waits in spool {spool} of {short(name)}, and refuse its disk for ever?", yes=yes)
     show(session, NODE, call(session, NODE, "GiveUpSpool", name=name, spool=spool))
 
 
