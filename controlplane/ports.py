@@ -392,8 +392,11 @@ class Messages(Protocol):
     async def list_page(self, query: MessageQuery) -> tuple[list[Message], bool]:
         """Newest first, with recipients, and whether there are more; fewer than asked for when they have very many."""
 
-    async def now(self) -> Position:
-        """The position after which everything is still to come."""
+    async def newest_position(self, account: str) -> Position:
+        """The position of the last event that `events` would give, (0, 0) where there is none."""
+
+    async def has_reached(self, position: Position) -> bool:
+        """Whether `events` may ever have given it: not, when PostgreSQL was restored from an older state."""
 
     async def events(self, account: str, after: Position, limit: int, message_id: str | None) -> list[Event]:
         """What the ledger learnt after a position, in its order; only what no open transaction can precede."""

@@ -8,7 +8,7 @@ range of ids. A `Position` orders all that the ledger learnt; its text form is w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -99,6 +99,13 @@ class Event:
     transferring_ms: int = 0
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class EventPage(NamedTuple):
+    """A part of a watch: what it shows, and the position after all that was read for it."""
+
+    events: Sequence[Event]
+    position: Position
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import timedelta
 
@@ -23,6 +23,7 @@ from controlplane.domain import names
 from controlplane.domain.access import Caller
 from controlplane.domain.drains import Drain
 from controlplane.domain.errors import (
+    FailedPreconditionError,
     NotFoundError,
     Reason,
     ResourceExhaustedError,
@@ -34,7 +35,7 @@ from controlplane.domain.messages import (
     LEAST_ID,
     Command,
     CommandOrder,
-    Event,
+    EventPage,
     Message,
     MessageFilter,
     MessageQuery,
@@ -113,8 +114,8 @@ class MessagesService:
 
     async def watch(
         self, caller: Caller, account: str, message_id: str | None, position_text: str
-    ) -> AsyncIterator[Sequence[Event]]:
-        """Yield pages of events as the ledger learns them; closing the iterator ends the watch."""
+    ) -> AsyncIterator[EventPage]:
+        """Yield pages of events as the ledger learns them, the first at once; closing the iterator ends the watch."""
         caller.require_account(account)
         after = parse_position(position_text) if position_text else None
         if self._watchers.total() >= self._max_watchers:
@@ -133,19 +134,25 @@ class MessagesService:
 
     async def _watch(
         self, caller: Caller, account: str, message_id: str | None, after: Position | None
-    ) -> AsyncIterator[Sequence[Event]]:
+    ) -> AsyncIterator[EventPage]:
         ends = self._monotonic() + _WATCH_S
+        async with self._database.transaction(scope_of(caller)) as work:
+            if after is None:
+                after = await work.messages.newest_position(account) if message_id is None else Position(0, 0)
+            elif not await work.messages.has_reached(after):
+                text = "the ledger has not been at this position: it was restored from an older state"
+                raise FailedPreconditionError(Reason.POSITION_AHEAD, text)
+        is_first = True
         while True:
             async with self._database.transaction(scope_of(caller)) as work:
                 since = await _since(work, account)
-                if after is None:
-                    after = await work.messages.now() if message_id is None else Position(0, 0)
                 page = await work.messages.events(account, after, _PAGE_EVENTS, message_id)
-            if page:
-                after = page[-1].position
-                shown = [event for event in page if event.message_id >= since]
-                if shown:
-                    yield shown
+            after = page[-1].position if page else after
+            shown = [event for event in page if event.message_id >= since]
+            # Who is cut off before anything happened has a position to resume from all the same.
+            if shown or is_first:
+                yield EventPage(shown, after)
+                is_first = False
             if self._draining or self._monotonic() > ends:
                 raise UnavailableError(Reason.DRAINING, "resume from the last position", retry_after_s=1)
             if len(page) < _PAGE_EVENTS:

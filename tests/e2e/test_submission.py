@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import email
 import email.policy
+import json
 import re
+import signal
 import smtplib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
+from typing import IO, Any
 
 import pytest
 
@@ -19,6 +22,7 @@ from support.local_stack import LocalStack
 
 pytestmark = pytest.mark.timeout(180)
 
+_INTERRUPTED = 130
 _ADDED = (b"Received", b"Date", b"Message-ID")
 _CONTENT = (
     b"From: app@example.com\r\nTo: someone@example.net\r\nSubject: dots\r\n\r\n"
@@ -200,6 +204,44 @@ def test_send_follows_to_sent_and_list_and_get_know_the_message(stack: LocalStac
     assert stack.cli("messages", "follow", message["name"]).returncode == 0
     shown = stack.cli("inbox", "show", message["name"].rpartition("/")[2])
     assert "Subject: For programs" in shown.stdout
+
+
+def _read_answers(lines: IO[str], message: str) -> list[dict[str, Any]]:
+    """What a watch prints until the message is sent."""
+    answers = []
+    for line in lines:
+        answers.append(json.loads(line))
+        for event in answers[-1].get("events", ()):
+            if event["message"].endswith(message) and event["type"] == "DELIVERY_EVENT_TYPE_SENT":
+                return answers
+    raise AssertionError(f"the watch ended: {answers}")
+
+
+def _types_of(answers: Iterable[dict[str, Any]], message: str) -> list[str]:
+    events = [event for answer in answers for event in answer.get("events", ())]
+    return [
+        event["type"].removeprefix("DELIVERY_EVENT_TYPE_") for event in events if event["message"].endswith(message)
+    ]
+
+
+def test_the_mail_of_an_account_is_watched_and_a_later_watch_goes_on_at_a_position(stack: LocalStack) -> None:
+    with stack.running_cli("messages", "watch", "--output", "json") as watching:
+        assert watching.stdout is not None
+        begun = json.loads(watching.stdout.readline())
+        (message,) = (one["id"] for one in stack.json("send", "--to", "a@example.net", "--no-follow")["messages"])
+        answers = _read_answers(watching.stdout, message)
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(30) == _INTERRUPTED
+    types = _types_of(answers, message)
+    assert (types[0], types[-1], types.count("SENT")) == ("ACCEPTED", "SENT", 1)
+
+    with stack.running_cli("messages", "watch", "--output", "json", "--position", begun["position"]) as again:
+        assert again.stdout is not None
+        assert _types_of(_read_answers(again.stdout, message), message) == types
+    text = stack.cli("messages", "watch", "--position", answers[-1]["position"], "--timeout", "1")
+    assert text.returncode == 0, text.stderr
+    assert message not in text.stdout
+    assert "goes on from here" in text.stderr
 
 
 def test_mail_is_held_shown_cancelled_and_goes_out_at_its_time(stack: LocalStack) -> None:

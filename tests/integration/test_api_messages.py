@@ -206,7 +206,14 @@ class Watch:
         self.call.cancel()
 
     async def next(self) -> list[pb.DeliveryEvent]:
-        return list((await self.call.read()).events)
+        """The events of the next answer that has some: the first may have none."""
+        while not (answer := await self.answer()).events:
+            pass
+        return list(answer.events)
+
+    async def answer(self) -> service.WatchEventsResponse:
+        answer: service.WatchEventsResponse = await self.call.read()
+        return answer
 
 
 async def until_waiting(stack: ApiStack, waits: int) -> None:
@@ -262,6 +269,41 @@ async def test_a_watch_resumes_after_a_position(stack: ApiStack, client: Client)
         assert await second.next() == events[1:]
 
 
+async def test_a_watch_that_was_cut_off_before_anything_happened_resumes_where_it_began(
+    stack: ApiStack, client: Client
+) -> None:
+    before, one = message_id(60), message_id()
+    await add_message(stack, before, SENT)
+    async with Watch(client) as first:
+        begun = await first.answer()
+    assert not begun.events
+    await add_message(stack, one, SENT)
+    async with Watch(client, position=begun.position) as second:
+        assert [event.message for event in await second.next()] == [name_of(one)]
+
+
+async def test_a_watch_begins_behind_the_last_event_however_many_numbers_no_commit_used(
+    stack: ApiStack, client: Client
+) -> None:
+    # PostgreSQL gives such numbers again after a crash: a position that counted them would pass over what they bring.
+    async with Watch(client) as watch:
+        assert (await watch.answer()).position == "0-0"
+    await add_message(stack, message_id(), SENT)
+    for _ in range(3):
+        await stack.as_superuser("SELECT pg_current_xact_id()")
+    async with Watch(client) as watch:
+        begun = await watch.answer()
+    newest = await stack.as_superuser("SELECT change_xid::text || '-' || position FROM postroad.messages")
+    assert (begun.position, list(begun.events)) == (newest[0][0], [])
+
+
+async def test_a_position_that_the_ledger_has_not_reached_is_refused(stack: ApiStack, client: Client) -> None:
+    ((ahead,),) = await stack.as_superuser("SELECT (pg_current_xact_id()::text::bigint + 1000)::text || '-1'")
+    async with Watch(client, position=ahead) as watch:
+        error = await end_of(watch)
+    assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "POSITION_AHEAD")
+
+
 async def test_a_watch_does_not_pass_an_open_transaction(stack: ApiStack, client: Client) -> None:
     early, late = message_id(1), message_id()
     async with Watch(client) as watch:
@@ -288,7 +330,7 @@ async def test_watches_are_bounded_and_end_when_the_server_drains(migrated_datab
     async with running_api(migrated_database, max_watchers=1) as stack:
         client = await stack.make_account("acme")
         async with Watch(client) as watch:
-            await until_waiting(stack, 1)
+            await watch.answer()
             async with Watch(client) as one_too_many:
                 error = await end_of(one_too_many)
             assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WATCHERS")

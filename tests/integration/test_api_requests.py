@@ -129,6 +129,7 @@ async def test_a_watch_is_one_request_however_long_it_lasts(
     watch = stub.WatchEvents(
         message_service_pb2.WatchEventsRequest(parent="accounts/acme"), metadata=client.metadata, timeout=20
     )
+    await watch.read()
     await until(lambda: stack.signal.waits > 0, 20)
     counter.most = 1
     insert = (

@@ -155,6 +155,7 @@ async def test_a_stream_is_lines_of_json_that_end_when_the_server_drains(
 
     async with http.get(plane.url("/api/v1/accounts/demo/messages:watch"), headers=headers) as answer:
         assert answer.status == 200, plane.log.read_text()[-6000:]
+        assert json.loads(await answer.content.readline()) == {"position": "0-0"}
         await execute(
             migrated_database,
             """

@@ -145,6 +145,23 @@ class LocalStack:
 
     # --- using it --------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def running_cli(self, *words: str) -> Iterator[subprocess.Popen[str]]:
+        """`postroad …` in the stack's folder while the block lasts, with what it prints as a pipe."""
+        with subprocess.Popen(
+            [sys.executable, "-m", "postroad.cli", *words],
+            cwd=self.folder,
+            env=environment(self.folder),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
     def cli(self, *words: str, extra: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run `postroad …` in the stack's folder."""
         return subprocess.run(

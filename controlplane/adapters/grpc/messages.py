@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from controlplane.domain.errors import invalid
 from controlplane.domain.messages import (
     CommandOrder,
     Event,
+    EventPage,
     Message,
     MessageFilter,
     MessageQuery,
@@ -142,9 +143,10 @@ class MessageHandlers(service_grpc.MessageServiceServicer):
         return convert.answer(result, operations_pb2.Operation, write_operation)
 
 
-async def _written(pages: AsyncIterator[Sequence[Event]]) -> AsyncIterator[service_pb.WatchEventsResponse]:
+async def _written(pages: AsyncIterator[EventPage]) -> AsyncIterator[service_pb.WatchEventsResponse]:
     async for page in pages:
-        yield service_pb.WatchEventsResponse(events=[write_event(event) for event in page])
+        events = [write_event(event) for event in page.events]
+        yield service_pb.WatchEventsResponse(events=events, position=str(page.position))
 
 
 def _ids(name: str, field: str = "name") -> tuple[str, str]:

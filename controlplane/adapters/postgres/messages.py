@@ -134,11 +134,31 @@ class MessagesRepository:
         totals = accumulate(counts.get(one, 0) for one in ids)
         return max(sum(total <= MAX_PAGE_RECIPIENTS for total in totals), min(len(ids), 1))
 
-    async def now(self) -> Position:
+    async def newest_position(self, account: str) -> Position:
         """As the port says."""
-        transaction = await self._session.value("ledger_now", "SELECT pg_snapshot_xmin(pg_current_snapshot())::text")
-        # Everything below xmin has ended: what is still to come has this number or a greater one.
-        return Position(int(transaction), 0)
+        # Not the snapshot's own xmin: numbers that no commit used are given again after a crash of PostgreSQL.
+        newest = """
+            SELECT change_xid, position FROM postroad.{table}
+            WHERE account = $1 AND change_xid < pg_snapshot_xmin(pg_current_snapshot())
+            ORDER BY change_xid DESC, position DESC LIMIT 1
+        """
+        rows = await self._session.rows(
+            "event_newest",
+            f"SELECT change_xid::text AS transaction, position FROM (({newest.format(table='messages')}) "
+            f"UNION ALL ({newest.format(table='delivery_events')})) AS found "
+            "ORDER BY change_xid DESC, position DESC LIMIT 1",
+            account,
+        )
+        return Position(int(rows[0]["transaction"]), rows[0]["position"]) if rows else Position(0, 0)
+
+    async def has_reached(self, position: Position) -> bool:
+        """As the port says."""
+        reached: bool = await self._session.value(
+            "position_reached",
+            "SELECT $1::text::xid8 < pg_snapshot_xmin(pg_current_snapshot())",
+            str(position.transaction),
+        )
+        return reached
 
     async def events(self, account: str, after: Position, limit: int, message_id: str | None) -> list[Event]:
         """As the port says."""

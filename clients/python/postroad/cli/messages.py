@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from datetime import datetime
 from enum import StrEnum
@@ -24,7 +25,7 @@ from postroad.control.v1.message_pb2 import (
     Message,
     RecipientState,
 )
-from postroad.sdk import follow, follow_all, is_over
+from postroad.sdk import follow, follow_all, is_over, watch_events
 
 
 def _recipients(message: Message) -> str:
@@ -140,6 +141,33 @@ def follow_message(
         session.printer.json(MessageToDict(message))
     if not is_sent(message):
         raise typer.Exit(FAILED)
+
+
+@app.command("watch")
+def watch_messages(
+    context: typer.Context,
+    position: Annotated[str, typer.Option("--position", help="Go on after this position; without it begin now")] = "",
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout", min=1, help="Seconds to watch; without it until interrupted")
+    ] = None,
+) -> None:
+    """Watch what happens to all mail of the account, and go on where it was when the server was away.
+
+    With `--output json` each answer is one line, and its position is where another `watch` goes on.
+    """
+    session = session_of(context)
+    printer = session.printer
+    answers = watch_events(session.client, session.account, position=position, timeout_s=timeout_s)
+    try:
+        with contextlib.closing(answers):
+            for answer in answers:
+                position = answer.position
+                printer.json_line(MessageToDict(answer))
+                for event in answer.events:
+                    printer.say(f"{short(event.message)}  {event_line(event)}")
+    finally:
+        if position and not printer.is_json:
+            printer.remark(f"`--position {position}` goes on from here")
 
 
 add_commands(app)

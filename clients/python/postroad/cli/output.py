@@ -95,6 +95,12 @@ class Printer:
         """Any value as JSON, indented."""
         sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
+    def json_line(self, value: Any) -> None:
+        """A part of a stream as one line of JSON, seen at once; people do not get it."""
+        if self.is_json:
+            sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+
     def say(self, text: str, style: str = "") -> None:
         """A line for people; programs do not get it."""
         if not self.is_json:

@@ -29,7 +29,7 @@ from postroad.sdk.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from postroad.sdk.follow import follow, follow_all, is_over
+from postroad.sdk.follow import follow, follow_all, is_over, watch_events
 
 __all__ = [
     "AbortedError",
@@ -59,4 +59,5 @@ __all__ = [
     "follow",
     "follow_all",
     "is_over",
+    "watch_events",
 ]

@@ -1,8 +1,13 @@
-"""Following a message from its acceptance to its end.
+"""Watching what happens to an account's mail, and following messages from their acceptance to their end.
 
-Contract. `follow` yields each event of the message once, in the order in which the ledger learnt them, and ends when
-every recipient is in a terminal state; its return value (`yield from`) is the message then. It survives a server that
-goes away and comes back, resuming where it was. `DeadlineError` when `timeout_s` is over first.
+Contract. `watch_events` yields the answers of `WatchEvents` as they come, the first at once and maybe without events.
+It survives a server that goes away and comes back, and a stream that the server ends after a while, resuming after the
+last answer: no event is missed, none comes twice. It ends without an error when `timeout_s` is over, without one never.
+FailedPreconditionError when PostgreSQL was restored from a state before the position: events between are not known.
+
+`follow` yields each event of the message once, in the order in which the ledger learnt them, and ends when every
+recipient is in a terminal state; its return value (`yield from`) is the message then. `DeadlineError` when `timeout_s`
+is over first.
 
 `follow_all` yields each of many messages as it ends, without events, at the price of a few requests for all of them
 together: a watch and a look for each would use up a key's requests. `DeadlineError` when none ended for `timeout_s`.
@@ -11,6 +16,7 @@ together: a watch and a look for each would use up a key's requests. `DeadlineEr
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 
@@ -25,7 +31,12 @@ from postroad.control.v1.message_pb2 import (
     DeliveryEvent,
     Message,
 )
-from postroad.control.v1.message_service_pb2 import GetMessageRequest, ListMessagesRequest, WatchEventsRequest
+from postroad.control.v1.message_service_pb2 import (
+    GetMessageRequest,
+    ListMessagesRequest,
+    WatchEventsRequest,
+    WatchEventsResponse,
+)
 from postroad.sdk.client import Client
 from postroad.sdk.errors import DeadlineError, ErrorDetails, NotFoundError, ResourceExhaustedError, UnavailableError
 
@@ -47,33 +58,55 @@ def is_over(message: Message) -> bool:
     return bool(message.recipients) and all(one.state in TERMINAL_STATES for one in message.recipients)
 
 
+def watch_events(
+    client: Client,
+    parent: str,
+    *,
+    message: str = "",
+    position: str = "",
+    timeout_s: float | None = None,
+    pause: Callable[[float], None] = time.sleep,
+) -> Generator[WatchEventsResponse]:
+    """What happens to the mail of `accounts/{account}`, or to one message, after a position. See the module.
+
+    Without a position it begins now, or at the message's first event. Closing the generator ends the stream.
+    """
+    deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    failures = 0
+    while (left_s := deadline - time.monotonic()) > 0:
+        request = WatchEventsRequest(parent=parent, message=message, position=position)
+        stream = client.messages.WatchEvents(request, timeout=None if timeout_s is None else left_s)
+        try:
+            for answer in stream:
+                failures = 0
+                position = answer.position
+                yield answer
+        except (UnavailableError, ResourceExhaustedError):
+            pass
+        except DeadlineError:
+            return
+        finally:
+            stream.cancel()
+        _pause(pause, failures, deadline)
+        failures += 1
+
+
 def follow(
     client: Client, name: str, timeout_s: float, *, pause: Callable[[float], None] = time.sleep
 ) -> Generator[DeliveryEvent, None, Message]:
     """The events of `accounts/{account}/messages/{message}`, which the ledger need not know yet. See the module."""
     deadline = time.monotonic() + timeout_s
-    position = ""
-    failures = 0
-    while (left_s := deadline - time.monotonic()) > 0:
-        request = WatchEventsRequest(parent=name.rpartition("/messages/")[0], message=name, position=position)
-        stream = client.messages.WatchEvents(request, timeout=left_s)
-        try:
-            for answer in stream:
-                failures = 0
-                for event in answer.events:
-                    position = event.position
-                    yield event
-                message = _message_if_known(client, name)
-                if message is not None and is_over(message):
-                    return message
-        except (UnavailableError, ResourceExhaustedError):
-            pass
-        except DeadlineError:
-            break
-        finally:
-            stream.cancel()
-        pause(min(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)], max(0.0, deadline - time.monotonic())))
-        failures += 1
+    parent = name.rpartition("/messages/")[0]
+    seen: set[str] = set()
+    with contextlib.closing(watch_events(client, parent, message=name, timeout_s=timeout_s, pause=pause)) as answers:
+        for answer in answers:
+            for event in answer.events:
+                seen.add(event.position)
+                yield event
+            message = _message_if_known(client, name, deadline, pause)
+            # The record may be ahead of the stream, which waits for transactions that are still open.
+            if message is not None and is_over(message) and seen.issuperset(one.position for one in message.events):
+                return message
     raise DeadlineError(f"{name} did not end within {timeout_s:.0f} s", ErrorDetails(grpc.StatusCode.DEADLINE_EXCEEDED))
 
 
@@ -122,8 +155,19 @@ def _newest(client: Client, oldest: str) -> Iterator[Message]:
             return
 
 
-def _message_if_known(client: Client, name: str) -> Message | None:
-    try:
-        return client.messages.GetMessage(GetMessageRequest(name=name))
-    except NotFoundError:
-        return None
+def _message_if_known(client: Client, name: str, deadline: float, pause: Callable[[float], None]) -> Message | None:
+    failures = 0
+    while time.monotonic() < deadline:
+        try:
+            return client.messages.GetMessage(GetMessageRequest(name=name))
+        except NotFoundError:
+            return None
+        except (UnavailableError, ResourceExhaustedError):
+            # The stream may have no more to say: the look is made again, not left to its next answer.
+            _pause(pause, failures, deadline)
+            failures += 1
+    return None
+
+
+def _pause(pause: Callable[[float], None], failures: int, deadline: float) -> None:
+    pause(min(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)], max(0.0, deadline - time.monotonic())))

@@ -338,7 +338,9 @@ class WatchEventsRequest(_message.Message):
     message: _builtins.str
     """Only events of this message; it need not be known yet."""
     position: _builtins.str
-    """Resume after this position, from DeliveryEvent.position."""
+    """Resume after this position, from WatchEventsResponse.position or
+    DeliveryEvent.position.
+    """
     def __init__(
         self,
         *,
@@ -361,18 +363,26 @@ class WatchEventsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENTS_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    position: _builtins.str
+    """Resume WatchEvents after all that this answer and those before it hold;
+    opaque.
+    """
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.DeliveryEvent]:
-        """One or more events, in the order in which the ledger learnt them."""
+        """Events in the order in which the ledger learnt them; the first answer may
+        have none.
+        """
 
     def __init__(
         self,
         *,
         events: _abc.Iterable[_message_pb2.DeliveryEvent] | None = ...,
+        position: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "position", b"position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -161,9 +161,12 @@ class MessageServiceServicer:
 
     def WatchEvents(self, request, context):
         """Streams delivery events as the ledger learns them. Without a position it
-        begins now, or, with `message`, at the message's first event. Each event
-        carries the position to resume from. The stream ends with UNAVAILABLE when
-        the server drains, RESOURCE_EXHAUSTED when the reader is too slow.
+        begins now, or, with `message`, at the message's first event. The first
+        answer comes at once, with events or without; each carries the position to
+        resume from. The stream ends with UNAVAILABLE when the server drains and
+        after 30 minutes, RESOURCE_EXHAUSTED when the reader is too slow. It is
+        FAILED_PRECONDITION to resume from a position that this ledger has not
+        reached: PostgreSQL was restored from an older state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -71,9 +71,12 @@ class MessageServiceStub:
     """
     WatchEvents: _grpc.UnaryStreamMultiCallable[_message_service_pb2.WatchEventsRequest, _message_service_pb2.WatchEventsResponse]
     """Streams delivery events as the ledger learns them. Without a position it
-    begins now, or, with `message`, at the message's first event. Each event
-    carries the position to resume from. The stream ends with UNAVAILABLE when
-    the server drains, RESOURCE_EXHAUSTED when the reader is too slow.
+    begins now, or, with `message`, at the message's first event. The first
+    answer comes at once, with events or without; each carries the position to
+    resume from. The stream ends with UNAVAILABLE when the server drains and
+    after 30 minutes, RESOURCE_EXHAUSTED when the reader is too slow. It is
+    FAILED_PRECONDITION to resume from a position that this ledger has not
+    reached: PostgreSQL was restored from an older state.
     """
     CancelMessage: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.CancelMessageRequest, _operations_pb2.Operation]
     """Withdraws the recipients that still wait. What is being sent is let go on;
@@ -151,9 +154,12 @@ class MessageServiceAsyncStub(MessageServiceStub):
     """
     WatchEvents: _aio.UnaryStreamMultiCallable[_message_service_pb2.WatchEventsRequest, _message_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """Streams delivery events as the ledger learns them. Without a position it
-    begins now, or, with `message`, at the message's first event. Each event
-    carries the position to resume from. The stream ends with UNAVAILABLE when
-    the server drains, RESOURCE_EXHAUSTED when the reader is too slow.
+    begins now, or, with `message`, at the message's first event. The first
+    answer comes at once, with events or without; each carries the position to
+    resume from. The stream ends with UNAVAILABLE when the server drains and
+    after 30 minutes, RESOURCE_EXHAUSTED when the reader is too slow. It is
+    FAILED_PRECONDITION to resume from a position that this ledger has not
+    reached: PostgreSQL was restored from an older state.
     """
     CancelMessage: _aio.UnaryUnaryMultiCallable[_message_service_pb2.CancelMessageRequest, _operations_pb2.Operation]  # type: ignore[assignment]
     """Withdraws the recipients that still wait. What is being sent is let go on;
@@ -258,9 +264,12 @@ class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_message_service_pb2.WatchEventsResponse], _abc.AsyncIterator[_message_service_pb2.WatchEventsResponse]]:
         """Streams delivery events as the ledger learns them. Without a position it
-        begins now, or, with `message`, at the message's first event. Each event
-        carries the position to resume from. The stream ends with UNAVAILABLE when
-        the server drains, RESOURCE_EXHAUSTED when the reader is too slow.
+        begins now, or, with `message`, at the message's first event. The first
+        answer comes at once, with events or without; each carries the position to
+        resume from. The stream ends with UNAVAILABLE when the server drains and
+        after 30 minutes, RESOURCE_EXHAUSTED when the reader is too slow. It is
+        FAILED_PRECONDITION to resume from a position that this ledger has not
+        reached: PostgreSQL was restored from an older state.
         """
 
     @_abc_1.abstractmethod
