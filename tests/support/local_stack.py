@@ -148,15 +148,21 @@ class LocalStack:
     @contextlib.contextmanager
     def running_cli(self, *words: str) -> Iterator[subprocess.Popen[str]]:
         """`postroad …` in the stack's folder while the block lasts, with what it prints as a pipe."""
-        with subprocess.Popen(
-            [sys.executable, "-m", "postroad.cli", *words],
-            cwd=self.folder,
-            env=environment(self.folder),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        ) as process:
+        # A shell starts what runs in its background without SIGINT, which goes on to children: not here.
+        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            started = subprocess.Popen(
+                [sys.executable, "-m", "postroad.cli", *words],
+                cwd=self.folder,
+                env=environment(self.folder),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, inherited)
+        with started as process:
             try:
                 yield process
             finally:
