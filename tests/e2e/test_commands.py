@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from dataplane.commands import BATCH_MESSAGES
-from postroad.localstack.ports import DEFAULT_PORTS
 from support.killable_stack import KillableStack, wait_until
 from support.local_stack import stack_folder
 
@@ -27,9 +26,8 @@ COUNT = 6 * BATCH_MESSAGES
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[KillableStack]:
-    ports = [word for name in DEFAULT_PORTS for word in ("--port", f"{name}=0")]
     with stack_folder() as folder, socket.create_server(("127.0.0.1", 0)) as nobody:
-        running = KillableStack(folder, ["--workers", "2", *ports])
+        running = KillableStack(folder, ["--workers", "2"])
         (folder / "struck").mkdir()
         running.extra_environment = {
             # The worker that ends its second batch of a command is killed there, once.

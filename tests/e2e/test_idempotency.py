@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import redis
 
-from postroad.localstack.ports import DEFAULT_PORTS
 from support.local_stack import LocalStack, stack_folder
 
 pytestmark = pytest.mark.timeout(300)
@@ -23,9 +22,8 @@ CONNECTIONS = 30
 
 @pytest.fixture
 def stack() -> Iterator[LocalStack]:
-    ports = [word for name in DEFAULT_PORTS for word in ("--port", f"{name}=0")]
     with stack_folder() as folder:
-        running = LocalStack(folder, ["--workers", "2", *ports]).start()
+        running = LocalStack(folder, ["--workers", "2"]).start()
         try:
             yield running
         finally:

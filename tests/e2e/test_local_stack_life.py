@@ -144,8 +144,7 @@ def test_ctrl_c_while_starting_stops_what_runs(own_stack: LocalStack) -> None:
 
 @pytest.mark.parametrize("name", ["smtp", "inbox", "grpc", "postgres", "valkey"])
 def test_a_taken_port_is_named_with_its_server(own_stack: LocalStack, taken_port: int, name: str) -> None:
-    options = [word for one in DEFAULT_PORTS for word in ("--port", f"{one}={taken_port if one == name else 0}")]
-    stack = LocalStack(own_stack.folder, options)
+    stack = LocalStack(own_stack.folder, ports=dict.fromkeys(DEFAULT_PORTS, 0) | {name: taken_port})
     stack.launch()
     assert stack.wait() == 3
     assert f"port {taken_port}" in stack.errors()

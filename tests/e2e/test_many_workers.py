@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 
-from postroad.localstack.ports import DEFAULT_PORTS
 from support.local_stack import LocalStack, stack_folder
 from support.node_mail import accepted_by, workers_of
 
@@ -35,9 +34,8 @@ TRIES = 20
 
 @pytest.fixture
 def stack() -> Iterator[LocalStack]:
-    ports = [word for name in DEFAULT_PORTS for word in ("--port", f"{name}=0")]
     with stack_folder() as folder:
-        running = LocalStack(folder, ["--workers", str(WORKERS), *ports]).start()
+        running = LocalStack(folder, ["--workers", str(WORKERS)]).start()
         try:
             yield running
         finally:

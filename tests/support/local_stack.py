@@ -23,6 +23,7 @@ from postroad.localstack import PostgresServer, ValkeyServer
 from postroad.localstack.ports import DEFAULT_PORTS
 from postroad.sdk import Client, connect
 from support import folders
+from support.ports import own_ports
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 90.0
@@ -52,11 +53,12 @@ def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str,
 
 
 class LocalStack:
-    """`postroad up` in `folder`/.postroad; `ready` holds what it said when it was up."""
+    """`postroad up` in `folder`/.postroad, with ports of its own; `ready` holds what it said when it was up."""
 
-    def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, options: Sequence[str] = (), ports: Mapping[str, int] | None = None) -> None:
         self.folder = folder
-        self._options = options or [word for name in DEFAULT_PORTS for word in ("--port", f"{name}=0")]
+        given = own_ports(DEFAULT_PORTS) if ports is None else ports
+        self._options = [*options, *(word for name, port in given.items() for word in ("--port", f"{name}={port}"))]
         self.extra_environment: dict[str, str] = {}
         self.events: list[dict[str, Any]] = []
         self.ready: dict[str, Any] = {}

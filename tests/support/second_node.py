@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from postroad.localstack.ports import settle_ports
 from support.killable_stack import KillableStack, pids_below, wait_until
 from support.local_stack import environment
+from support.ports import own_ports
 
 START_TIMEOUT_S = 60.0
 
@@ -26,7 +26,7 @@ class SecondNode:
         self._folder = stack.folder / "node-2"
         self._folder.mkdir()
         self.log_file = self._folder / "node.log"
-        self.port = settle_ports({"smtp": 0}, {})["smtp"]
+        (self.port,) = own_ports(["smtp"]).values()
         self._process: subprocess.Popen[bytes] | None = None
         first = stack.root / "node-1" / "node.yaml"
         settings = yaml.safe_load(first.read_text(encoding="utf-8"))

@@ -54,7 +54,6 @@ from postroad.control.v1.provider_service_pb2 import (
 from postroad.control.v1.routing_rule_pb2 import RoutingRule
 from postroad.control.v1.routing_rule_service_pb2 import CreateRoutingRuleRequest
 from postroad.localstack.demo import PROVIDER
-from postroad.localstack.ports import DEFAULT_PORTS, settle_ports
 from postroad.localstack.probe import readiness
 from postroad.sdk import FailedPreconditionError, PostroadError, UnavailableError
 from support.chaos.application import answers
@@ -66,6 +65,7 @@ from support.chaos.stack import SAFE, ChaosStack, spool_opening, spool_rows
 from support.fault_proxy import Fault, FaultProxy, Kind, LoopThread
 from support.killable_stack import command_of, is_server, pids_below, wait_until
 from support.local_stack import STOP_TIMEOUT_S, environment
+from support.ports import own_ports
 
 NODES = ("node-1", "node-2")
 SAFE_SENDER = "app@safe.example"
@@ -92,10 +92,7 @@ class FleetStack(ChaosStack):
 
     def __init__(self, folder: Path, books: Books, thread: LoopThread) -> None:
         super().__init__(folder, books, thread)
-        taken = set(self.ports.values())
-        while not taken.isdisjoint((own := settle_ports(dict.fromkeys(DEFAULT_PORTS, 0), {})).values()):
-            pass
-        self.ports |= {f"{name}-2": own[name] for name in ("smtp", "node-http")}
+        self.ports |= own_ports(("smtp-2", "node-http-2"))
         self._second: subprocess.Popen[bytes] | None = None
         self.gate = Gate(thread.call)
         self.sink.watcher = self.gate

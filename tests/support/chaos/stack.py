@@ -34,7 +34,6 @@ from postroad.control.v1.provider_service_pb2 import GetProviderRequest, UpdateP
 from postroad.localstack import PostgresServer
 from postroad.localstack.database import API, DATABASE, FLEET, OWNER
 from postroad.localstack.demo import ACCOUNT, PROVIDER
-from postroad.localstack.ports import settle_ports
 from postroad.sdk import AsyncClient, Client, PostroadError, connect_async
 from support.chaos.books import Books, Strike
 from support.chaos.disk import disk_environment
@@ -42,6 +41,7 @@ from support.chaos.judge import TERMINAL, Told
 from support.chaos.sink import Sink
 from support.fault_proxy import Fault, FaultProxy, LoopThread, Plan
 from support.killable_stack import KillableStack, wait_until
+from support.ports import own_ports
 
 LINKS = ("submission", "next-hop", "nodes", "valkey", "postgres")
 SERVERS = ("worker", "agent", "supervisor", "controlplane", "postgres", "valkey", "everything")
@@ -58,9 +58,8 @@ class ChaosStack(KillableStack):
     """See the module. `start` brings up proxies, sink and stack; `thread` is where proxies and sink live."""
 
     def __init__(self, folder: Path, books: Books, thread: LoopThread) -> None:
-        ports = settle_ports(dict.fromkeys(_ALL_PORTS, 0), {})
-        super().__init__(folder, [word for name, port in ports.items() for word in ("--port", f"{name}={port}")])
-        self.ports = ports
+        self.ports = own_ports(_ALL_PORTS)
+        super().__init__(folder, ports=self.ports)
         self.books = books
         self.thread = thread
         self.sink = Sink(books)
