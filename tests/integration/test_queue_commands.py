@@ -8,9 +8,10 @@ from itertools import pairwise
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import pytest
 
-from controlplane.adapters.postgres import queue_commands
+from controlplane.adapters.postgres import queue_commands, queue_reports
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.leader import PostgresJobs
 from controlplane.adapters.postgres.ledger import PostgresLedger
@@ -304,6 +305,44 @@ async def test_a_walk_goes_on_where_it_stood_and_counts_nothing_twice(
     assert all(later - former <= 3 for former, later in pairwise(counts))
     states = await fetch(migrated_database, "SELECT state, count(*) FROM postroad.queue_recipients GROUP BY 1")
     assert {row["state"]: row["count"] for row in states} == {int(State.HELD): 14, int(State.QUEUED): 7}
+
+
+async def test_mail_with_many_recipients_is_changed_in_parts_that_a_transaction_has_time_for(
+    holder: Holder, migrated_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_reports, "RECIPIENTS_AT_ONCE", 5)
+    for count in (2, 2, 2, 7, 1, 4):
+        await store(holder, *(f"r{number}@example.net" for number in range(count)))
+    command = await give(migrated_database, Verb.HOLD, before=NOW + timedelta(minutes=1))
+    counts = [0]
+    while not (await result(migrated_database, command))[2]:
+        async with holder.queue._database.transaction("test") as connection:
+            assert await queue_commands.run_command(connection, NOW)
+        counts.append((await result(migrated_database, command))[0])
+    steps = [later - former for former, later in pairwise(counts)]
+    # One message is changed whole, however many recipients it has.
+    assert steps.count(7) == 1
+    assert all(0 < step <= 5 for step in steps if step != 7)
+    states = await fetch(migrated_database, "SELECT state, count(*) FROM postroad.queue_recipients GROUP BY 1")
+    assert {row["state"]: row["count"] for row in states} == {int(State.HELD): 18}
+
+
+async def test_a_command_that_cannot_be_carried_out_keeps_nobodys_mail_back(
+    holder: Holder, database: FleetDatabase, migrated_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_transaction_timeout_s", 1.0)
+    # Rows are locked in this order: the command gets no further than to the first.
+    locked, free = sorted([await store(holder), await store(holder)])
+    command = await give(migrated_database, Verb.HOLD, before=NOW + timedelta(minutes=1))
+    somebody = await asyncpg.connect(migrated_database.dsn())
+    try:
+        async with somebody.transaction():
+            lock = "SELECT FROM postroad.replicated_queue WHERE message_id = $1 FOR UPDATE"
+            await somebody.execute(lock, text_id(locked))
+            assert await carry_out(holder) == [free]
+    finally:
+        await somebody.close()
+    assert await result(migrated_database, command) == (0, 0, False)
 
 
 async def test_a_filter_finds_mail_by_the_provider_that_it_was_tried_with(

@@ -7,6 +7,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -143,6 +144,30 @@ async def test_two_claimers_never_get_the_same_message(holder: Holder, other: Ho
         taken += [one.message_id for _, claimed in both for one in claimed]
     assert len(taken) == len(set(taken))
     assert set(taken) == ids
+
+
+async def test_a_claim_and_the_end_of_a_lease_take_what_a_transaction_has_time_for(
+    holder: Holder, other: Holder, migrated_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_reports, "RECIPIENTS_AT_ONCE", 5)
+    many = [f"r{number}@example.net" for number in range(7)]
+    stored = [await holder.store(*many[:count], sending=False) for count in (2, 2, 2, 7, 1)]
+    claims = [await holder.claim() for _ in range(4)]
+    assert [[len(one.recipients) for one in claimed] for _, claimed in claims] == [[2, 2], [2], [7], [1]]
+    for claim_id, claimed in claims:
+        await holder.confirm(claim_id, claimed)
+
+    await end_lease(migrated_database, holder.epoch)
+    monkeypatch.setattr(queue_reports, "RECIPIENTS_AT_ONCE", 8)
+    again: list[bytes] = []
+    returned = []
+    for _ in range(6):
+        again += [one.message_id for one in (await other.claim())[1]]
+        count = "SELECT count(*) AS n FROM postroad.delivery_events WHERE type = $1"
+        returned.append((await fetch(migrated_database, count, int(UNCERTAIN)))[0]["n"])
+    assert all(later - former <= 8 for former, later in pairwise([0, *returned]))
+    assert returned[0] < returned[-1] == 14
+    assert sorted(again) == sorted(stored)
 
 
 async def test_what_an_ended_lease_was_sending_is_uncertain_and_another_node_has_it(

@@ -13,6 +13,7 @@ the last 24 hours, REPLICATED or as far as the ledger was told LOCAL, is not sto
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -24,8 +25,9 @@ from controlplane.adapters.ledger_records import IdBounds, RecordError, RecordRo
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
 from controlplane.adapters.postgres.ledger import PostgresLedger, insert_replicated, note_keys
 from controlplane.adapters.postgres.queue_commands import run_commands
-from controlplane.adapters.postgres.queue_reports import return_ended
+from controlplane.adapters.postgres.queue_reports import at_once, return_ended
 from controlplane.adapters.postgres.session import Connection
+from controlplane.domain.errors import UnavailableError
 from controlplane.ports_queue import (
     BadQueueRequestError,
     Claimed,
@@ -42,7 +44,7 @@ from dataplane.core.queue import State
 
 LEASE_S = 15
 CLAIMED_OF_ACCOUNT = 20
-# Transactions, each for 500 messages at most.
+# Transactions, each for RECIPIENTS_AT_ONCE at most.
 _COMMANDS_A_CLAIM = 10
 _PART_BYTES = 4 * 1024 * 1024
 # In a row of RecordRows.messages.
@@ -224,8 +226,10 @@ class PostgresQueue:
         self, node_id: str, pool: str, wish: ClaimWish, now: datetime | None, *, adopt: bool
     ) -> list[Claimed]:
         """As the port says."""
-        # What was asked before counts for this claim, but not more than a claim can wait for.
-        await run_commands(self._database, _COMMANDS_A_CLAIM, now)
+        # What was asked before counts for this claim, but not more than a claim can wait for; one that fails keeps
+        # nobody's mail back.
+        with contextlib.suppress(UnavailableError):
+            await run_commands(self._database, _COMMANDS_A_CLAIM, now)
         async with self._database.transaction("queue_return") as connection:
             clock = now or await connection.fetchval("SELECT transaction_timestamp()")
             returned, uncertain = await return_ended(connection, clock, adopt=adopt)
@@ -237,6 +241,7 @@ class PostgresQueue:
             lot = UUID(wish.claim_id).int & _LOTS
             due = await connection.fetch(CLAIM, pool, clock, wish.max_messages, lot, wish.left_out)
             found = _within(due, wish.max_bytes)
+            found = found[: await at_once(connection, [row["message_id"] for row in found])]
             message_ids = [row["message_id"] for row in found]
             if not message_ids:
                 return []

@@ -1,7 +1,8 @@
 """Carries out commands on mail that waits in the replicated queue: it is in nobody's spool.
 
-Contract. Inside a transaction of the caller's, which changes AT_ONCE messages at most: what is changed in the queue,
-what the ledger shows of it, its events and the count are one transaction, as a spool's are. A command with a filter
+Contract. Inside a transaction of the caller's, which changes AT_ONCE messages and RECIPIENTS_AT_ONCE recipients at
+most: what is changed in the queue, what the ledger shows of it, its events and the count are one transaction, as a
+spool's are. A command with a filter
 goes on where it stood; one that somebody else carries out is passed over. What verbs do is `dataplane.core.commands`,
 but that a hold needs no number of its own here: who claims locks the row.
 
@@ -21,7 +22,7 @@ import asyncpg
 
 from controlplane.adapters.postgres.book_entries import BY_DAY, Entered, enter_queue
 from controlplane.adapters.postgres.fleet_database import FleetDatabase
-from controlplane.adapters.postgres.queue_reports import LOCK, release
+from controlplane.adapters.postgres.queue_reports import LOCK, at_once, release
 from controlplane.adapters.postgres.session import Connection
 from controlplane.domain.messages import EVERY_ACCOUNT, first_id_at
 from dataplane.core.config import RetryPolicy
@@ -202,8 +203,9 @@ async def _next_messages(connection: Connection, command: asyncpg.Record) -> tup
     before = UUID(first_id_at(command["accepted_before"]))
     rows = await connection.fetch(WALK, after, before, command["account"])
     meant = [row["message_id"] for row in rows if row["is_meant"]]
-    if len(meant) > AT_ONCE:
-        return meant[:AT_ONCE], meant[AT_ONCE - 1], False
+    count = await at_once(connection, meant[:AT_ONCE])
+    if len(meant) > count:
+        return meant[:count], meant[count - 1], False
     return meant, rows[-1]["message_id"] if rows else None, len(rows) < WALKED
 
 

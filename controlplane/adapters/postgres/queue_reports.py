@@ -26,13 +26,21 @@ from controlplane.adapters.postgres.session import Connection
 from dataplane.core.queue import TERMINAL, EventType, State
 
 UNCONFIRMED_S = 60
-# Rows that one transaction returns to the queue; what is left over comes with the next one.
+# Messages that one transaction returns to the queue; what is left over comes with the next one.
 RETURNED_ROWS = 1_000
+# What one transaction changes, or one claim gives out, has at most so many recipients, or is one message.
+RECIPIENTS_AT_ONCE = 2_000
 _QUEUED, _SENDING, _HELD = int(State.QUEUED), int(State.SENDING), int(State.HELD)
 _TERMINAL = [int(state) for state in TERMINAL]
 _HOLD = 2
 _GONE = "the node that was sending it is gone"
 
+# Each message is looked at in turn, no further than to the recipient that is one too many.
+_ONE_TOO_MANY = """
+SELECT r.message_id FROM unnest($1::uuid[]) AS u (m)
+CROSS JOIN LATERAL (SELECT q.message_id FROM postroad.queue_recipients AS q WHERE q.message_id = u.m LIMIT $2 + 1) AS r
+OFFSET $2 LIMIT 1
+"""
 LOCK = "SELECT 1 FROM postroad.replicated_queue WHERE message_id = ANY ($1) ORDER BY message_id FOR UPDATE"
 _APPLY = f"""
 UPDATE postroad.queue_recipients AS r
@@ -130,6 +138,12 @@ WHERE NOT l.closed AND l.lease_until < $1::timestamptz - interval '1 hour'
 """
 
 
+async def at_once(connection: Connection, message_ids: Sequence[UUID]) -> int:
+    """How many of these messages, from the first on, have RECIPIENTS_AT_ONCE in all; the first one in any case."""
+    too_much = await connection.fetchval(_ONE_TOO_MANY, message_ids, RECIPIENTS_AT_ONCE)
+    return len(message_ids) if too_much is None else max(message_ids.index(too_much), 1)
+
+
 async def apply_reports(connection: Connection, spool: UUID, reports: Sequence[QueueReport]) -> None:
     """Take over what a spool says of mail that it holds."""
     message_ids = list({report.message_id for report in reports})
@@ -159,10 +173,12 @@ async def return_ended(connection: Connection, now: datetime, *, adopt: bool) ->
     How many messages, and how many recipients became uncertain by it.
     """
     unconfirmed = [row["message_id"] for row in await connection.fetch(LOCK_UNCONFIRMED, now)]
+    unconfirmed = unconfirmed[: await at_once(connection, unconfirmed)]
     begun: list[UUID] = []
     epochs = [row["epoch"] for row in await connection.fetch(_ENDED, now)] if adopt else []
     if epochs:
-        for row in await connection.fetch(LOCK_ENDED, epochs):
+        held = await connection.fetch(LOCK_ENDED, epochs)
+        for row in held[: await at_once(connection, [row["message_id"] for row in held])]:
             (unconfirmed if row["unconfirmed"] else begun).append(row["message_id"])
         await connection.execute(_CLOSE_LEASES, now)
     if unconfirmed:
