@@ -23,6 +23,8 @@ MAX_TAGS = 20
 MAX_TAG_CHARS = 64
 MAX_METADATA = 50
 MAX_METADATA_CHARS = 500
+# They are in each of the many events of a message.
+MAX_NOTES_BYTES = 4_096
 PRIORITIES = range(-9, 10)
 NULL_SENDER = "<>"
 
@@ -98,6 +100,16 @@ class Addressed(NamedTuple):
 
 def check_notes(outgoing: Outgoing) -> None:
     """Refuse tags, metadata and a priority that cannot be kept."""
+    _check_tags(outgoing)
+    _check_metadata(outgoing)
+    notes = (*outgoing.tags, *outgoing.metadata, *outgoing.metadata.values())
+    if sum(len(one.encode()) for one in notes) > MAX_NOTES_BYTES:
+        raise invalid(outgoing.path("metadata"), f"must have at most {MAX_NOTES_BYTES} bytes together with tags")
+    if outgoing.priority not in PRIORITIES:
+        raise invalid(outgoing.path("priority"), "must be -9 to 9")
+
+
+def _check_tags(outgoing: Outgoing) -> None:
     if len(outgoing.tags) > MAX_TAGS:
         raise invalid(outgoing.path("tags"), f"must be at most {MAX_TAGS}")
     for number, tag in enumerate(outgoing.tags):
@@ -105,6 +117,9 @@ def check_notes(outgoing: Outgoing) -> None:
             raise invalid(outgoing.path(f"tags[{number}]"), f"must have 1 to {MAX_TAG_CHARS} printable characters")
     if len(set(outgoing.tags)) < len(outgoing.tags):
         raise invalid(outgoing.path("tags"), "must not hold one twice")
+
+
+def _check_metadata(outgoing: Outgoing) -> None:
     if len(outgoing.metadata) > MAX_METADATA:
         raise invalid(outgoing.path("metadata"), f"must have at most {MAX_METADATA} entries")
     for key, value in outgoing.metadata.items():
@@ -113,8 +128,6 @@ def check_notes(outgoing: Outgoing) -> None:
         if len(value) > MAX_METADATA_CHARS or not value.isprintable():
             text = f"must have at most {MAX_METADATA_CHARS} printable characters"
             raise invalid(outgoing.path(f"metadata.{key}"), text)
-    if outgoing.priority not in PRIORITIES:
-        raise invalid(outgoing.path("priority"), "must be -9 to 9")
 
 
 def send_time_ms(outgoing: Outgoing, now_ms: int) -> int:

@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2
 from postroad.control.v1 import account_service_pb2, limit_service_pb2, node_service_pb2
 from postroad.control.v1 import message_pb2 as pb
 from postroad.control.v1 import message_service_pb2 as service
+from postroad.control.v1 import message_service_pb2_grpc as service_grpc
 from postroad.control.v1 import outgoing_message_pb2 as outgoing
 from postroad.control.v1.limit_pb2 import Limit
 from support.api import ApiError
@@ -62,6 +63,35 @@ async def test_a_raw_message_is_stored_octet_for_octet_below_the_headers_that_ar
     assert f"Message-ID: <{identifier}@cp.example>" in lines
 
 
+async def first_answer(sending: Sending, name: str) -> service.WatchEventsResponse:
+    """What a watch of the message says at once."""
+    stub: Any = service_grpc.MessageServiceStub(sending.client.channel)
+    request = service.WatchEventsRequest(parent="accounts/acme", message=name)
+    call = stub.WatchEvents(request, metadata=sending.client.metadata, timeout=20)
+    answer: service.WatchEventsResponse = await call.read()
+    call.cancel()
+    return answer
+
+
+async def test_what_was_noted_of_a_message_with_many_recipients_makes_no_answer_large(sending: Sending) -> None:
+    many = [f"r{number}@example.net" for number in range(1_000)]
+    notes = {f"k{number}": "\N{GRINNING FACE}" * 340 for number in range(3)}
+    sent = await sending.send(raw(*many, metadata=notes))
+    await sending.stack.as_superuser(
+        "INSERT INTO postroad.delivery_events (message_id, account, recipient_index, type, event_time, node, spool,"
+        " reply_text) SELECT $1, 'acme', n % 1000, 3, now(), 'edge-1', $2, repeat('x', 512)"
+        " FROM generate_series(1, 6000) AS s (n)",
+        *(sent.message.rpartition("/")[2], "22222222-2222-4222-8222-222222222222"),
+    )
+    message: pb.Message = await sending.client.message("GetMessage", service.GetMessageRequest(name=sent.message))
+    assert (dict(message.metadata), len(message.events)) == (notes, 5_000)
+    assert message.events[-1].type == pb.DELIVERY_EVENT_TYPE_DEFERRED
+    assert message.ByteSize() < 8 << 20
+    answer = await first_answer(sending, sent.message)
+    assert dict(answer.events[-1].metadata) == notes
+    assert answer.ByteSize() < 2 << 20
+
+
 async def test_a_sent_message_waits_in_the_replicated_queue_and_is_in_the_ledger(sending: Sending) -> None:
     answer = await sending.send(
         raw("a@example.net", "b@example.net", tags=["welcome", "eu"], metadata={"order": "47"}, priority=3)
@@ -76,6 +106,8 @@ async def test_a_sent_message_waits_in_the_replicated_queue_and_is_in_the_ledger
         ("b@example.net", pb.RECIPIENT_STATE_QUEUED),
     ]
     (event,) = message.events
+    assert (event.type, [*event.tags]) == (pb.DELIVERY_EVENT_TYPE_ACCEPTED, [])
+    (event,) = (await first_answer(sending, answer.message)).events
     assert (event.type, [*event.tags], dict(event.metadata)) == (
         pb.DELIVERY_EVENT_TYPE_ACCEPTED,
         ["welcome", "eu"],
@@ -178,6 +210,10 @@ async def test_messages_are_listed_by_tag(sending: Sending) -> None:
         (raw(tags=["a\nb"]), "message.tags[0]"),
         (raw(tags=[str(number) for number in range(21)]), "message.tags"),
         (raw(metadata={"a": "b\r\n"}), "message.metadata.a"),
+        (
+            raw(tags=["t" * 60], metadata={f"k{number}": "\N{GRINNING FACE}" * 500 for number in range(3)}),
+            "message.metadata",
+        ),
         (raw(priority=10), "message.priority"),
         (composed(subject="a\r\nBcc: x@y.example"), "message.content.subject"),
         (

@@ -36,7 +36,8 @@ from controlplane.domain.resources import NodeState
 from dataplane.core.queue import EventType, State, Verb
 
 # What one answer may hold in memory and in a message: 1,000 messages can have a million recipients.
-MAX_PAGE_RECIPIENTS = 20_000
+MAX_PAGE_RECIPIENTS = 10_000
+MAX_TIMELINE = 5_000
 _GREATEST_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 _RECIPIENTS = """
@@ -50,10 +51,8 @@ GROUP BY message_id
 _EVENTS = """
 SELECT e.message_id, e.account, e.change_xid::text AS transaction, e.position, e.recipient_index, r.address, e.type,
     e.event_time, e.node, e.spool, e.attempt, e.bundle_revision, e.rule, e.provider, e.remote_host, e.tls,
-    e.reply_code, e.enhanced_code, e.reply_text, e.queued_ms, e.waiting_ms, e.connecting_ms, e.transferring_ms,
-    coalesce(m.tags, '{}') AS tags, coalesce(m.metadata, '{}') AS metadata
+    e.reply_code, e.enhanced_code, e.reply_text, e.queued_ms, e.waiting_ms, e.connecting_ms, e.transferring_ms
 FROM postroad.delivery_events e
-LEFT JOIN postroad.messages m ON m.message_id = e.message_id
 LEFT JOIN postroad.recipients r ON r.message_id = e.message_id AND r.recipient_index = e.recipient_index
 """
 _ACCEPTED = """
@@ -61,7 +60,7 @@ SELECT m.message_id, m.account, m.change_xid::text AS transaction, m.position, N
     NULL AS address, 1::smallint AS type, m.accept_time AS event_time, m.node, m.spool, 0 AS attempt,
     0::bigint AS bundle_revision, '' AS rule, '' AS provider, '' AS remote_host, '' AS tls, 0::smallint AS reply_code,
     '' AS enhanced_code, '' AS reply_text, 0::bigint AS queued_ms, 0::bigint AS waiting_ms, 0::bigint AS connecting_ms,
-    0::bigint AS transferring_ms, m.tags, m.metadata
+    0::bigint AS transferring_ms
 FROM postroad.messages m
 """
 
@@ -88,10 +87,11 @@ class MessagesRepository:
         events = await self._session.rows(
             "message_events",
             f"{_ACCEPTED} WHERE m.account = $1 AND m.message_id = $2 "
-            f"UNION ALL {_EVENTS} WHERE e.account = $1 AND e.message_id = $2 ORDER BY event_time, position",
-            *(account, message_id),
+            f"UNION ALL {_EVENTS} WHERE e.account = $1 AND e.message_id = $2 "
+            "ORDER BY event_time DESC, position DESC LIMIT $3",
+            *(account, message_id, MAX_TIMELINE),
         )
-        return _message(row, [_recipient(one) for one in recipients], [_event(one) for one in events])
+        return _message(row, [_recipient(one) for one in recipients], [_event(one) for one in reversed(events)])
 
     async def list_page(self, query: MessageQuery) -> tuple[list[Message], bool]:
         """As the port says."""
@@ -170,12 +170,15 @@ class MessagesRepository:
         """
         rows = await self._session.rows(
             "event_list",
+            "SELECT found.*, coalesce(n.tags, '{}') AS tags, coalesce(n.metadata, '{}') AS metadata FROM ("
             f"SELECT * FROM (({_ACCEPTED} WHERE {bounds.format(alias='m')}) "
-            f"UNION ALL ({_EVENTS} WHERE {bounds.format(alias='e')})) AS found "
-            "ORDER BY length(transaction), transaction, position LIMIT $4",
+            f"UNION ALL ({_EVENTS} WHERE {bounds.format(alias='e')})) AS every "
+            "ORDER BY length(transaction), transaction, position LIMIT $4"
+            ") AS found LEFT JOIN postroad.messages n ON n.message_id = found.message_id "
+            "ORDER BY length(transaction), transaction, position",
             *(account, str(after.transaction), after.number, limit, message_id),
         )
-        return [_event(row) for row in rows]
+        return [_event(row, **_noted(row)) for row in rows]
 
     async def add_command(self, order: CommandOrder, message: Message) -> Command:
         """As the port says."""
@@ -303,10 +306,9 @@ def _recipient(row: asyncpg.Record) -> Recipient:
     )
 
 
-def _event(row: asyncpg.Record) -> Event:
-    values = dict(row)
+def _event(row: asyncpg.Record, **notes: Any) -> Event:
+    values = {**row, **notes}
     position = Position(int(values.pop("transaction")), values.pop("position"))
-    values |= _noted(row)
     return Event(
         message_id=str(values.pop("message_id")),
         spool=str(values.pop("spool")),

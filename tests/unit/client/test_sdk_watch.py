@@ -22,7 +22,10 @@ from postroad.sdk.errors import (
 PARENT = "accounts/demo"
 NAME = f"{PARENT}/messages/01a1f8b6-c723-742f-bae0-6864fc456caf"
 AWAY = UnavailableError("away", ErrorDetails(grpc.StatusCode.UNAVAILABLE))
-USED_UP = ResourceExhaustedError("used up", ErrorDetails(grpc.StatusCode.RESOURCE_EXHAUSTED))
+USED_UP = ResourceExhaustedError(
+    "used up", ErrorDetails(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="REQUESTS_EXHAUSTED")
+)
+TOO_LARGE = ResourceExhaustedError("larger than max", ErrorDetails(grpc.StatusCode.RESOURCE_EXHAUSTED))
 OVER = DeadlineError("over", ErrorDetails(grpc.StatusCode.DEADLINE_EXCEEDED))
 AHEAD = FailedPreconditionError("ahead", ErrorDetails(grpc.StatusCode.FAILED_PRECONDITION))
 Parts = list[WatchEventsResponse | PostroadError]
@@ -88,9 +91,10 @@ def test_a_stream_that_breaks_goes_on_after_the_last_answer_even_when_that_had_n
     assert all(stream.is_cancelled for stream in server.streams)
 
 
-def test_a_position_that_is_refused_is_an_error() -> None:
-    server = Server([AHEAD])
-    with pytest.raises(FailedPreconditionError):
+@pytest.mark.parametrize("error", [AHEAD, TOO_LARGE], ids=["position ahead", "answer too large"])
+def test_what_does_not_pass_with_time_is_an_error(error: PostroadError) -> None:
+    server = Server([error])
+    with pytest.raises(type(error)):
         next(watch_events(client_of(server), PARENT, position="9-9"))
     assert server.positions == ["9-9"]
 

@@ -38,7 +38,14 @@ from postroad.control.v1.message_service_pb2 import (
     WatchEventsResponse,
 )
 from postroad.sdk.client import Client
-from postroad.sdk.errors import DeadlineError, ErrorDetails, NotFoundError, ResourceExhaustedError, UnavailableError
+from postroad.sdk.errors import (
+    DeadlineError,
+    ErrorDetails,
+    NotFoundError,
+    PostroadError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 
 TERMINAL_STATES = frozenset(
     {
@@ -50,6 +57,7 @@ TERMINAL_STATES = frozenset(
     }
 )
 _PAGE_SIZE = 1_000
+_PASSING = frozenset({"REQUESTS_EXHAUSTED", "READER_TOO_SLOW", "TOO_MANY_WATCHERS"})
 _PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -81,8 +89,8 @@ def watch_events(
                 failures = 0
                 position = answer.position
                 yield answer
-        except (UnavailableError, ResourceExhaustedError):
-            pass
+        except (UnavailableError, ResourceExhaustedError) as error:
+            _check_passes(error)
         except DeadlineError:
             return
         finally:
@@ -123,9 +131,11 @@ def follow_all(
     quiet, quiet_since = 0, clock()
     while waiting:
         ended: list[Message] = []
-        with contextlib.suppress(UnavailableError, ResourceExhaustedError):
+        try:
             newest = _newest(client, min(waiting))
             ended = [message for message in newest if message.name in waiting and is_over(message)]
+        except (UnavailableError, ResourceExhaustedError) as error:
+            _check_passes(error)
         for message in ended:
             waiting.discard(message.name)
             yield message
@@ -162,11 +172,18 @@ def _message_if_known(client: Client, name: str, deadline: float, pause: Callabl
             return client.messages.GetMessage(GetMessageRequest(name=name))
         except NotFoundError:
             return None
-        except (UnavailableError, ResourceExhaustedError):
+        except (UnavailableError, ResourceExhaustedError) as error:
+            _check_passes(error)
             # The stream may have no more to say: the look is made again, not left to its next answer.
             _pause(pause, failures, deadline)
             failures += 1
     return None
+
+
+def _check_passes(error: PostroadError) -> None:
+    """Raise what does not pass with time: an answer that is too large stays so."""
+    if isinstance(error, ResourceExhaustedError) and error.reason not in _PASSING:
+        raise error
 
 
 def _pause(pause: Callable[[float], None], failures: int, deadline: float) -> None:

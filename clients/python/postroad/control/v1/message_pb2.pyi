@@ -261,7 +261,9 @@ class Message(_message.Message):
 
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeliveryEvent]:
-        """The timeline, oldest first; only in GetMessage."""
+        """The timeline, oldest first, its newest 5,000 events; only in GetMessage.
+        Without tags and metadata: they are the message's own.
+        """
 
     @_builtins.property
     def send_time(self) -> _timestamp_pb2.Timestamp:
@@ -494,11 +496,11 @@ class DeliveryEvent(_message.Message):
 
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The message's tags."""
+        """The message's tags, in WatchEvents."""
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The message's metadata."""
+        """The message's metadata, in WatchEvents."""
 
     def __init__(
         self,

@@ -153,7 +153,7 @@ class MessageServiceServicer:
 
     def ListMessages(self, request, context):
         """Lists messages, newest first, without timelines. A page is shorter than
-        asked for when its messages have more than 20,000 recipients together.
+        asked for when its messages have more than 10,000 recipients together.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

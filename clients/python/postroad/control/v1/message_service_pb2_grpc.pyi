@@ -67,7 +67,7 @@ class MessageServiceStub:
     """
     ListMessages: _grpc.UnaryUnaryMultiCallable[_message_service_pb2.ListMessagesRequest, _message_service_pb2.ListMessagesResponse]
     """Lists messages, newest first, without timelines. A page is shorter than
-    asked for when its messages have more than 20,000 recipients together.
+    asked for when its messages have more than 10,000 recipients together.
     """
     WatchEvents: _grpc.UnaryStreamMultiCallable[_message_service_pb2.WatchEventsRequest, _message_service_pb2.WatchEventsResponse]
     """Streams delivery events as the ledger learns them. Without a position it
@@ -150,7 +150,7 @@ class MessageServiceAsyncStub(MessageServiceStub):
     """
     ListMessages: _aio.UnaryUnaryMultiCallable[_message_service_pb2.ListMessagesRequest, _message_service_pb2.ListMessagesResponse]  # type: ignore[assignment]
     """Lists messages, newest first, without timelines. A page is shorter than
-    asked for when its messages have more than 20,000 recipients together.
+    asked for when its messages have more than 10,000 recipients together.
     """
     WatchEvents: _aio.UnaryStreamMultiCallable[_message_service_pb2.WatchEventsRequest, _message_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """Streams delivery events as the ledger learns them. Without a position it
@@ -254,7 +254,7 @@ class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_message_service_pb2.ListMessagesResponse, _abc.Awaitable[_message_service_pb2.ListMessagesResponse]]:
         """Lists messages, newest first, without timelines. A page is shorter than
-        asked for when its messages have more than 20,000 recipients together.
+        asked for when its messages have more than 10,000 recipients together.
         """
 
     @_abc_1.abstractmethod

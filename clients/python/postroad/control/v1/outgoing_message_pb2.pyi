@@ -83,7 +83,9 @@ class OutgoingMessage(_message.Message):
 
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """At most 20, of 1 to 64 printable characters each."""
+        """At most 20, of 1 to 64 printable characters each; with metadata at most
+        4,096 bytes of UTF-8.
+        """
 
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
