@@ -34,6 +34,7 @@ from postroad.control.v1.provider_service_pb2 import GetProviderRequest, UpdateP
 from postroad.localstack import PostgresServer
 from postroad.localstack.database import API, DATABASE, FLEET, OWNER
 from postroad.localstack.demo import ACCOUNT, PROVIDER
+from postroad.localstack.ports import DEFAULT_PORTS
 from postroad.sdk import AsyncClient, Client, PostroadError, connect_async
 from support.chaos.books import Books, Strike
 from support.chaos.disk import disk_environment
@@ -58,7 +59,7 @@ class ChaosStack(KillableStack):
     """See the module. `start` brings up proxies, sink and stack; `thread` is where proxies and sink live."""
 
     def __init__(self, folder: Path, books: Books, thread: LoopThread) -> None:
-        self.ports = own_ports(_ALL_PORTS)
+        self.ports = own_ports(DEFAULT_PORTS)
         super().__init__(folder, ports=self.ports)
         self.books = books
         self.thread = thread
@@ -228,8 +229,6 @@ class ChaosStack(KillableStack):
         stored = {entry.message_id for entry in tries if entry.code == 250} | {copy.message_id for copy in copies}
         return stored <= set(ledger) and all(one.state in TERMINAL for rows in ledger.values() for one in rows)
 
-
-_ALL_PORTS = ("smtp", "smtps", "plain", "inbox", "grpc", "nodes", "http", "node-http", "postgres", "valkey")
 
 _LEDGER = """
 SELECT m.message_id::text AS id, m.header_message_id AS token, m.account, r.address, r.state,

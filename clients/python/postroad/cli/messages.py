@@ -136,7 +136,7 @@ def follow_message(
 ) -> None:
     """Watch a message to its end; status 0 when it was sent to every recipient, else 1."""
     session = session_of(context)
-    message = watch(session, name, timeout_s)
+    message = follow_to_the_end(session, name, timeout_s)
     if session.printer.is_json:
         session.printer.json(MessageToDict(message))
     if not is_sent(message):
@@ -173,7 +173,7 @@ def watch_messages(
 add_commands(app)
 
 
-def watch(session: Session, identifier: str, timeout_s: float) -> Message:
+def follow_to_the_end(session: Session, identifier: str, timeout_s: float) -> Message:
     """Print each event of a message as it happens, until it is over; DeadlineError when that takes too long."""
     printer = session.printer
     events = follow(session.client, session.name("messages", identifier), timeout_s)
@@ -182,7 +182,7 @@ def watch(session: Session, identifier: str, timeout_s: float) -> Message:
     return message
 
 
-def watch_all(session: Session, identifiers: Sequence[str], timeout_s: float) -> list[Message]:
+def follow_to_their_ends(session: Session, identifiers: Sequence[str], timeout_s: float) -> list[Message]:
     """Print how each of many messages ended, until all have; DeadlineError when that takes too long."""
     names = [session.name("messages", one) for one in identifiers]
     ended = {}

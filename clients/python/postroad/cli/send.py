@@ -14,7 +14,7 @@ from google.protobuf.json_format import MessageToDict
 
 from postroad.cli.connection import SmtpSettings
 from postroad.cli.given_files import read_bytes, read_text
-from postroad.cli.messages import FOLLOW_TIMEOUT_S, is_sent, watch, watch_all
+from postroad.cli.messages import FOLLOW_TIMEOUT_S, follow_to_the_end, follow_to_their_ends, is_sent
 from postroad.cli.problems import FAILED, NOT_CONFIGURED, CommandError
 from postroad.cli.session import Session, session_of
 from postroad.cli.submission import Parameter, canonical, compose, submit
@@ -128,11 +128,11 @@ def _tell_accepted(session: Session, ids: Sequence[str]) -> None:
 def _watch(session: Session, ids: Sequence[str], timeout_s: float) -> list[Message]:
     if len(ids) > _MOST_TIMELINES:
         session.printer.say(f"Accepted {len(ids)} messages", "bold")
-        return watch_all(session, ids, timeout_s)
+        return follow_to_their_ends(session, ids, timeout_s)
     messages = []
     for one in ids:
         session.printer.say(f"Accepted {one}", "bold")
-        messages.append(watch(session, one, timeout_s))
+        messages.append(follow_to_the_end(session, one, timeout_s))
     return messages
 
 

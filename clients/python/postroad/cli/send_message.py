@@ -21,7 +21,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from postroad.cli.given_files import read_bytes, read_text
-from postroad.cli.messages import FOLLOW_TIMEOUT_S, is_sent, watch
+from postroad.cli.messages import FOLLOW_TIMEOUT_S, follow_to_the_end, is_sent
 from postroad.cli.output import short
 from postroad.cli.problems import FAILED
 from postroad.cli.session import Session, session_of
@@ -127,7 +127,7 @@ def send_message(
 def _watch(session: Session, answer: SendMessageResponse, timeout_s: float) -> None:
     shown: Message = answer
     try:
-        shown = ended = watch(session, short(answer.message), timeout_s)
+        shown = ended = follow_to_the_end(session, short(answer.message), timeout_s)
     finally:
         # It is accepted, whatever becomes of the look at it.
         if session.printer.is_json:
