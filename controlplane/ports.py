@@ -404,6 +404,9 @@ class Messages(Protocol):
     async def add_command(self, order: CommandOrder, message: Message) -> Command:
         """Store a command for the spool of the message, and tell the replicas."""
 
+    async def count_filter_commands(self, account: str) -> int:
+        """How many commands with a filter are not done yet."""
+
     async def add_filter_command(self, order: CommandOrder, since_id: str) -> Command:
         """Store a command for every spool, on messages with ids from `since_id`, and tell the replicas.
 

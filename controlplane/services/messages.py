@@ -3,7 +3,8 @@
 Contract. Reading shows what nodes reported; a message that was accepted a moment ago may be unknown. A watch reads the
 ledger forward from a position, woken by hints and by a poll, and holds one page at a time; who carries the pages ends a
 reader that does not take them. Watches are bounded in number, also for each account, and in length; a reader resumes
-from its last position.
+from its last position. So are calls that wait for an operation, and the commands with a filter that an account has
+under way.
 A command is stored, for each spool that it goes to, and brought there by the fleet's side; its Operation is done when
 every result is in. One with a filter for every account is operators' alone. What waits in the replicated queue is
 changed by the control plane, when a node asks for mail or at the leader's next turn: the queue counts as one spool more
@@ -14,7 +15,6 @@ its own.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -46,14 +46,14 @@ from controlplane.domain.messages import (
 from controlplane.domain.paging import PageTokens, coerce_page_size
 from controlplane.ports import Database, LedgerSignal, Work, scope_of
 from controlplane.services.mutations import Mutation, Replay, mutate
+from controlplane.services.seats import IN_ALL, Seats
 from controlplane.services.texts import check_domain_text
 from dataplane.core.queue import WAITING, Verb
 
-MAX_WATCHERS = 200
+MAX_FILTER_COMMANDS = 100
+_COMMANDS_RETRY_S = 10
 _PAGE_EVENTS = 200
 _POLL_S = 2.0
-# Of all watches, one account has at most this part: the others' are not its to take.
-_ACCOUNT_PART = 4
 _WATCH_S = 1_800.0
 _MAX_WAIT_S = 60.0
 _OPERATION_POLL_S = 0.5
@@ -71,14 +71,13 @@ class MessagesService:
         signal: LedgerSignal,
         *,
         monotonic: Callable[[], float] = time.monotonic,
-        max_watchers: int = MAX_WATCHERS,
+        max_watchers: int = IN_ALL,
     ) -> None:
         self._database = database
         self._tokens = tokens
         self._signal = signal
         self._monotonic = monotonic
-        self._max_watchers = max_watchers
-        self._watchers: Counter[str] = Counter()
+        self._watchers = Seats(max_watchers)
         self._draining = False
 
     def drain(self) -> None:
@@ -118,19 +117,9 @@ class MessagesService:
         """Yield pages of events as the ledger learns them, the first at once; closing the iterator ends the watch."""
         caller.require_account(account)
         after = parse_position(position_text) if position_text else None
-        if self._watchers.total() >= self._max_watchers:
-            raise ResourceExhaustedError(Reason.TOO_MANY_WATCHERS, "too many watchers on this replica", retry_after_s=5)
-        if self._watchers[account] >= max(self._max_watchers // _ACCOUNT_PART, 1):
-            text = "too many watchers of this account on this replica"
-            raise ResourceExhaustedError(Reason.TOO_MANY_WATCHERS, text, retry_after_s=5)
-        self._watchers[account] += 1
-        try:
+        with self._watchers.seat(account):
             async for page in self._watch(caller, account, message_id, after):
                 yield page
-        finally:
-            self._watchers[account] -= 1
-            if not self._watchers[account]:
-                del self._watchers[account]
 
     async def _watch(
         self, caller: Caller, account: str, message_id: str | None, after: Position | None
@@ -170,6 +159,10 @@ class MessagesService:
             if order.filter is None:
                 message = await work.messages.get(order.account, order.message_id, since)
                 return await work.messages.add_command(order, message)
+            # Each walks all that waits, in turn: without a bound one account's would keep those of others waiting.
+            if await work.messages.count_filter_commands(order.account) >= MAX_FILTER_COMMANDS:
+                text = f"{MAX_FILTER_COMMANDS} commands with a filter are not done yet"
+                raise ResourceExhaustedError(Reason.TOO_MANY_COMMANDS, text, retry_after_s=_COMMANDS_RETRY_S)
             return await work.messages.add_filter_command(order, since)
 
         return await mutate(self._database, caller, mutation, action)
@@ -185,11 +178,13 @@ class OperationsService:
         signal: LedgerSignal,
         *,
         monotonic: Callable[[], float] = time.monotonic,
+        max_waiters: int = IN_ALL,
     ) -> None:
         self._database = database
         self._tokens = tokens
         self._signal = signal
         self._monotonic = monotonic
+        self._waiters = Seats(max_waiters)
 
     async def get(self, caller: Caller, account: str, command: str) -> Command | Drain:
         """Return one operation."""
@@ -205,12 +200,14 @@ class OperationsService:
     async def wait(self, caller: Caller, account: str, command: str, timeout_s: float | None) -> Command | Drain:
         """Return the operation when it is done, or as it is when the time is over (at most a minute)."""
         ends = self._monotonic() + min(_MAX_WAIT_S if timeout_s is None else timeout_s, _MAX_WAIT_S)
-        while True:
-            found = await self.get(caller, account, command)
-            left = ends - self._monotonic()
-            if found.is_done or left <= 0:
-                return found
-            await self._signal.wait(min(left, _OPERATION_POLL_S))
+        caller.require_account(account)
+        with self._waiters.seat(account):
+            while True:
+                found = await self.get(caller, account, command)
+                left = ends - self._monotonic()
+                if found.is_done or left <= 0:
+                    return found
+                await self._signal.wait(min(left, _OPERATION_POLL_S))
 
     async def list_page(
         self, caller: Caller, account: str, page_size: int, page_token: str

@@ -21,6 +21,7 @@ from controlplane.services.accounts import DENIAL_ACCOUNT
 from controlplane.services.credentials import DENIAL_CREDENTIAL
 from controlplane.services.destinations import DENIAL_DESTINATION
 from controlplane.services.providers import DENIAL_PROVIDER
+from controlplane.services.seats import IN_ALL, Seats
 
 _SUFFIX = "/suspension"
 _MAX_WAIT_S = 60.0
@@ -55,9 +56,12 @@ def parse_subject(name: str) -> Subject:
 class SuspensionsService:
     """See the module."""
 
-    def __init__(self, database: Database, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, database: Database, *, monotonic: Callable[[], float] = time.monotonic, max_waiters: int = IN_ALL
+    ) -> None:
         self._database = database
         self._monotonic = monotonic
+        self._waiters = Seats(max_waiters)
 
     async def get(self, caller: Caller, subject: Subject) -> Suspension:
         """Return the receipt as it is."""
@@ -76,12 +80,14 @@ class SuspensionsService:
     async def wait(self, caller: Caller, subject: Subject, timeout_s: float | None) -> Suspension:
         """Return the receipt when all have confirmed it, or as it is when the time is over (at most a minute)."""
         ends = self._monotonic() + min(_MAX_WAIT_S if timeout_s is None else timeout_s, _MAX_WAIT_S)
-        while True:
-            found = await self.get(caller, subject)
-            left = ends - self._monotonic()
-            if found.confirmed or left <= 0:
-                return found
-            await asyncio.sleep(min(left, _POLL_S))
+        caller.require_account(subject.account)
+        with self._waiters.seat(subject.account):
+            while True:
+                found = await self.get(caller, subject)
+                left = ends - self._monotonic()
+                if found.confirmed or left <= 0:
+                    return found
+                await asyncio.sleep(min(left, _POLL_S))
 
 
 async def _check_exists(work: Work, subject: Subject) -> None:

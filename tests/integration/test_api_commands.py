@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from controlplane.adapters.postgres import messages as repository
 from controlplane.adapters.postgres.queue_commands import QUEUE_SPOOL
+from controlplane.services import messages
 from dataplane.core.ids import format_message_id, new_message_id
 from postroad.control.v1 import account_service_pb2, provider_service_pb2
 from postroad.control.v1 import message_pb2 as pb
@@ -374,3 +375,17 @@ async def test_finding_what_a_command_needs_scans_no_table(stack: ApiStack, clie
         plan = "\n".join(row[0] for row in await stack.as_superuser(f"EXPLAIN {sql}"))
         assert "Seq Scan on commands" not in plan, plan
         assert "Seq Scan on messages" not in plan, plan
+
+
+async def test_an_account_has_so_many_commands_with_a_filter_under_way(
+    stack: ApiStack, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(messages, "MAX_FILTER_COMMANDS", 2)
+    for _ in range(2):
+        await client.message("CommandMessages", all_of())
+    error = await client.refused(client.message("CommandMessages", all_of()))
+    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_COMMANDS")
+    assert error.details["RetryInfo"].retry_delay.seconds > 0
+    await stack.operator.message("CommandMessages", all_of(parent="accounts/-"))
+    await stack.as_superuser("UPDATE postroad.commands SET done_time = now() WHERE account = 'acme'")
+    await client.message("CommandMessages", all_of())

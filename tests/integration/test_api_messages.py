@@ -396,6 +396,25 @@ async def test_cancelling_is_an_operation_that_ends_with_the_nodes_result(stack:
     assert [each.name for each in await operations.list_all()] == [operation.name]
 
 
+async def test_one_account_cannot_take_every_wait_for_operations(migrated_database: Database) -> None:
+    async with running_api(migrated_database, max_watchers=4) as stack:
+        await stack.as_superuser("SELECT postroad.ensure_partitions(current_date - 1, 3)")
+        waits = []
+        for age_s, account in enumerate(("acme", "other")):
+            client = await stack.make_account(account)
+            one = message_id(age_s)
+            await add_message(stack, one, QUEUED, account=account)
+            request = service.CancelMessageRequest(name=name_of(one, account))
+            operation = await client.message("CancelMessage", request)
+            waits.append(asyncio.create_task(Operations(client).wait(operation.name, 15)))
+            await until_waiting(stack, len(waits))
+            error = await client.refused(Operations(client).wait(operation.name, 15))
+            assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WATCHERS")
+        await stack.as_superuser("UPDATE postroad.commands SET done_time = now()")
+        stack.signal.ring()
+        assert [operation.done for operation in await asyncio.gather(*waits)] == [True, True]
+
+
 async def test_a_command_that_failed_is_an_operation_with_an_error(stack: ApiStack, client: Client) -> None:
     one = message_id()
     await add_message(stack, one, QUEUED)

@@ -15,7 +15,7 @@ from postroad.control.v1 import account_service_pb2, provider_pb2, provider_serv
 from postroad.control.v1 import credential_service_pb2 as service
 from postroad.control.v1 import suspension_pb2 as pb
 from postroad.control.v1 import suspension_service_pb2 as suspension_service
-from support.api import ApiStack, Client, running_api
+from support.api import ApiStack, Client, running_api, take_apart
 from support.databases import Database
 
 ACCOUNT = "accounts/acme"
@@ -186,6 +186,22 @@ async def test_who_waits_is_answered_when_the_last_node_has_confirmed(stack: Api
     waiting = asyncio.ensure_future(wait(15))
     await acknowledge(stack, "edge-1", version)
     assert (await waiting).confirmed
+
+
+async def test_one_account_cannot_take_every_wait_for_receipts(migrated_database: Database) -> None:
+    async with running_api(migrated_database, max_watchers=4) as stack:
+        client = await stack.make_account("acme")
+        await add_node(stack, "edge-1")
+        request = service.CreateSmtpCredentialRequest(parent=ACCOUNT, smtp_credential_id="app")
+        await client.credential("CreateSmtpCredential", request)
+        await suspend(client)
+        wait = suspension_service.WaitSuspensionRequest(name=f"{CREDENTIAL}/suspension", timeout=Duration(seconds=2))
+        ended = await asyncio.gather(
+            *(client.suspension("WaitSuspension", wait) for _ in range(2)), return_exceptions=True
+        )
+        (refused,) = [one for one in ended if isinstance(one, grpc.aio.AioRpcError)]
+        assert take_apart(refused).reason == "TOO_MANY_WATCHERS"
+        assert not (await client.suspension("WaitSuspension", wait)).confirmed
 
 
 @pytest.mark.parametrize(

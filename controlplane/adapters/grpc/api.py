@@ -46,10 +46,11 @@ from controlplane.services.credentials import ApiKeysService, SmtpCredentialsSer
 from controlplane.services.destinations import DestinationsService
 from controlplane.services.limit_states import LimitStates, NoLiveLimits
 from controlplane.services.limits import LimitsService
-from controlplane.services.messages import MAX_WATCHERS, MessagesService, OperationsService
+from controlplane.services.messages import MessagesService, OperationsService
 from controlplane.services.nodes import NodePoolsService, NodesService
 from controlplane.services.providers import ProvidersService
 from controlplane.services.routing_rules import RoutingRulesService
+from controlplane.services.seats import IN_ALL
 from controlplane.services.sending import NoOutbox, SendingService, Unobserved
 from controlplane.services.sending_budget import LocalMessageBudget
 from controlplane.services.suspensions import SuspensionsService
@@ -98,7 +99,7 @@ class ApiParts:
     probe: ProviderProbe | None = None
     random: Random = os.urandom
     now: Callable[[], datetime] = _utc_now
-    max_watchers: int = MAX_WATCHERS
+    max_watchers: int = IN_ALL
     live: LiveLimits = field(default_factory=NoLiveLimits)
     requests: RequestBudget | None = None
     monotonic: Callable[[], float] = time.monotonic
@@ -160,7 +161,7 @@ def build_api(parts: ApiParts) -> Api:
         LimitHandlers(LimitsService(database, compiler, tokens, LimitStates(parts.live))),
         MessageHandlers(messages, SendingHandlers(sending)),
         NodeHandlers(NodesService(database, compiler, tokens, random), pools),
-        OperationHandlers(OperationsService(database, tokens, parts.signal)),
+        OperationHandlers(OperationsService(database, tokens, parts.signal, max_waiters=parts.max_watchers)),
     )
     books = ApiService(
         book_service_pb2.DESCRIPTOR.services_by_name["BookService"],
@@ -174,7 +175,7 @@ def build_api(parts: ApiParts) -> Api:
     )
     suspensions = ApiService(
         suspension_service_pb2.DESCRIPTOR.services_by_name["SuspensionService"],
-        SuspensionHandlers(SuspensionsService(database)),
+        SuspensionHandlers(SuspensionsService(database, max_waiters=parts.max_watchers)),
         suspension_service_pb2_grpc.add_SuspensionServiceServicer_to_server,
     )
     authenticator = Authenticator(database, parts.now)

@@ -195,6 +195,16 @@ class MessagesRepository:
         await self._session.run("notify", "SELECT pg_notify($1, $2)", COMMANDS_CHANNEL, node)
         return _command([row])
 
+    async def count_filter_commands(self, account: str) -> int:
+        """As the port says."""
+        count: int = await self._session.value(
+            "command_count_filters",
+            "SELECT count(DISTINCT operation) FROM postroad.commands WHERE account = $1 AND done_time IS NULL"
+            " AND operation IS NOT NULL",
+            account,
+        )
+        return count
+
     async def add_filter_command(self, order: CommandOrder, since_id: str) -> Command:
         """As the port says."""
         wanted = order.filter or MessageFilter()

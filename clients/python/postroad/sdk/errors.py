@@ -199,6 +199,7 @@ BY_REASON: Mapping[str, type[PostroadError]] = {
     "REQUESTS_EXHAUSTED": ResourceExhaustedError,
     "READER_TOO_SLOW": ResourceExhaustedError,
     "TOO_MANY_WATCHERS": ResourceExhaustedError,
+    "TOO_MANY_COMMANDS": ResourceExhaustedError,
     "POSITION_AHEAD": FailedPreconditionError,
     "TOO_MANY_DENIED_CREDENTIALS": ResourceExhaustedError,
     "TOO_MANY_SUSPENDED_CREDENTIALS": FailedPreconditionError,

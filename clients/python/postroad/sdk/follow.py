@@ -2,8 +2,9 @@
 
 Contract. `watch_events` yields the answers of `WatchEvents` as they come, the first at once and maybe without events.
 It survives a server that goes away and comes back, and a stream that the server ends after a while, resuming after the
-last answer: no event is missed, none comes twice. It ends without an error when `timeout_s` is over, without one never.
-FailedPreconditionError when PostgreSQL was restored from a state before the position: events between are not known.
+last answer: no event is missed, none comes twice, as long as PostgreSQL has not lost commits. It ends without an error
+when `timeout_s` is over, without one never. FailedPreconditionError when the ledger has not been at the position:
+PostgreSQL was restored. ResourceExhaustedError only for what does not pass with time.
 
 `follow` yields each event of the message once, in the order in which the ledger learnt them, and ends when every
 recipient is in a terminal state; its return value (`yield from`) is the message then. `DeadlineError` when `timeout_s`
