@@ -25,7 +25,7 @@ from postroad.control.v1.message_service_pb2 import (
     SendMessageRequest,
 )
 from postroad.control.v1.outgoing_message_pb2 import Attachment, EmailAddress, MessageContent, OutgoingMessage
-from postroad.sdk import InvalidArgumentError, PostroadError
+from postroad.sdk import InvalidArgumentError, PostroadError, watch_events
 from support.arrivals import Arrivals
 from support.killable_stack import KillableStack, wait_until
 from support.local_stack import LocalStack, stack_folder
@@ -92,7 +92,9 @@ def test_a_message_of_parts_arrives_with_all_of_them(stack: LocalStack, arrivals
         )
         listed = client.messages.ListMessages(ListMessagesRequest(parent=PARENT, tag="hello"))
         assert [one.name for one in listed.messages] == [answer.message]
-        assert {tuple(event.tags) for event in _get(stack, answer.message).events} == {("hello",)}
+        assert [*_get(stack, answer.message).tags] == ["hello"]
+        with contextlib.closing(watch_events(client, PARENT, message=answer.message, timeout_s=30)) as answers:
+            assert {tuple(event.tags) for event in next(answers).events} == {("hello",)}
     copies = [stack.inbox.content(mail) for mail in stack.inbox.find(short(answer.message))]
     message = email.message_from_bytes(copies[0], policy=default)
     assert b"hidden" not in b"".join(copies)
